@@ -1,0 +1,392 @@
+"""The command line: parse, load, stream, report. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from unicodedata import category
+
+from orthrus_fast import __version__
+from orthrus_fast.errors import OrthrusError, PromptError, RequestError
+
+if TYPE_CHECKING:
+    from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
+
+EMBEDDED = Path(__file__).resolve().parent / "model"
+DEFAULT_PROMPT = """Convert this table to JSON, as a list of objects."""
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line as everywhere else."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"error: {message} (--help lists the flags)\n")
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="generate.py",
+        description="Decode an Orthrus checkpoint, losslessly, several tokens a pass.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"orthrus-fast {__version__}")
+    add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
+    add("--revision", help="branch, tag or commit of a Hub repository")
+    add("--prompt", metavar="TEXT", help="'-', or a pipe and no --prompt, reads standard input")
+    add("--system", metavar="TEXT", help="system message; an empty one is sent, too")
+    add("--raw", action="store_true", help="complete the prompt as it stands, without a template")
+    thinking = "ask the template to let the model think, or not (its default: not given)"
+    add("--thinking", action=argparse.BooleanOptionalAction, default=None, help=thinking)
+    add("--interactive", action="store_true", help="a chat of several turns")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="budget (default: 256)")
+    add("--max-seq-len", type=int, metavar="N", help="prompt plus new tokens (default: 4096)")
+    add("--mode", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
+    add("--temperature", type=float, default=0.0, metavar="T", help="only 0 (greedy) so far")
+    add("--top-k", type=int, metavar="K", help="not implemented yet")
+    add("--top-p", type=float, metavar="P", help="not implemented yet")
+    add("--seed", type=int, metavar="S", help="reported; greedy decoding draws nothing")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
+    add("--runner", choices=("auto", "eager", "compiled", "graph"), default="auto")
+    add("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
+    add("--show-blocks", action="store_true", help="mark the text that came from accepted drafts")
+    add("--check", action="store_true", help="decode in both modes; exit 1 if a token differs")
+    add("--json", action="store_true", help="print one JSON object in place of the text")
+    add("--info", action="store_true", help="say what the checkpoint is and needs, and stop")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted."""
+    args = build_parser().parse_args(arguments)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("orthrus_fast").setLevel(logging.INFO)
+    try:
+        return run(args)
+    except OrthrusError as error:
+        print(f"error: {printable(str(error), True)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    check_combinations(args)
+    prompt = "" if args.info or args.interactive else read_prompt(args)
+    if args.info:
+        return show_info(args)
+    decoder = load_decoder(args)
+    if args.interactive:
+        return chat(decoder, args)
+    ids = encode(decoder, args, prompt)
+    result, interrupted = decode(decoder, args, ids)
+    report(decoder, args, result, interrupted)
+    verdict = None if interrupted or not args.check else check(decoder, args, ids, result)
+    if args.json:
+        print(json.dumps(as_json(decoder, args, result, verdict), ensure_ascii=False))
+    if interrupted:
+        return 130
+    return 0 if verdict is None or verdict["identical"] else 1
+
+
+def check_combinations(args: argparse.Namespace) -> None:
+    """Refuse flags that would otherwise be ignored."""
+    if args.interactive:
+        for flag in ("prompt", "json", "check", "raw", "info"):
+            if getattr(args, flag):
+                raise RequestError(f"--interactive does not go with --{flag}")
+    for flag in ("system", "thinking"):
+        if args.raw and getattr(args, flag) is not None:
+            raise RequestError(f"--{flag} does not go with --raw, which uses no chat template")
+    if args.json and args.show_blocks:
+        raise RequestError("--show-blocks does not go with --json; its stats tell how tokens came")
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """--prompt, else standard input where it is a pipe or a file, else the built-in prompt."""
+    if args.prompt is not None and args.prompt != "-":
+        return str(args.prompt)
+    if args.prompt is None and not input_is_piped():
+        if args.checkpoint is None:
+            return DEFAULT_PROMPT
+        raise PromptError("prompt: none given; use --prompt TEXT, a pipe, or --interactive")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input: not valid UTF-8 at byte {error.start}") from None
+
+
+def input_is_piped() -> bool:
+    if sys.stdin is None:
+        return False
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def load_decoder(args: argparse.Namespace) -> Decoder:
+    from orthrus_fast import load
+
+    with progress_bar("loading") as progress:
+        return load(
+            args.checkpoint if args.checkpoint is not None else EMBEDDED,
+            device=args.device,
+            dtype=args.dtype,
+            max_seq_len=args.max_seq_len,
+            runner=args.runner,
+            attention=args.attention,
+            revision=args.revision,
+            progress=progress,
+        )
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on a terminal's standard error, once the work has taken a second."""
+    import time
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what)
+    begun = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if sys.stderr.isatty() and time.monotonic() - begun > 1:
+            bar.start()
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:  # stopping prints an empty line even where nothing was shown
+            bar.stop()
+
+
+def encode(decoder: Decoder, args: argparse.Namespace, prompt: str) -> list[int]:
+    """The prompt's ids: a user message where the checkpoint has a chat template, unless --raw."""
+    if not prompt:
+        raise PromptError("prompt: empty; it needs at least one token")
+    tokenizer = decoder.tokenizer
+    if tokenizer is not None and tokenizer.has_chat_template and not args.raw:
+        return encode_chat(decoder, args, [*system_message(args), message("user", prompt)])
+    for flag in ("system", "thinking"):
+        if getattr(args, flag) is not None:
+            raise RequestError(f"--{flag}: {decoder.checkpoint.name} has no chat template")
+    return decoder.encode(prompt)
+
+
+def encode_chat(
+    decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
+) -> list[int]:
+    assert decoder.tokenizer is not None
+    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+
+
+def message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [] if args.system is None else [message("system", args.system)]
+
+
+def sampling(args: argparse.Namespace) -> SamplingParams:
+    from orthrus_fast import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    )
+
+
+def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
+    """Stream the answer to the terminal; Ctrl-C ends it with what was written so far."""
+    stream = decoder.stream(ids, args.max_new_tokens, sampling(args), args.mode)
+    interrupted = False
+    try:
+        for chunk in stream:
+            if not args.json:
+                sys.stdout.write(render(chunk, args.show_blocks, sys.stdout.isatty()))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+        stream.close()
+    if not args.json:
+        print(flush=True)
+    return stream.result, interrupted
+
+
+def render(chunk: Chunk, show_blocks: bool, terminal: bool) -> str:
+    """The chunk's text; with ``show_blocks`` what came from drafts in green, or in ⟨…⟩."""
+    accepted = printable("".join(chunk.pieces[: chunk.n_accepted]), terminal)
+    own = printable("".join(chunk.pieces[chunk.n_accepted :]), terminal)
+    if not show_blocks or not accepted:
+        return accepted + own
+    if terminal and not os.environ.get("NO_COLOR"):
+        return f"{GREEN}{accepted}{PLAIN}{own}"
+    return f"⟨{accepted}⟩{own}"
+
+
+def printable(text: str, terminal: bool) -> str:
+    """Escape control characters for a terminal: a model must not move its cursor or its title."""
+    if not terminal:
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
+
+
+def report(
+    decoder: Decoder, args: argparse.Namespace, result: Generation, interrupted: bool
+) -> None:
+    """One line on standard error, and a second where the budget or Ctrl-C ended the text."""
+    stats = result.stats
+    assert stats is not None
+    parts = [f"{len(result.tokens)} tokens"]
+    if stats.tokens_per_cycle is not None:
+        parts.append(f"{stats.tokens_per_cycle:.2f} tokens per cycle in {stats.cycles} cycles")
+    if stats.tokens_per_second is not None:
+        parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+    parts.append(f"first token after {stats.time_to_first_token:.3f} s")
+    settings = decoder.configuration
+    parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
+    print(" · ".join(parts), file=sys.stderr)
+    if interrupted:
+        print("interrupted: the text above is what was written so far", file=sys.stderr)
+    elif result.finish_reason == "length":
+        budget = f"the budget of {args.max_new_tokens} tokens ended the text"
+        print(f"{budget}; --max-new-tokens raises it", file=sys.stderr)
+
+
+def check(
+    decoder: Decoder, args: argparse.Namespace, ids: list[int], result: Generation
+) -> dict[str, Any]:
+    """Decode in the other mode, too, and say where the two first differ, if they do."""
+    other = "ar" if args.mode == "diffusion" else "diffusion"
+    print(f"check: decoding in {other} mode …", file=sys.stderr)
+    second = decoder.generate(ids, args.max_new_tokens, sampling(args), other)
+    return compare(decoder, ids, {args.mode: result, other: second})
+
+
+def compare(decoder: Decoder, ids: list[int], results: dict[str, Generation]) -> dict[str, Any]:
+    ar, diffusion = results["ar"], results["diffusion"]
+    if ar.tokens == diffusion.tokens:
+        print(
+            f"check: identical, {len(ar.tokens)} tokens in both modes{ratio(results)}",
+            file=sys.stderr,
+        )
+        return {"identical": True}
+    pairs = zip([*ar.tokens, None], [*diffusion.tokens, None], strict=False)
+    index = next(i for i, (a, d) in enumerate(pairs) if a != d)
+    best = decoder.next_logits(ids + ar.tokens[:index]).double().topk(2)
+    gap = float(best.values[0] - best.values[1])
+    got = {mode: results[mode].tokens[index : index + 1] for mode in ("ar", "diffusion")}
+    print(
+        f"check: DIFFERENT from token {index}: ar {got['ar']}, diffusion {got['diffusion']}; "
+        f"the two best logits there are {best.indices.tolist()}, {gap:.3g} apart",
+        file=sys.stderr,
+    )
+    return {"identical": False, "first_difference": index, "tokens": got, "logit_gap": gap}
+
+
+def ratio(results: dict[str, Generation]) -> str:
+    rates = [results[mode].stats.tokens_per_second for mode in ("ar", "diffusion")]  # type: ignore[union-attr]
+    if None in rates:
+        return ""
+    return f"; diffusion at {rates[1] / rates[0]:.2f} times the speed of padded AR"  # type: ignore[operator]
+
+
+def as_json(
+    decoder: Decoder, args: argparse.Namespace, result: Generation, verdict: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What --json prints; fields that do not apply are null."""
+    return {
+        "text": result.text,
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+        "stats": asdict(result.stats) if result.stats else None,
+        "configuration": {**decoder.configuration, "mode": args.mode},
+        "check": verdict,
+    }
+
+
+def chat(decoder: Decoder, args: argparse.Namespace) -> int:
+    """Turns of a chat until end of input; Ctrl-C ends an answer, or at the prompt the chat."""
+    if decoder.tokenizer is None or not decoder.tokenizer.has_chat_template:
+        raise RequestError(f"--interactive: {decoder.checkpoint.name} has no chat template")
+    messages = system_message(args)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        except UnicodeDecodeError:
+            raise PromptError("standard input: not valid UTF-8") from None
+        if not text.strip():
+            continue
+        turn = [*messages, message("user", text)]
+        try:
+            result, interrupted = decode(decoder, args, encode_chat(decoder, args, turn))
+        except PromptError as error:  # this turn is dropped, what was said before stays
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        report(decoder, args, result, interrupted)
+        messages = [*turn, message("assistant", result.text)]
+
+
+def show_info(args: argparse.Namespace) -> int:
+    import torch
+
+    from orthrus_fast.checkpoint import open_checkpoint
+    from orthrus_fast.decoder import DEFAULT_MAX_SEQ_LEN, memory_needed
+
+    path = args.checkpoint if args.checkpoint is not None else EMBEDDED
+    checkpoint = open_checkpoint(path, revision=args.revision)
+    config = checkpoint.config
+    length = args.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    views = "autoregressive and draft" if config.has_draft_view else "autoregressive only"
+    facts = {
+        "checkpoint": f"{checkpoint.name}"
+        + (f" at {checkpoint.commit}" if checkpoint.commit else ""),
+        "directory": checkpoint.directory,
+        "views": views,
+        "block size": config.block_size or "none",
+        "parameters": f"{config.n_weights / 1e6:.1f} million",
+        "layers": f"{config.n_layers}, hidden size {config.hidden_size}",
+        "heads": f"{config.n_heads}, KV heads {config.n_kv_heads}, head size {config.head_dim}",
+        "vocabulary": f"{config.vocab_size}, tied: {'yes' if config.tie_word_embeddings else 'no'}",
+        "positions": f"{config.max_position_embeddings}, RoPE {config.rope.type}",
+        "end tokens": ", ".join(map(str, config.eos_token_ids)) or "none",
+        "on disk": f"{checkpoint.weight_bytes / 1e9:.3f} GB of weights",
+    }
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        facts[f"needs in {name}"] = f"{memory_needed(config, dtype, length, 1)} at {length} tokens"
+    for name, fact in facts.items():
+        print(f"{name:18}{printable(str(fact), True)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The KV cache: storage and nothing else. How many rows are committed is the caller's business."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from orthrus_fast.config import ModelConfig
+
+
+class KVCache:
+    """One K and one V tensor per layer, each [B, n_kv_heads, S, head_dim], zeroed once.
+
+    Rows at or past a slot's committed length are scratch: a pass writes its block there, and the
+    next pass overwrites what was not committed. Buffers start at zero so that a masked row is
+    finite; garbage from the allocator could be NaN, and 0 · NaN is not 0.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (n_slots, config.n_kv_heads, capacity, config.head_dim)
+        self.n_slots = n_slots
+        self.capacity = capacity
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, slot: Tensor) -> None:
+        """Store k and v [R, T, n_kv_heads, head_dim] at ``positions`` [R, T] of ``slot`` [R].
+
+        All (slot, position) pairs differ and lie below the capacity, so no write races another.
+        """
+        # Index tensors around a slice put their dimensions first: [R, T, n_kv_heads, head_dim].
+        self.k[layer][slot[:, None], :, positions] = k
+        self.v[layer][slot[:, None], :, positions] = v

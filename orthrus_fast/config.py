@@ -1,0 +1,348 @@
+"""ModelConfig from a checkpoint's config.json and generation_config.json.
+
+Nothing else in the package reads fields of these files. A field is either understood, or known to
+have no effect on inference, or refused by name: a checkpoint that asks for something we do not
+compute must never be decoded as if it had not.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from orthrus_fast.errors import CheckpointError, ConfigError
+
+MAX_JSON_BYTES = 64 * 2**20  # a Qwen3 tokenizer.json has 11 MB; the largest honest file we know
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Fields of transformers' configs that do not change what inference computes.
+_WITHOUT_EFFECT = _names(
+    "_attn_implementation _commit_hash _name_or_path architectures attention_dropout auto_map "
+    "bos_token_id chunk_size_feed_forward decoder_start_token_id finetuning_task id2label "
+    "initializer_range is_decoder is_encoder_decoder label2id max_window_layers "
+    "output_attentions output_hidden_states pad_token_id prefix problem_type return_dict "
+    "return_dict_in_generate sep_token_id task_specific_params tokenizer_class torchscript "
+    "transformers_version unsloth_fixed unsloth_version use_cache "
+    # Left in the public Orthrus configs by training; nothing reads them.
+    "lora_alpha r"
+)
+# Fields that would change the computation, and the values under which they do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1.0, None),
+    "pruned_heads": ({}, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
+}
+_READ = _names(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings "
+    "rope_parameters rope_theta rope_scaling dtype torch_dtype block_size mask_token_id "
+    "eos_token_id model_type layer_types sliding_window"
+)
+_YARN_RANGE = (1e-4, 1e4)  # beyond it, tables overflow; honest values lie between 0.1 and 100
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of type "default" or "yarn" (arXiv 2309.00071); only yarn reads the rest."""
+
+    theta: float
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint says about itself. Token counts in tokens, sizes in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    dtype: str = "float32"
+    block_size: int | None = None  # None, as mask_token_id: a plain Qwen3, without the draft view
+    mask_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: tuple[tuple[str, float], ...] = ()  # of generation_config.json, sorted
+
+    @property
+    def has_draft_view(self) -> bool:
+        return self.block_size is not None
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in elements, both views; a tied lm_head counts once."""
+        heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        attention = self.hidden_size * (heads + self.n_heads * self.head_dim) + 2 * self.head_dim
+        views = 2 if self.has_draft_view else 1
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        layer = views * attention + mlp + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.n_layers * layer + embeddings + self.hidden_size
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """K and V elements that one committed token takes in one slot, over all layers."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a checkpoint that nobody vouches for.
+
+    Raises CheckpointError for a file that is missing, over 64 MiB, not UTF-8, nested so deeply that
+    the parser gives up, or not JSON (NaN and Infinity are not).
+    """
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path}: {size} bytes of JSON, over the limit of {MAX_JSON_BYTES}"
+            )
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse_constant)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file not found") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: JSON is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint directory. Raises ConfigError that names the field."""
+    path = directory / "config.json"
+    fields = _object(path)
+    generation_path = directory / "generation_config.json"
+    generation = _object(generation_path) if generation_path.exists() else {}
+    return parse_config(fields, generation, str(path))
+
+
+def parse_config(
+    fields: dict[str, Any], generation: dict[str, Any] | None = None, source: str = "config.json"
+) -> ModelConfig:
+    """ModelConfig from parsed JSON objects. Raises ConfigError naming ``source`` and the field."""
+    reader = _Reader(fields, source)
+    _check_model_type(reader)
+    _check_unread_fields(reader)
+    orthrus = (
+        fields.get("model_type") == "orthrus"
+        or "OrthrusLM" in (fields.get("architectures") or [])
+        or fields.get("block_size") is not None
+        or fields.get("mask_token_id") is not None
+    )
+    vocab_size = reader.integer("vocab_size", 2, 2**24)
+    n_heads = reader.integer("num_attention_heads", 1, 2**12)
+    n_kv_heads = reader.integer("num_key_value_heads", 1, 2**12, default=n_heads)
+    hidden_size = reader.integer("hidden_size", 1, 2**17)
+    head_dim = reader.integer("head_dim", 2, 2**10, default=hidden_size // n_heads)
+    if n_heads % n_kv_heads:
+        reader.fail("num_key_value_heads", f"{n_kv_heads} does not divide {n_heads} heads")
+    if head_dim % 2:
+        reader.fail("head_dim", f"{head_dim} is odd, and RoPE rotates pairs")
+    max_position_embeddings = reader.integer("max_position_embeddings", 1, 2**31 - 1)
+    generation_source = str(Path(source).with_name("generation_config.json"))
+    generation_reader = _Reader(generation or {}, generation_source)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size", 1, 2**20),
+        n_layers=reader.integer("num_hidden_layers", 1, 2**10),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=reader.number("rms_norm_eps", 0.0, 1.0),
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=reader.boolean("tie_word_embeddings", default=False),
+        rope=_parse_rope(reader, max_position_embeddings),
+        dtype=_parse_dtype(reader),
+        block_size=reader.integer("block_size", 2, 2**10) if orthrus else None,
+        mask_token_id=reader.integer("mask_token_id", 0, vocab_size - 1) if orthrus else None,
+        eos_token_ids=_parse_eos(reader, generation_reader, vocab_size),
+        sampling_defaults=_parse_sampling(generation_reader),
+    )
+
+
+class _Reader:
+    """Typed access to the fields of one JSON object; its errors name the file and the field."""
+
+    def __init__(self, fields: dict[str, Any], source: str) -> None:
+        self.fields = fields
+        self.source = source
+
+    def fail(self, name: str, why: str) -> NoReturn:
+        text = f"{name}: {why}"
+        if not text.isprintable():
+            text = ascii(text)  # a name or value out of the file, kept to one harmless line
+        raise ConfigError(f"{self.source}: {text if len(text) <= 300 else text[:300] + '…'}")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.fields.get(name)
+        if value is None and default is None:
+            self.fail(name, "absent")
+        return default if value is None else value
+
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.fail(name, f"{value!r} is not an integer")
+        if not low <= value <= high:
+            self.fail(name, f"{value} is not within {low} … {high}")
+        return value
+
+    def number(
+        self, name: str, low: float, high: float = 1e30, default: float | None = None
+    ) -> float:
+        value = self._value(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(name, f"{value!r} is not a number")
+        if not low < value < high:
+            self.fail(name, f"{value} is not between {low} and {high}")
+        return float(value)
+
+    def optional_number(self, name: str, low: float, high: float) -> float | None:
+        return None if self.fields.get(name) is None else self.number(name, low, high)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, f"{value!r} is not true or false")
+        return value
+
+
+def _object(path: Path) -> dict[str, Any]:
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return fields
+
+
+def _check_model_type(reader: _Reader) -> None:
+    model_type = reader.fields.get("model_type")
+    if model_type not in ("qwen3", "orthrus"):
+        reader.fail(
+            "model_type", f"{model_type!r} is not supported, only 'qwen3' and 'orthrus' are"
+        )
+    architectures = reader.fields.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        reader.fail("architectures", "not a list of names")
+    for name in architectures:
+        if name not in ("OrthrusLM", "Qwen3ForCausalLM"):
+            reader.fail("architectures", f"{name!r} is not OrthrusLM or Qwen3ForCausalLM")
+
+
+def _check_unread_fields(reader: _Reader) -> None:
+    for name, value in reader.fields.items():
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                reader.fail(name, f"{value!r} changes the computation and is not implemented")
+        elif name not in _READ and name not in _WITHOUT_EFFECT and value is not None:
+            reader.fail(name, "field not known here, and it may change the computation; refused")
+    layer_types = reader.fields.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        reader.fail("layer_types", "not a list of names")
+    if any(kind != "full_attention" for kind in layer_types):
+        reader.fail("layer_types", "only 'full_attention' is implemented")
+    # transformers ignores sliding_window unless use_sliding_window is set, which _NEUTRAL refuses.
+
+
+def _parse_dtype(reader: _Reader) -> str:
+    name = reader.fields.get("dtype") or reader.fields.get("torch_dtype") or "float32"
+    if name not in _DTYPES:
+        reader.fail("dtype", f"{name!r} is not one of {', '.join(_DTYPES)}")
+    return str(name)
+
+
+def _parse_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig:
+    """Read ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``."""
+    new, old = reader.fields.get("rope_parameters"), reader.fields.get("rope_scaling")
+    if new is not None and old is not None and new != old:
+        reader.fail("rope_scaling", "contradicts rope_parameters; keep one of the two")
+    name = "rope_parameters" if new is not None else "rope_scaling"
+    values = new if new is not None else (old if old is not None else {})
+    if not isinstance(values, dict):
+        reader.fail(name, "not an object")
+    rope = _Reader(dict(values), f"{reader.source}: {name}")
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    if values.get("type", rope_type) != rope_type:
+        rope.fail("type", f"{values['type']!r} contradicts rope_type {rope_type!r}")
+    theta_reader = rope if values.get("rope_theta") is not None else reader
+    theta = theta_reader.number("rope_theta", 1.0)
+    if reader.fields.get("rope_theta") not in (None, theta):
+        reader.fail("rope_theta", f"contradicts {name}, which has {theta}")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if rope_type == "yarn":
+        known |= {"factor", "original_max_position_embeddings", "attention_factor", "truncate"}
+        known |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+    elif rope_type != "default":
+        rope.fail("rope_type", f"{rope_type!r} is not implemented, only 'default' and 'yarn' are")
+    for field, value in values.items():
+        if field not in known and value is not None:
+            rope.fail(field, f"not known for rope_type {rope_type!r}; refused")
+    if values.get("partial_rotary_factor") not in (None, 1.0):
+        rope.fail("partial_rotary_factor", "partial rotation is not implemented")
+    if rope_type == "default":
+        return RopeConfig(theta)
+    original = rope.integer(
+        "original_max_position_embeddings", 1, 2**31 - 1, default=max_position_embeddings
+    )
+    return RopeConfig(
+        theta=theta,
+        type="yarn",
+        factor=rope.number("factor", *_YARN_RANGE, default=max_position_embeddings / original),
+        original_max_position_embeddings=original,
+        attention_factor=rope.optional_number("attention_factor", *_YARN_RANGE),
+        beta_fast=rope.optional_number("beta_fast", *_YARN_RANGE) or 32.0,
+        beta_slow=rope.optional_number("beta_slow", *_YARN_RANGE) or 1.0,
+        mscale=rope.optional_number("mscale", *_YARN_RANGE),
+        mscale_all_dim=rope.optional_number("mscale_all_dim", *_YARN_RANGE),
+        truncate=rope.boolean("truncate", default=True),
+    )
+
+
+def _parse_eos(reader: _Reader, generation: _Reader, vocab_size: int) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's, else config.json's; a number or a list."""
+    if generation.fields.get("eos_token_id") is not None:
+        reader = generation
+    value = reader.fields.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            reader.fail("eos_token_id", f"{token!r} is not an id below vocab_size {vocab_size}")
+    return tuple(sorted(set(ids)))
+
+
+def _parse_sampling(generation: _Reader) -> tuple[tuple[str, float], ...]:
+    names = ("min_p", "temperature", "top_k", "top_p")
+    present = [name for name in names if generation.fields.get(name) is not None]
+    return tuple((name, generation.number(name, -1e9, 1e9)) for name in present)

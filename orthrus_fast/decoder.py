@@ -1,0 +1,578 @@
+"""The decoder: owns the buffers, runs the cycles, hands out text. One loop for both modes.
+
+ids -> prefill -> cycles of draft, verify, accept, commit -> new ids -> text
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthrus_fast import __version__, steps
+from orthrus_fast.attention import find_backend
+from orthrus_fast.cache import KVCache
+from orthrus_fast.checkpoint import Checkpoint, Progress, load_model, open_checkpoint
+from orthrus_fast.config import ModelConfig
+from orthrus_fast.errors import (
+    BusyError,
+    PromptError,
+    RequestError,
+    UnsupportedError,
+)
+from orthrus_fast.model import Transformer
+from orthrus_fast.sampling import SamplingParams, choose
+from orthrus_fast.tokenizer import Tokenizer
+
+DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
+
+Prompt = str | list[int] | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one request took. Times in seconds, from the start of its prefill."""
+
+    prompt_tokens: int
+    cycles: int  # verify passes; a diffusion cycle runs a draft pass before each
+    tokens_per_cycle: float | None  # without the first token, which prefill gives; None: no cycle
+    accepted: tuple[int, ...]  # draft tokens that each cycle emitted
+    time_to_first_token: float
+    seconds: float
+    tokens_per_second: float | None  # of the tokens after the first, over the time after it
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The result of one prompt. ``tokens`` are the new ones, the end-of-sequence id included."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None  # eos, length, error; None: the stream was left before its end
+    seed: int | None
+    stats: Stats | None  # None where finish_reason is error
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one pass emitted for one prompt.
+
+    ``pieces`` has the text that each token completed, "" while a character is still incomplete; the
+    first ``n_accepted`` tokens came from the draft, the rest is the verify (or prefill) pass's own.
+    """
+
+    tokens: list[int]
+    pieces: list[str]
+    n_accepted: int
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class _Cycle(NamedTuple):
+    """One cycle as the host sees it, a list entry per slot."""
+
+    tokens: list[list[int]]
+    n_accepted: list[int]
+    done: list[bool]
+
+
+class EagerRunner:
+    """Runs the steps as they stand, kernel by kernel, and reads each cycle's result at once."""
+
+    def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
+        self.model = model
+        self.state = state
+        self.cache = cache
+        self.block_size = model.config.block_size or 1  # AR alone needs no room for drafts
+        device = state.tokens.device
+        self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
+
+    def reset(self) -> None:
+        """Leave every slot idle, whatever a request that was dropped half-way left in it."""
+        self.state.done.fill_(True)
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int], slot: int) -> Tensor:
+        """Logits [V] after ``prompt``, which is prefilled into ``slot``."""
+        ids = torch.tensor(prompt, dtype=torch.int64, device=self.state.tokens.device)
+        with _plain_arithmetic(ids.device):
+            return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
+
+    @torch.inference_mode()
+    def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
+        """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
+        first = choose(self.logits(prompt, slot))
+        ids = torch.tensor(prompt, dtype=torch.int64, device=first.device)
+        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
+        return int(first), bool(self.state.done[slot])
+
+    @torch.inference_mode()
+    def cycle(self, drafting: bool) -> _Cycle:
+        """Draft (or repeat the anchor), verify, accept, commit, for all slots at once."""
+        model, cache, state = self.model, self.cache, self.state
+        state.drafting.fill_(drafting)
+        with _plain_arithmetic(state.tokens.device):
+            if drafting:
+                mask = model.config.mask_token_id
+                assert mask is not None  # the decoder refuses to draft without the draft view
+                block = steps.draft(model, cache, state, self.block_size, mask)
+            else:
+                block = steps.repeat_anchor(state, self.block_size)
+            target = steps.verify(model, cache, state, block)
+            n_accepted = steps.accept(block, target) * state.drafting
+            n_new = steps.commit(state, target, n_accepted, self.eos)
+        rows = zip(target.tolist(), n_new.tolist(), strict=True)
+        emitted = [row[:n] for row, n in rows]
+        return _Cycle(emitted, torch.minimum(n_accepted, n_new).tolist(), state.done.tolist())
+
+
+class Decoder:
+    """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        *,
+        max_seq_len: int,
+        slots: int,
+        configuration: dict[str, Any],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.slots = slots
+        self.configuration = configuration
+        weight = model.embed_tokens.weight
+        capacity = steps.cache_rows(max_seq_len, self.config.block_size or 1)
+        model.set_capacity(capacity)
+        cache = KVCache(self.config, slots, capacity, weight.dtype, weight.device)
+        state = steps.State.create(slots, capacity, weight.device)
+        self._runner = EagerRunner(model, state, cache)
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompt: Prompt | list[Prompt],
+        max_new_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+        mode: str = "diffusion",
+    ) -> Any:
+        """Decode a prompt to its end or ``max_new_tokens``: a Generation, or a list of them.
+
+        ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these. Raises
+        PromptError, RequestError, BusyError; in a list, a bad prompt fails alone, in its result.
+        """
+        if not _is_batch(prompt):
+            stream = self.stream(prompt, max_new_tokens, sampling, mode)  # type: ignore[arg-type]
+            for _ in stream:
+                pass
+            return stream.result
+        drafting = self._check(max_new_tokens, sampling, mode)
+        results: list[Generation | None] = []
+        requests: list[_Request] = []
+        for one in prompt:
+            try:
+                requests.append(self._request(one, max_new_tokens, sampling))  # type: ignore[arg-type]
+                results.append(None)
+            except PromptError as error:
+                results.append(Generation("", [], "error", None, None, str(error)))
+        for _ in self._run(requests, drafting):
+            pass
+        served = iter(requests)
+        return [next(served).result() if result is None else result for result in results]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+        mode: str = "diffusion",
+    ) -> Stream:
+        """As ``generate`` for one prompt, a Chunk as soon as its tokens are committed.
+
+        Bad arguments raise here; decoding starts with the first ``next``: BusyError comes there.
+        """
+        drafting = self._check(max_new_tokens, sampling, mode)
+        request = self._request(prompt, max_new_tokens, sampling)
+        return Stream(request, self._run([request], drafting))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
+        if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
+            return list(prompt)  # type: ignore[arg-type]
+        is_chat = isinstance(prompt, list) and all(isinstance(part, dict) for part in prompt)
+        if not is_chat and not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise PromptError(f"prompt: {kind} is not a string, or a list of messages or of ids")
+        if self.tokenizer is None:
+            raise PromptError(f"{self.checkpoint.name}: has no tokenizer.json; pass ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+
+    def next_logits(self, prompt: Prompt) -> Tensor:
+        """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
+        request = self._request(prompt, 1, None)
+        with self._exclusive():
+            return self._runner.logits(request.prompt, 0)
+
+    def _check(self, max_new_tokens: int, sampling: SamplingParams | None, mode: str) -> bool:
+        """Whether to draft. Raises RequestError for settings that cannot be served."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+            raise RequestError(f"max_new_tokens: {max_new_tokens!r} is not an integer")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens: {max_new_tokens} is below 1")
+        if sampling is not None:
+            sampling.check_implemented()
+        if mode not in ("ar", "diffusion"):
+            raise RequestError(f"mode: {mode!r} is not 'ar' or 'diffusion'")
+        if mode == "diffusion" and not self.config.has_draft_view:
+            raise UnsupportedError(
+                f"mode 'diffusion': {self.checkpoint.name} is a plain Qwen3, without the draft "
+                "view's weights; use mode 'ar'"
+            )
+        return mode == "diffusion"
+
+    def _request(
+        self, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams | None
+    ) -> _Request:
+        ids = self.encode(prompt)
+        if not ids:
+            raise PromptError("prompt: empty; it needs at least one token")
+        for token in ids:
+            if isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
+                raise PromptError(f"prompt: {token!r} is no id below {self.config.vocab_size}")
+        if len(ids) + max_new_tokens > self.max_seq_len:
+            raise PromptError(
+                f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
+                f"{len(ids) + max_new_tokens}, over max_seq_len {self.max_seq_len} "
+                f"(the model's own limit is {self.config.max_position_embeddings})"
+            )
+        detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
+        seed = None if sampling is None else sampling.seed
+        return _Request(ids, max_new_tokens, seed, self.config, detokenizer)
+
+    def _run(self, requests: Sequence[_Request], drafting: bool) -> Iterator[Chunk]:
+        """Serve requests in order, as many at once as there are slots, each to its end."""
+        with self._exclusive():
+            runner = self._runner
+            waiting = deque(requests)
+            free = list(range(self.slots))
+            active: dict[int, _Request] = {}
+            while waiting or active:
+                while waiting and free:
+                    slot, request = free.pop(0), waiting.popleft()
+                    request.start()
+                    first, done = runner.prefill(request.prompt, slot, request.limit)
+                    yield request.extend([first], None, done)
+                    if done:
+                        free.append(slot)
+                    else:
+                        active[slot] = request
+                if not active:
+                    continue
+                cycle = runner.cycle(drafting)
+                for slot, request in list(active.items()):
+                    done = cycle.done[slot]
+                    if done:
+                        del active[slot]
+                        free.append(slot)
+                    yield request.extend(cycle.tokens[slot], cycle.n_accepted[slot], done)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("this decoder is serving another call; finish or close that one first")
+        try:
+            self._runner.reset()
+            yield
+        finally:
+            self._lock.release()
+
+
+class Stream:
+    """Chunks of one prompt as they are committed; leaving it early keeps the decoder usable."""
+
+    def __init__(self, request: _Request, chunks: Iterator[Chunk]) -> None:
+        self._request = request
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """End the request now and free the decoder."""
+        self._chunks.close()  # type: ignore[attr-defined]
+
+    @property
+    def result(self) -> Generation:
+        """All that came so far; complete once the stream is exhausted."""
+        return self._request.result()
+
+
+class _Request:
+    """The host's record of one prompt: what was asked, and what has come of it so far."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        seed: int | None,
+        config: ModelConfig,
+        detokenizer: Any,
+    ) -> None:
+        self.prompt = prompt
+        self.limit = len(prompt) + max_new_tokens
+        self.seed = seed
+        self.eos_token_ids = config.eos_token_ids
+        self.detokenizer = detokenizer
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.accepted: list[int] = []
+        self.finish_reason: str | None = None
+        self.started = self.first_at = self.last_at = 0.0
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def extend(self, tokens: list[int], n_accepted: int | None, done: bool) -> Chunk:
+        """Record what a cycle emitted; ``n_accepted`` is None for prefill, which is no cycle."""
+        self.last_at = time.perf_counter()
+        if n_accepted is None:
+            self.first_at = self.last_at
+        else:
+            self.accepted.append(n_accepted)
+        pieces = [self.detokenizer.push(t) if self.detokenizer else "" for t in tokens]
+        if done:
+            self.finish_reason = "eos" if tokens[-1] in self.eos_token_ids else "length"
+            pieces[-1] += self.detokenizer.finish() if self.detokenizer else ""
+        self.tokens += tokens
+        self.pieces += pieces
+        return Chunk(tokens, pieces, n_accepted or 0)
+
+    def result(self) -> Generation:
+        n_after_first = max(len(self.tokens) - 1, 0)
+        decoding = self.last_at - self.first_at
+        stats = Stats(
+            prompt_tokens=len(self.prompt),
+            cycles=len(self.accepted),
+            tokens_per_cycle=n_after_first / len(self.accepted) if self.accepted else None,
+            accepted=tuple(self.accepted),
+            time_to_first_token=self.first_at - self.started,
+            seconds=self.last_at - self.started,
+            tokens_per_second=n_after_first / decoding if decoding > 0 else None,
+        )
+        text = "".join(self.pieces)
+        return Generation(text, list(self.tokens), self.finish_reason, self.seed, stats)
+
+
+def load(
+    path_or_repo: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_seq_len: int | None = None,
+    slots: int = 1,
+    runner: str = "auto",
+    attention: str = "auto",
+    compile_mode: str = "default",
+    revision: str | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Load a checkpoint from a directory or the Hugging Face Hub, ready to decode.
+
+    ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
+    on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less.
+    ``progress`` is called with bytes loaded and bytes in all. Raises CheckpointError, RequestError
+    or UnsupportedError; torch's global settings and random state stay as they were.
+    """
+    _check_runner(runner, compile_mode)
+    attention, attend = find_backend(attention)
+    torch_device = _parse_device(device)
+    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
+        raise RequestError(f"slots: {slots!r} is not an integer of at least 1")
+    parsed_dtype = _parse_dtype(dtype)
+    checkpoint = open_checkpoint(path_or_repo, revision=revision)
+    config = checkpoint.config
+    torch_dtype = parsed_dtype or _default_dtype(config, torch_device)
+    max_seq_len = _check_max_seq_len(max_seq_len, config)
+    memory = memory_needed(config, torch_dtype, max_seq_len, slots)
+    _check_memory(memory, torch_device)
+    tokenizer = None
+    if (checkpoint.directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    model = load_model(
+        checkpoint, attend, device=torch_device, dtype=torch_dtype, progress=progress
+    )
+    configuration = {
+        "orthrus_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": _hardware(torch_device),
+        "checkpoint": checkpoint.name,
+        "commit": checkpoint.commit,
+        "device": str(torch_device),
+        "dtype": str(torch_dtype).removeprefix("torch."),
+        "runner": "eager",
+        "compile_mode": None,
+        "attention": attention,
+        "slots": slots,
+        "block_size": config.block_size,
+        "max_seq_len": max_seq_len,
+    }
+    return Decoder(
+        checkpoint,
+        model,
+        tokenizer,
+        max_seq_len=max_seq_len,
+        slots=slots,
+        configuration=configuration,
+    )
+
+
+class Memory(NamedTuple):
+    """Bytes that a decoder allocates once; a pass's activations come on top."""
+
+    weights: int
+    cache: int
+
+    def __str__(self) -> str:
+        weights, cache = self.weights / 1e9, self.cache / 1e9
+        return f"weights {weights:.2f} GB + KV cache {cache:.2f} GB = {weights + cache:.2f} GB"
+
+
+def memory_needed(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: int) -> Memory:
+    """The arithmetic of ``load``'s memory check."""
+    rows = slots * steps.cache_rows(max_seq_len, config.block_size or 1)
+    return Memory(
+        weights=config.n_weights * dtype.itemsize,
+        cache=rows * config.cache_elements_per_token * dtype.itemsize,
+    )
+
+
+def _check_memory(memory: Memory, device: torch.device) -> None:
+    """Refuse what cannot fit before anything is allocated."""
+    if device.type == "cuda":
+        available, where = torch.cuda.mem_get_info(device)[0], f"free on {device}"
+    else:
+        available, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory"
+    if sum(memory) > available:
+        raise RequestError(
+            f"needs {memory}, but there are {available / 1e9:.2f} GB {where}; "
+            "lower max_seq_len or slots, take a smaller dtype, or another device"
+        )
+
+
+def _check_runner(runner: str, compile_mode: str) -> None:
+    if runner in ("compiled", "graph"):
+        raise UnsupportedError(f"runner {runner!r} is not implemented yet; use 'auto' or 'eager'")
+    if runner not in ("auto", "eager"):
+        raise RequestError(f"runner: {runner!r} is not 'auto', 'eager', 'compiled' or 'graph'")
+    if compile_mode != "default":
+        raise UnsupportedError(f"compile_mode {compile_mode!r}: the eager runner compiles nothing")
+
+
+def _parse_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise RequestError(
+            f"device: {device!r} is not a device such as 'cpu' or 'cuda:0'"
+        ) from None
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type != "cuda":
+        raise UnsupportedError(f"device {device!r} is not supported; use 'cpu' or 'cuda'")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r}: no CUDA device is available here; use 'cpu'")
+    if parsed.index is not None and parsed.index >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
+    return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
+    if dtype is None or dtype in known.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in known:
+        raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(known)}")
+    return known[str(dtype)]
+
+
+def _default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    dtype = None if device.type == "cpu" else _parse_dtype(config.dtype)
+    return dtype or torch.float32
+
+
+def _check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if max_seq_len is None:
+        return min(DEFAULT_MAX_SEQ_LEN, limit)
+    if isinstance(max_seq_len, bool) or not isinstance(max_seq_len, int):
+        raise RequestError(f"max_seq_len: {max_seq_len!r} is not an integer")
+    if not 2 <= max_seq_len <= limit:
+        raise RequestError(
+            f"max_seq_len: {max_seq_len} is not within 2 … {limit} (the model's own limit)"
+        )
+    return max_seq_len
+
+
+def _is_batch(prompt: object) -> bool:
+    """Whether ``prompt`` is a list of prompts. Raises PromptError for an empty list."""
+    if not isinstance(prompt, list):
+        return False
+    if not prompt:
+        raise PromptError("prompt: an empty list")
+    one_kind = all(isinstance(part, int) for part in prompt) or all(
+        isinstance(part, dict) for part in prompt
+    )
+    return not one_kind
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 within, whatever the caller has switched on; both put back after."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

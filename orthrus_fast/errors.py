@@ -1,0 +1,33 @@
+"""Every error a user can act on. Each message is one line that names the file, tensor or flag."""
+
+
+class OrthrusError(Exception):
+    """Base of all errors raised on purpose; the command line prints it and exits with code 2."""
+
+
+class CheckpointError(OrthrusError):
+    """A checkpoint that is missing, damaged, hostile, or does not match its own config."""
+
+
+class ConfigError(CheckpointError):
+    """A config field that is absent, out of range, or asks for what is not implemented."""
+
+
+class TemplateError(OrthrusError):
+    """A chat template that is missing, does not parse, raises, or reaches out of its sandbox."""
+
+
+class PromptError(OrthrusError):
+    """A prompt that is empty, too long, of the wrong type, or has ids outside the vocabulary."""
+
+
+class RequestError(OrthrusError):
+    """A setting of a call that is out of range or cannot be served."""
+
+
+class UnsupportedError(RequestError):
+    """A known setting that this version, device or checkpoint does not support."""
+
+
+class BusyError(OrthrusError):
+    """A second call on a decoder that is still serving the first one."""

@@ -1,0 +1,196 @@
+"""Qwen3 with two attention views, in one file.
+
+Every layer holds two sets of attention projections over one residual stream, one MLP and one KV
+cache. The autoregressive view decides the text; the draft view (Orthrus, arXiv 2605.12825) proposes
+a block in one pass. Rounding follows transformers' Qwen3, so that logits are equal: norms, softmax
+and RoPE tables in float32 (float64 for float64 weights), cast back before the weight is applied.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orthrus_fast.attention import Attend
+from orthrus_fast.cache import KVCache
+from orthrus_fast.config import ModelConfig, RopeConfig
+
+
+class View(enum.Enum):
+    """Which attention weights and mask a pass uses."""
+
+    AUTOREGRESSIVE = (
+        "autoregressive"  # causal over cache and block; its K/V are what gets committed
+    )
+    DRAFT = "draft"  # bidirectional within the block; its K/V serve this pass alone
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension (arXiv 1910.07467), rounded as Qwen3 does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(_wide(x.dtype))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """One view's projections: hidden -> q, k, v -> attention over the cache -> hidden."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        n_all_heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = nn.Linear(config.hidden_size, n_all_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, T, hidden_size] -> q [R, T, n_heads, head_dim], k and v [R, T, n_kv_heads, …]."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=-2)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+
+class Layer(nn.Module):
+    """A decoder block; ``draft_attention`` is None in a plain Qwen3."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.draft_attention = Attention(config) if config.has_draft_view else None
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU (arXiv 2002.05202)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class Transformer(nn.Module):
+    """The whole model. Parameters are uninitialised until a checkpoint is loaded into them."""
+
+    def __init__(self, config: ModelConfig, attend: Attend) -> None:
+        super().__init__()
+        self.config = config
+        self.attend = attend
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rope_cos = self.rope_sin = torch.empty(0, config.head_dim)
+
+    def set_capacity(self, capacity: int) -> None:
+        """Make the RoPE tables, [capacity, head_dim] each, on the weights' device and dtype."""
+        weight = self.embed_tokens.weight
+        cos, sin = rope_table(self.config, capacity, weight.dtype)
+        self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
+
+    def forward(
+        self, tokens: Tensor, start: Tensor, slot: Tensor, cache: KVCache, view: View
+    ) -> Tensor:
+        """tokens [R, T] at positions ``start[r] …`` of ``slot[r]`` -> hidden [R, T, hidden_size].
+
+        The pass writes its K and V to the cache at those positions, then attends; rows of the
+        slot below ``start`` must be committed. ``view`` DRAFT needs a checkpoint with that view.
+        """
+        positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = self.rope_cos[positions, None], self.rope_sin[positions, None]
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            attention = layer.attention if view is View.AUTOREGRESSIVE else layer.draft_attention
+            assert attention is not None  # the decoder refuses to draft without the draft view
+            q, k, v = attention.project(layer.attention_norm(x), cos, sin)
+            cache.write(index, k, v, positions, slot)
+            causal = view is View.AUTOREGRESSIVE
+            mixed = self.attend(q, cache.k[index], cache.v[index], start, slot, causal=causal)
+            x = x + attention.o(mixed.flatten(-2))
+            x = x + layer.mlp(layer.mlp_norm(x))
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden_size] -> [..., V] in the model's dtype; padding rows included."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of x [R, T, heads, head_dim], half-rotation form.
+
+    ``cos`` and ``sin`` [R, T, 1, head_dim] are in x's dtype: transformers rounds them first, too.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rope_table(config: ModelConfig, n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [n_rows, head_dim] of the positions 0 … n_rows - 1, on the CPU.
+
+    Made there for every device, so that all see the same bits.
+    """
+    wide = _wide(dtype)
+    frequencies, scale = _rope_frequencies(config.rope, config.head_dim, wide)
+    angles = torch.arange(n_rows, dtype=wide, device="cpu")[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def _rope_frequencies(rope: RopeConfig, dim: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Angle per position [dim / 2], and the scale of cos and sin, which only yarn has.
+
+    YaRN (arXiv 2309.00071) turns fast dimensions as trained, slow ones by 1 / factor, and blends
+    linearly between the dimensions that turn beta_fast and beta_slow times in the original context.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=dtype, device="cpu") / dim
+    base = rope.theta**exponents
+    if rope.type == "default":
+        return 1.0 / base, 1.0
+
+    def dimension_turning(n_turns: float) -> float:
+        wavelengths = rope.original_max_position_embeddings / (n_turns * 2 * math.pi)
+        return dim * math.log(wavelengths) / (2 * math.log(rope.theta))
+
+    low, high = dimension_turning(rope.beta_fast), dimension_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001  # as transformers does, so that equal ends do not divide by zero
+    slow = ((torch.arange(dim // 2, dtype=dtype, device="cpu") - low) / span).clamp(0, 1)
+    keep = 1 - slow
+    return 1.0 / (rope.factor * base) * (1 - keep) + 1.0 / base * keep, _yarn_scale(rope)
+
+
+def _yarn_scale(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and tables: float32, or float64 where the weights are."""
+    return torch.promote_types(dtype, torch.float32)

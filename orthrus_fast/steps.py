@@ -1,0 +1,150 @@
+"""One decoding cycle, step by step: draft, verify, accept, commit; and prefill before the first.
+
+Each step is a function of tensors that reads nothing on the host, so that the same lines can be
+captured in a CUDA graph. Shapes: B slots, K block width, S cache rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthrus_fast.cache import KVCache
+from orthrus_fast.model import Transformer, View
+from orthrus_fast.sampling import choose
+
+PREFILL_CHUNK = 512  # rows of one prefill pass
+PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decoder knows of its slots, on the device; made once, then changed in place."""
+
+    length: Tensor  # [B] int32: committed cache rows; the anchor sits at this position
+    anchor: Tensor  # [B] int64: newest token, chosen but not cached yet
+    tokens: Tensor  # [B, S] int64: prompt and output; past the anchor meaningless
+    limit: Tensor  # [B] int32: prompt plus budget, in tokens
+    done: Tensor  # [B] bool: ended; the slot's state no longer moves
+    drafting: Tensor  # [] bool: False makes verification accept nothing, which is AR decoding
+    slots: Tensor  # [B] int64: 0 … B-1
+
+    @staticmethod
+    def create(n_slots: int, capacity: int, device: torch.device) -> State:
+        """All slots empty and done."""
+        ints = torch.zeros(n_slots, dtype=torch.int32, device=device)
+        return State(
+            length=ints,
+            anchor=torch.zeros(n_slots, dtype=torch.int64, device=device),
+            tokens=torch.zeros(n_slots, capacity, dtype=torch.int64, device=device),
+            limit=torch.ones_like(ints),
+            done=torch.ones(n_slots, dtype=torch.bool, device=device),
+            drafting=torch.zeros((), dtype=torch.bool, device=device),
+            slots=torch.arange(n_slots, device=device),
+        )
+
+
+def prefill_chunks(n_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, width) of each pass over a prompt of ``n_tokens``; width is end - begin, padded.
+
+    The schedule depends on the prompt's length alone, so the rows that it commits do, too.
+    """
+    for begin in range(0, n_tokens, PREFILL_CHUNK):
+        end = min(begin + PREFILL_CHUNK, n_tokens)
+        yield begin, end, -(-(end - begin) // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+
+
+def cache_rows(max_seq_len: int, block_size: int) -> int:
+    """S: room for ``max_seq_len`` tokens, and past them for a whole block or a padded chunk."""
+    rows = max_seq_len + max(block_size, PREFILL_MULTIPLE)
+    return -(-rows // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+
+
+def prefill(model: Transformer, cache: KVCache, prompt: Tensor, slot: Tensor) -> Tensor:
+    """prompt [n] into rows 0 … n-1 of ``slot`` [1] -> logits [V] after its last token.
+
+    Padding repeats the prompt's last token: it lands in scratch rows and must merely be finite.
+    """
+    for begin, end, width in prefill_chunks(len(prompt)):
+        padding = prompt[end - 1].expand(width - (end - begin))
+        chunk = torch.cat((prompt[begin:end], padding))
+        start = torch.full_like(slot, begin, dtype=torch.int32)
+        hidden = model(chunk[None], start, slot, cache, View.AUTOREGRESSIVE)
+    return model.logits(hidden[0, end - begin - 1])
+
+
+def open_slot(
+    state: State, slot: int, prompt: Tensor, first: Tensor, limit: int, eos: Tensor
+) -> None:
+    """Point ``slot`` at a prefilled prompt [n] and the first token [] after it, in place."""
+    n_tokens = len(prompt)
+    state.tokens[slot, :n_tokens] = prompt
+    state.tokens[slot, n_tokens] = first
+    state.length[slot] = n_tokens
+    state.anchor[slot] = first
+    state.limit[slot] = limit
+    state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= limit)
+
+
+def repeat_anchor(state: State, block_size: int) -> Tensor:
+    """The block [B, K] of AR decoding: only its first row counts, the rest is padding."""
+    return state.anchor[:, None].expand(-1, block_size).contiguous()
+
+
+def draft(
+    model: Transformer, cache: KVCache, state: State, block_size: int, mask_token_id: int
+) -> Tensor:
+    """One pass of the draft view -> block [B, K]: the anchor, then K-1 proposals.
+
+    Row i predicts the token after position i, as in AR, so the last row's logits are not needed.
+    The pass leaves its K/V in scratch rows; verification overwrites every one of them.
+    """
+    anchor = state.anchor[:, None]
+    masks = torch.full_like(anchor, mask_token_id).expand(-1, block_size - 1)
+    inputs = torch.cat((anchor, masks), dim=1)
+    hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
+    return torch.cat((anchor, choose(model.logits(hidden[:, :-1]))), dim=1)
+
+
+def verify(model: Transformer, cache: KVCache, state: State, block: Tensor) -> Tensor:
+    """One pass of the autoregressive view over block [B, K] -> target [B, K].
+
+    ``target[:, i]`` is the token that AR decoding puts after ``block[:, : i + 1]``.
+    """
+    hidden = model(block, state.length, state.slots, cache, View.AUTOREGRESSIVE)
+    return choose(model.logits(hidden))
+
+
+def accept(block: Tensor, target: Tensor) -> Tensor:
+    """block and target [B, K] -> n_accepted [B], 0 … K-1: the length of the agreeing prefix."""
+    return (block[:, 1:] == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
+
+
+def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Tensor:
+    """Emit the accepted proposals and the token after them, in place -> n_new [B].
+
+    What is emitted ends at the first end-of-sequence id, ``eos`` [E], and at the slot's limit. The
+    emitted tokens are ``target[:, :n_new]``; as many cache rows become committed, all of them
+    written by verification from tokens that were accepted.
+    """
+    offset = torch.arange(target.shape[1], device=target.device)
+    is_end = torch.isin(target, eos).long()
+    no_end_before = (is_end.cumsum(dim=-1) - is_end) == 0
+    room = (state.limit - state.length - 1)[:, None]
+    keep = (offset <= n_accepted[:, None]) & no_end_before & (offset < room) & ~state.done[:, None]
+    n_new = keep.sum(dim=-1)
+
+    positions = state.length[:, None].long() + 1 + offset
+    kept = torch.where(keep, target, state.tokens.gather(1, positions))
+    state.tokens.scatter_(1, positions, kept)
+
+    last = (n_new - 1).clamp(min=0)[:, None]
+    moved = n_new > 0
+    state.anchor.copy_(torch.where(moved, target.gather(1, last)[:, 0], state.anchor))
+    ended = moved & is_end.gather(1, last)[:, 0].bool()
+    state.length.add_(n_new)
+    state.done.logical_or_(ended | (state.length + 1 >= state.limit))
+    return n_new

@@ -1,0 +1,421 @@
+"""Losslessness: both modes against each other and against the judge; streams, budgets, slots."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import orthrus_fast
+from orthrus_fast import Decoder, SamplingParams, steps
+from orthrus_fast.errors import BusyError, PromptError, RequestError, UnsupportedError
+from orthrus_fast.model import View
+from tests.checkpoints import write_checkpoint
+from tests.judge import Judge, follows
+
+slow_examples = settings(
+    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+
+
+def load(directory: Path, dtype: str = "float64", **options: Any) -> Decoder:
+    return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
+
+
+def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
+    """K and V [length, KV, D] of slot 0's committed rows."""
+    runner = decoder._runner
+    length = int(runner.state.length[0])
+    k, v = runner.cache.k[layer], runner.cache.v[layer]
+    return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """A small architecture, a prompt, a budget and end tokens."""
+    n_kv_heads = draw(st.integers(1, 3))
+    vocab_size = draw(st.integers(5, 60))
+    tokens = st.integers(0, vocab_size - 1)
+    return {
+        "config": {
+            "vocab_size": vocab_size,
+            "hidden_size": draw(st.sampled_from([8, 20, 32])),
+            "intermediate_size": draw(st.sampled_from([8, 30])),
+            "num_hidden_layers": draw(st.integers(1, 3)),
+            "num_attention_heads": n_kv_heads * draw(st.integers(1, 3)),
+            "num_key_value_heads": n_kv_heads,
+            "head_dim": draw(st.sampled_from([2, 8, 16])),
+            "block_size": draw(st.integers(2, 9)),
+            "mask_token_id": vocab_size - 1,
+            "eos_token_id": draw(st.lists(tokens, max_size=2, unique=True)),
+        },
+        "seed": draw(st.integers(0, 2**16)),
+        "agreement": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        "tied": draw(st.booleans()),
+        "prompt": draw(st.lists(tokens, min_size=1, max_size=12)),
+        "budget": draw(st.integers(1, 40)),
+    }
+
+
+def build(case: dict[str, Any], directory: Path) -> Path:
+    return write_checkpoint(
+        directory,
+        seed=case["seed"],
+        agreement=case["agreement"],
+        tied=case["tied"],
+        **case["config"],
+    )
+
+
+@slow_examples
+@given(cases())
+def test_both_modes_decode_what_the_judge_decodes(case: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = build(case, Path(temporary) / "model")
+        judge = Judge(directory)
+        eos = tuple(case["config"]["eos_token_id"])
+        prompt, budget = case["prompt"], case["budget"]
+        expected, gaps = judge.generate(prompt, budget, eos)
+        exact = load(directory, max_seq_len=len(prompt) + budget)
+        for mode in ("ar", "diffusion"):
+            result = exact.generate(prompt, budget, mode=mode)
+            assert result.tokens == expected, mode
+            assert result.finish_reason == ("eos" if expected[-1] in eos else "length")
+            assert result.stats.cycles <= len(expected) - 1
+            for layer in range(judge.n_layers):
+                k, v = committed(exact, layer)
+                assert len(k) == len(prompt) + len(expected) - 1
+                assert torch.allclose(k, torch.stack(judge.keys[layer]), rtol=0, atol=1e-9)
+                assert torch.allclose(v, torch.stack(judge.values[layer]), rtol=0, atol=1e-9)
+        single = load(directory, "float32")
+        ar, diffusion = (single.generate(prompt, budget, mode=m) for m in ("ar", "diffusion"))
+        assert ar.tokens == diffusion.tokens
+        assert follows(ar.tokens, expected, gaps, near_tie=1e-5)
+
+
+@slow_examples
+@given(cases(), st.data())
+def test_no_proposal_at_all_can_change_the_text(case: dict[str, Any], data: st.DataObject) -> None:
+    """A drafter that knows the text, lies anywhere, or says nothing but nonsense."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = build(case, Path(temporary) / "model")
+        decoder = load(directory)
+        prompt, budget = case["prompt"], case["budget"]
+        expected = decoder.generate(prompt, budget, mode="ar").tokens
+        text = torch.tensor(prompt + expected)
+        vocab_size = case["config"]["vocab_size"]
+
+        def adversary(model: Any, cache: Any, state: steps.State, width: int, mask: int) -> Tensor:
+            at = int(state.length[0])
+            block = torch.full((1, width), vocab_size - 1)
+            known = text[at : at + width]
+            block[0, : len(known)] = known
+            block[0, 0] = state.anchor[0]
+            for i in range(1, width):
+                if data.draw(st.booleans()):
+                    block[0, i] = data.draw(st.integers(0, vocab_size - 1))
+            cache.k[0][0, :, at : at + width] = data.draw(st.sampled_from([0.0, 1e6]))
+            return block
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "draft", adversary)
+            result = decoder.generate(prompt, budget)
+        assert result.tokens == expected
+        # Every cycle adds a token of its own, but for a last one that the budget or an end cut.
+        n_cut = sum(result.stats.accepted) + result.stats.cycles - (len(expected) - 1)
+        assert n_cut in (0, 1)
+
+
+@slow_examples
+@given(cases())
+def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any]) -> None:
+    """A broken drafter shows nowhere else: the text stays right, only slower."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = build(case, Path(temporary) / "model")
+        judge, decoder = Judge(directory), load(directory)
+        judge.feed(case["prompt"])
+        width, mask = case["config"]["block_size"], case["config"]["mask_token_id"]
+        first, _ = decoder._runner.prefill(case["prompt"], 0, limit=50)
+        runner = decoder._runner
+        for rows in (*runner.cache.k, *runner.cache.v):
+            rows[:, :, len(case["prompt"]) :] = 1e3  # whatever an earlier cycle left there
+        expected = judge.draft_logits(first, width)
+        inputs = torch.tensor([[first] + [mask] * (width - 1)])
+        state = runner.state
+        with torch.inference_mode():
+            hidden = runner.model(inputs, state.length, state.slots, runner.cache, View.DRAFT)
+            got = runner.model.logits(hidden)[0]
+            block = steps.draft(runner.model, runner.cache, state, width, mask)
+        assert torch.allclose(got, expected, rtol=0, atol=1e-9)
+        assert block[0].tolist() == [first, *expected[:-1].argmax(-1).tolist()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """block_size 8, four heads; a draft that is right about half of the time."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", seed=3, eos_token_id=[])
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny: Path) -> Decoder:
+    return load(tiny, "float32", max_seq_len=200)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 511, 512, 513, 600])
+def test_prefill_of_any_length_follows_the_judge(tmp_path: Path, n_tokens: int) -> None:
+    directory = write_checkpoint(tmp_path / "model", max_position_embeddings=700, eos_token_id=[])
+    prompt = [(i * i + 3) % 50 for i in range(n_tokens)]
+    judge, exact = Judge(directory), load(directory, max_seq_len=700)
+    expected = judge.feed(prompt)
+    assert torch.allclose(exact.next_logits(prompt), expected, rtol=0, atol=1e-9)
+    tokens, _ = judge.generate(prompt, 20, ())
+    assert (
+        exact.generate(prompt, 20).tokens == exact.generate(prompt, 20, mode="ar").tokens == tokens
+    )
+
+
+def test_a_request_that_fits_exactly(tiny: Path) -> None:
+    limit = 512  # of the checkpoint's positions
+    exact = load(tiny, "float32", max_seq_len=limit)
+    prompt = list(range(40)) * 12
+    roomy = load(tiny, "float32")
+    for budget in (limit - len(prompt), 1):
+        for mode in ("ar", "diffusion"):
+            tokens = exact.generate(prompt, budget, mode=mode).tokens
+            assert len(tokens) == budget
+            assert tokens == roomy.generate(prompt, budget, mode=mode).tokens
+    with pytest.raises(
+        PromptError, match=rf"480 tokens \+ max_new_tokens 33 = 513, over .* {limit}"
+    ):
+        exact.generate(prompt, limit - len(prompt) + 1)
+
+
+def test_slots_do_not_see_each_other(tiny: Path) -> None:
+    """More prompts than slots, lengths and budgets apart: each text is that of a run alone."""
+    prompts = [[i + 1] * (1 + 17 * i % 70) for i in range(7)]
+    alone = load(tiny)
+    many = load(tiny, slots=4)
+    for mode in ("ar", "diffusion"):
+        expected = [alone.generate(prompt, 30, mode=mode).tokens for prompt in prompts]
+        assert [r.tokens for r in many.generate(prompts, 30, mode=mode)] == expected
+
+
+def test_a_done_slot_does_not_move(tiny: Path) -> None:
+    many = load(tiny, slots=3)
+    runner = many._runner
+    runner.prefill([1, 2, 3], 0, limit=5)
+    runner.prefill([4], 2, limit=100)
+    for _ in range(8):
+        cycle = runner.cycle(drafting=True)
+    assert cycle.done == [True, True, False]
+    before = [t.clone() for t in (runner.state.length, runner.state.anchor, runner.state.tokens)]
+    assert runner.cycle(drafting=True).tokens[:2] == [[], []]
+    after = (runner.state.length, runner.state.anchor, runner.state.tokens)
+    assert all(torch.equal(a[:2], b[:2]) for a, b in zip(after, before, strict=True))
+    assert int(runner.state.length[0]) + 1 == 5
+
+
+def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
+    """Where this machine's products treat all rows alike, so does the whole pass, to the bit."""
+    directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
+    both = load(directory, "float32", max_seq_len=200)
+    if not rows_are_alike(both):
+        pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
+    rows = []
+    for mode in ("ar", "diffusion"):
+        result = both.generate([1, 2, 3], 150, mode=mode)
+        assert mode == "ar" or max(result.stats.accepted) > 1
+        rows.append([tensor.clone() for layer in range(2) for tensor in committed(both, layer)])
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+
+
+def rows_are_alike(decoder: Decoder) -> bool:
+    model = decoder._runner.model
+    for weight in {p for p in model.parameters() if p.dim() == 2}:
+        x = torch.randn(1, weight.shape[1]).expand(16, -1).contiguous()
+        out = x @ weight.T
+        if not torch.equal(out, out[:1].expand_as(out).contiguous()):
+            return False
+    return True
+
+
+def test_stream_gives_what_generate_gives(decoder: Decoder) -> None:
+    whole = decoder.generate([5, 6, 7], 50)
+    chunks = list(decoder.stream([5, 6, 7], 50))
+    assert [t for chunk in chunks for t in chunk.tokens] == whole.tokens
+    assert len(chunks) == whole.stats.cycles + 1
+    assert chunks[0].n_accepted == 0
+    assert [chunk.n_accepted for chunk in chunks[1:]] == list(whole.stats.accepted)
+    assert all(len(chunk.pieces) == len(chunk.tokens) for chunk in chunks)
+    assert whole.stats.tokens_per_cycle == pytest.approx(
+        (len(whole.tokens) - 1) / whole.stats.cycles
+    )
+
+
+def test_a_dropped_stream_leaves_the_decoder_usable(decoder: Decoder) -> None:
+    expected = decoder.generate([9, 9], 30).tokens
+    stream = decoder.stream([1, 2], 60)
+    next(stream)
+    next(stream)
+    partial = stream.result
+    assert partial.finish_reason is None
+    assert len(partial.tokens) >= 2
+    with pytest.raises(BusyError):
+        decoder.generate([9, 9], 30)
+    with pytest.raises(BusyError):
+        decoder.next_logits([9, 9])
+    del stream
+    assert decoder.generate([9, 9], 30).tokens == expected
+    closed = decoder.stream([1, 2], 60)
+    next(closed)
+    closed.close()
+    assert decoder.generate([9, 9], 30).tokens == expected
+    unstarted = decoder.stream([1, 2], 60)
+    assert decoder.generate([9, 9], 30).tokens == expected
+    assert len(list(unstarted)) > 1
+
+
+def test_several_end_tokens_each_end_the_text(tiny: Path, tmp_path: Path) -> None:
+    free = load(tiny, "float32").generate([5, 6, 7], 40).tokens
+    for index in (0, 1, 7, 23):
+        end = free[index]
+        first = free.index(end)
+        unused = next(t for t in range(60) if t not in free)
+        directory = write_checkpoint(tmp_path / f"{index}", seed=3, eos_token_id=[unused, end])
+        ended = load(directory, "float32")
+        for mode in ("ar", "diffusion"):
+            result = ended.generate([5, 6, 7], 40, mode=mode)
+            assert result.tokens == free[: first + 1]
+            assert result.finish_reason == "eos"
+
+
+def test_a_plain_qwen3_decodes_in_ar_mode_only(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", draft=False, eos_token_id=[])
+    plain = load(directory)
+    tokens, _ = Judge(directory).generate([1, 2], 10, ())
+    assert plain.generate([1, 2], 10, mode="ar").tokens == tokens
+    with pytest.raises(UnsupportedError, match="diffusion.*plain Qwen3.*mode 'ar'"):
+        plain.generate([1, 2], 10)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([], "empty list"),
+        ([-1], "-1 is no id below"),
+        ([10**9], "1000000000 is no id below"),
+        ([True], "True is no id below"),
+        ("text", "no tokenizer.json"),
+        ([{"role": "user", "content": "x"}], "no tokenizer.json"),
+        ((1, 2), "tuple is not a string"),
+        (None, "NoneType is not a string"),
+        (torch.tensor([1]), "Tensor is not a string"),
+    ],
+)
+def test_bad_prompts_are_typed_errors(decoder: Decoder, prompt: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        decoder.generate(prompt)
+    with pytest.raises(PromptError, match=message.replace("empty list", "empty")):
+        decoder.stream(prompt)
+
+
+def test_one_bad_prompt_in_a_list_fails_alone(decoder: Decoder) -> None:
+    results = decoder.generate([[1, 2], [], [10**6], [3]], 5)
+    assert [r.finish_reason for r in results] == ["length", "error", "error", "length"]
+    assert results[1].error == "prompt: empty; it needs at least one token"
+    assert "1000000 is no id" in results[2].error
+    assert results[3].tokens == decoder.generate([3], 5).tokens
+    assert all(
+        r.error == "prompt: empty; it needs at least one token" for r in decoder.generate([[], []])
+    )
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "8", True, None])
+def test_bad_budgets_are_typed_errors(decoder: Decoder, budget: Any) -> None:
+    with pytest.raises(RequestError, match="max_new_tokens"):
+        decoder.generate([1], budget)
+
+
+def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
+    with pytest.raises(RequestError, match="mode: 'greedy'"):
+        decoder.generate([1], mode="greedy")
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.7},
+        {"top_k": 20},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"stop": ("x",)},
+        {"logprobs": True},
+    ]
+    for setting in settings:
+        with pytest.raises(UnsupportedError, match=next(iter(setting))):
+            decoder.generate([1], sampling=SamplingParams(**setting))
+    assert decoder.generate([1], 3, SamplingParams(seed=7)).seed == 7
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "tpu"}, "device"),
+        ({"device": "mps"}, "device 'mps' is not supported"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
+        ({"dtype": torch.int8}, "dtype: torch.int8"),
+        ({"max_seq_len": 1}, "max_seq_len: 1 is not within"),
+        ({"max_seq_len": 10**9}, "max_seq_len: 1000000000 is not within 2 … 512"),
+        ({"slots": 0}, "slots: 0"),
+        ({"slots": 10**9}, "needs weights .* KV cache .*lower max_seq_len or slots"),
+        ({"runner": "graph"}, "runner 'graph' is not implemented yet"),
+        ({"runner": "compiled"}, "runner 'compiled' is not implemented yet"),
+        ({"runner": "fast"}, "runner: 'fast'"),
+        ({"attention": "flash"}, "attention 'flash' is not implemented yet"),
+        ({"compile_mode": "max-autotune"}, "compile_mode 'max-autotune'"),
+    ],
+)
+def test_bad_arguments_of_load(tiny: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        orthrus_fast.load(tiny, **{"device": "cpu", **options})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_cuda_device(tiny: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no CUDA device is available"):
+        orthrus_fast.load(tiny, device="cuda")
+
+
+def test_load_and_decoding_leave_torch_as_they_found_it(tiny: Path) -> None:
+    torch.manual_seed(11)
+    torch.set_default_dtype(torch.float64)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        before = torch.get_rng_state()
+        one = load(tiny, "float32")
+        tokens = one.generate([1, 2, 3], 20).tokens
+        with torch.autocast("cpu", torch.bfloat16):
+            assert one.generate([1, 2, 3], 20).tokens == tokens
+            assert torch.is_autocast_enabled("cpu")
+        for _ in one.stream([1], 5):
+            assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert load(tiny, "float32").generate([1, 2, 3], 20).tokens == tokens
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_decodes_the_same_in_both_modes(tmp_path: Path, dtype: str) -> None:
+    directory = write_checkpoint(tmp_path / "model", seed=8, block_size=16, eos_token_id=[])
+    half = load(directory, dtype)
+    ar, diffusion = (half.generate([4, 5], 100, mode=mode) for mode in ("ar", "diffusion"))
+    assert ar.tokens == diffusion.tokens
+    assert len(ar.tokens) == 100

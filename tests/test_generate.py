@@ -1,0 +1,466 @@
+"""The command line as a user meets it: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+import generate
+import orthrus_fast
+from orthrus_fast import Chunk
+from tests.checkpoints import write_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a byte tokenizer and no chat template."""
+    directory = tmp_path_factory.mktemp("raw") / "model"
+    return write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
+    (directory / "chat_template.jinja").write_text(CHAT)
+    return directory
+
+
+class Run(SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Run:
+    """generate.py in this process, on the CPU."""
+    try:
+        code = generate.main([str(a) for a in arguments] + ["--device", "cpu"])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    return Run(code=code, out=captured.out, err=captured.err)
+
+
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """generate.py as its own process, from another directory."""
+    line = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    options = {"stdin": subprocess.DEVNULL, "cwd": "/", "timeout": 120, **options}
+    if "input" in options:
+        del options["stdin"]
+    return subprocess.run(line, capture_output=True, check=False, **options)
+
+
+# What good input gets.
+
+
+def test_text_goes_out_and_one_line_of_facts_to_standard_error(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = run(capsys, "--checkpoint", raw, "--prompt", "hello", "--max-new-tokens", 20)
+    expected = orthrus_fast.load(raw, device="cpu").generate("hello", 20)
+    assert got.code == 0
+    assert got.out == expected.text + "\n"
+    facts, budget = got.err.strip().splitlines()[-2:]
+    cycles = expected.stats.cycles
+    assert re.fullmatch(
+        rf"20 tokens · {19 / cycles:.2f} tokens per cycle in {cycles} cycles · [\d.]+ tokens/s · "
+        r"first token after [\d.]+ s · diffusion on cpu \(float32, eager\)",
+        facts,
+    )
+    assert budget == "the budget of 20 tokens ended the text; --max-new-tokens raises it"
+
+
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["text", "tokens", "finish_reason", "seed", "stats", "configuration", "check"],
+    "properties": {
+        "text": {"type": "string"},
+        "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "finish_reason": {"enum": ["eos", "length", "stop", "error", None]},
+        "seed": {"type": ["integer", "null"]},
+        "check": {"type": ["object", "null"], "required": ["identical"]},
+        "stats": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": [
+                "prompt_tokens",
+                "cycles",
+                "tokens_per_cycle",
+                "accepted",
+                "time_to_first_token",
+                "seconds",
+                "tokens_per_second",
+            ],
+            "properties": {
+                "prompt_tokens": {"type": "integer", "minimum": 1},
+                "cycles": {"type": "integer", "minimum": 0},
+                "tokens_per_cycle": {"type": ["number", "null"]},
+                "accepted": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                "time_to_first_token": {"type": "number", "exclusiveMinimum": 0},
+                "seconds": {"type": "number", "exclusiveMinimum": 0},
+                "tokens_per_second": {"type": ["number", "null"]},
+            },
+        },
+        "configuration": {
+            "type": "object",
+            "required": [
+                "checkpoint",
+                "hardware",
+                "torch",
+                "dtype",
+                "runner",
+                "attention",
+                "slots",
+                "block_size",
+                "max_seq_len",
+                "mode",
+            ],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+@pytest.mark.parametrize("budget", [1, 9])
+def test_json_is_one_object_of_the_promised_form(
+    raw: Path, capsys: pytest.CaptureFixture[str], mode: str, budget: int
+) -> None:
+    arguments = ("--prompt", "hello", "--json", "--check", "--seed", 5, "--mode", mode)
+    got = run(capsys, "--checkpoint", raw, "--max-new-tokens", budget, *arguments)
+    assert got.code == 0
+    result = json.loads(got.out)
+    jsonschema.validate(result, SCHEMA)
+    assert len(result["tokens"]) == budget
+    assert result["stats"]["cycles"] == 0 if budget == 1 else result["stats"]["cycles"] > 0
+    assert (result["seed"], result["configuration"]["mode"]) == (5, mode)
+    assert result["check"] == {"identical": True}
+
+
+def test_chat_template_system_message_and_thinking_reach_the_model(
+    chat: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prompt(*arguments: object) -> str:
+        prompts: list[list[int]] = []
+        stream = orthrus_fast.Decoder.stream
+
+        def spy(self: Any, ids: list[int], *rest: Any) -> Any:
+            prompts.append(ids)
+            return stream(self, ids, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(orthrus_fast.Decoder, "stream", spy)
+            line = ("--checkpoint", chat, "--prompt", "hi", "--max-new-tokens", 1, *arguments)
+            assert run(capsys, *line).code == 0
+        return bytes(prompts[0]).decode()
+
+    assert prompt() == "<user>hi</user><assistant>"
+    assert prompt("--system", "be brief").startswith("<system>be brief</system><user>")
+    assert prompt("--system", "") == "<system></system><user>hi</user><assistant>"
+    assert prompt("--thinking").endswith("<assistant>[thinking True]")
+    assert prompt("--no-thinking").endswith("<assistant>[thinking False]")
+    assert prompt("--raw") == "hi"
+
+
+def test_check_tells_a_difference_and_exits_1(
+    raw: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_too_long = orthrus_fast.steps.accept  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        orthrus_fast.steps,  # type: ignore[attr-defined]
+        "accept",
+        lambda block, target: (one_too_long(block, target) + 1).clamp(max=block.shape[1] - 1),
+    )
+    line = ("--checkpoint", raw, "--prompt", "hello", "--check", "--max-new-tokens", 60)
+    got = run(capsys, *line)
+    assert got.code == 1
+    assert re.search(
+        r"check: DIFFERENT from token \d+: ar \[\d+\], diffusion \[\d+\]; "
+        r"the two best logits there are \[\d+, \d+\], [\d.e-]+ apart",
+        got.err,
+    )
+
+
+def test_info_says_what_a_checkpoint_is_and_needs(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = run(capsys, "--checkpoint", raw, "--info")
+    assert got.code == 0
+    for fact in ("autoregressive and draft", "block size        8", "272, tied: yes", "KV cache"):
+        assert fact in got.out
+
+
+def test_blocks_are_marked_and_joined_are_the_text() -> None:
+    chunk = Chunk([1, 2, 3], ["a", "b", "c"], 2)
+    assert generate.render(chunk, False, True) == "abc"
+    assert generate.render(chunk, True, True) == "\x1b[32mab\x1b[0mc"
+    assert generate.render(chunk, True, False) == "⟨ab⟩c"
+    assert generate.render(Chunk([1], ["a"], 0), True, False) == "a"
+
+
+def test_control_characters_are_escaped_on_a_terminal_only() -> None:
+    text = "a\x1b[31m\x07\x9b[bold]\r\tb\nc\x7f é 👩‍👩‍👧"
+    assert generate.printable(text, False) == text
+    assert generate.printable(text, True) == ("a\\x1b[31m\\x07\\x9b[bold]\\r\tb\nc\\x7f é 👩‍👩‍👧")
+
+
+# As its own process.
+
+
+def test_help_and_version_need_no_torch() -> None:
+    code = "import sys, generate; generate.build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    assert b"--show-blocks" in command("--help").stdout
+    assert command("--version").stdout.decode() == f"orthrus-fast {orthrus_fast.__version__}\n"
+
+
+def test_the_prompt_may_come_from_standard_input(raw: Path) -> None:
+    line = ("--checkpoint", raw, "--max-new-tokens", 8, "--json")
+    piped = command(*line, input="naïve 中".encode())
+    given = command(*line, "--prompt", "naïve 中")
+    dash = command(*line, "--prompt", "-", input="naïve 中".encode())
+    tokens = [json.loads(got.stdout)["tokens"] for got in (piped, given, dash)]
+    assert tokens[0] == tokens[1] == tokens[2]
+    bad = command(*line, input=b"abc\xff")
+    assert (bad.returncode, bad.stdout) == (2, b"")
+    assert bad.stderr == b"error: standard input: not valid UTF-8 at byte 3\n"
+    empty = command(*line, input=b"")
+    assert (empty.returncode, empty.stderr.splitlines()[-1][:20]) == (2, b"error: prompt: empty")
+    none = command(*line)
+    assert (none.returncode, b"none given" in none.stderr) == (2, True)
+
+
+def test_interactive_remembers_turns_and_survives_a_turn_that_is_too_long(chat: Path) -> None:
+    line = ("--checkpoint", chat, "--interactive", "--max-new-tokens", 8, "--max-seq-len", 120)
+    turns = f"one\n\n{'x' * 200}\ntwo\n"
+    got = command(*line, input=turns.encode())
+    assert got.returncode == 0
+    assert got.stderr.count(b"8 tokens \xc2\xb7") == 2
+    assert got.stderr.count(b"error: prompt:") == 1
+    decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=120)
+    first = decoder.generate([{"role": "user", "content": "one"}], 8).text
+    messages = [("user", "one"), ("assistant", first), ("user", "two")]
+    second = decoder.generate([{"role": r, "content": c} for r, c in messages], 8).text
+    assert got.stdout.decode() == f"{first}\n{second}\n"
+
+
+def test_ctrl_c_keeps_what_was_written(raw: Path) -> None:
+    line = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(raw), "--device", "cpu"]
+    line += ["--prompt", "hello", "--mode", "ar", "--max-new-tokens", "500"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        first = process.stdout.read(1)  # the text has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first and out.endswith(b"\n")
+    assert b"interrupted: the text above is what was written so far" in err
+    assert b"Traceback" not in err
+
+
+def test_ctrl_c_before_the_text_leaves_no_traceback(raw: Path) -> None:
+    line = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(raw), "--prompt", "-"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(1)  # it waits for the prompt now, or is still starting: both must be quiet
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode != 130 or err.decode().splitlines()[-1:] == ["interrupted"]
+
+
+def test_a_reader_that_leaves_is_no_error(raw: Path) -> None:
+    line = f"{sys.executable} {ROOT}/generate.py --checkpoint {raw} --prompt x --json | head -c 1"
+    got = subprocess.run(line, shell=True, capture_output=True, timeout=60, check=False)
+    assert b"Traceback" not in got.stderr
+    assert b"Exception" not in got.stderr
+
+
+def test_on_a_terminal_blocks_are_coloured_and_controls_escaped(raw: Path) -> None:
+    master, terminal = pty.openpty()
+    line = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(raw), "--show-blocks"]
+    line += ["--prompt", "hello", "--max-new-tokens", "40", "--device", "cpu"]
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    process = subprocess.Popen(line, stdout=terminal, stderr=subprocess.PIPE, env=environment)
+    process.communicate(timeout=60)
+    os.close(terminal)
+    written = b""
+    while part := read_terminal(master):
+        written += part
+    os.close(master)
+    decoder = orthrus_fast.load(raw, device="cpu")
+    chunks = list(decoder.stream("hello", 40))
+    assert any(chunk.n_accepted for chunk in chunks)
+    expected = "".join(generate.render(chunk, True, True) for chunk in chunks) + "\n"
+    assert written.decode() == expected.replace("\n", "\r\n")
+
+
+def read_terminal(master: int) -> bytes:
+    try:
+        return os.read(master, 4096)
+    except OSError:  # Linux says so when the other end is closed
+        return b""
+
+
+# What bad input gets: one line, exit code 2, no traceback, nothing on standard output.
+
+
+def assert_refused(got: Run, *parts: str) -> None:
+    lines = [line for line in got.err.splitlines() if not line.startswith("downloading")]
+    assert got.code == 2, got
+    assert got.out == ""
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error") for line in lines) == 1
+    assert "Traceback" not in got.err
+    for part in parts:
+        assert part in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--nonsense"], ["--nonsense"]),
+        (["--mode", "fast"], ["--mode", "fast"]),
+        (["--max-new-tokens", "many"], ["--max-new-tokens"]),
+        (["--max-new-tokens", 0], ["max_new_tokens: 0 is below 1"]),
+        (["--max-new-tokens", -5], ["max_new_tokens: -5"]),
+        (["--max-new-tokens", 10**6], ["max_new_tokens 1000000", "max_seq_len 512"]),
+        (["--max-seq-len", 10**6], ["max_seq_len: 1000000", "512"]),
+        (["--prompt", ""], ["prompt: empty"]),
+        (["--prompt", "x" * 600], ["600 tokens + max_new_tokens 256"]),
+        (["--prompt", "bad \udcff byte"], ["surrogate"]),
+        (["--temperature", "0.7"], ["temperature=0.7 is not implemented yet"]),
+        (["--top-k", "3"], ["top_k=3"]),
+        (["--top-p", "0.5"], ["top_p=0.5"]),
+        (["--dtype", "int4"], ["dtype: 'int4'"]),
+        (["--runner", "graph"], ["runner 'graph'"]),
+        (["--attention", "flash"], ["attention 'flash'"]),
+        (["--revision", "main"], ["revision 'main'"]),
+        (["--system", "x"], ["--system", "no chat template"]),
+        (["--no-thinking"], ["--thinking", "no chat template"]),
+        (["--system", "x", "--raw"], ["--system does not go with --raw"]),
+        (["--interactive"], ["--interactive does not go with --prompt"]),
+        (["--json", "--show-blocks"], ["--show-blocks does not go with --json"]),
+    ],
+)
+def test_bad_flags(
+    raw: Path, capsys: pytest.CaptureFixture[str], arguments: list[object], parts: list[str]
+) -> None:
+    got = run(capsys, "--checkpoint", raw, "--prompt", "x", *arguments)
+    assert_refused(got, *parts)
+
+
+@pytest.mark.parametrize("device", ["tpu", "mps", "cuda:99"])
+def test_devices_that_are_not_there(raw: Path, device: str) -> None:
+    got = command("--checkpoint", raw, "--prompt", "x", "--device", device)
+    assert (got.returncode, got.stdout) == (2, b"")
+    assert got.stderr.decode().startswith("error: device")
+
+
+def break_checkpoint(directory: Path, kind: str) -> None:
+    """Damage a good checkpoint in one way."""
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    fields = json.loads(config.read_text())
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "not finite":
+        write_checkpoint(directory, seed=3, tokenizer=True, dtype=torch.float32)
+        spoil(weights)
+    elif kind == "pickled":
+        weights.unlink()
+        (directory / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    elif kind == "template":
+        (directory / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    elif kind == "internals":
+        text = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+        (directory / "chat_template.jinja").write_text(text)
+    elif kind == "config gone":
+        config.unlink()
+    else:
+        name, value = kind.split("=")
+        fields[name] = json.loads(value)
+        config.write_text(json.dumps(fields))
+
+
+def spoil(weights: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "kind, parts",
+    [
+        ("truncated", ["model.safetensors"]),
+        ("not finite", ["model.layers.1.mlp.up_proj.weight", "not finite"]),
+        ("pickled", ["pytorch_model.bin", "pickle"]),
+        ("template", ["no system role"]),
+        ("internals", ["chat"]),
+        ("config gone", ["config.json"]),
+        ('model_type="llama"', ["config.json", "model_type", "llama"]),
+        ("attention_bias=true", ["attention_bias"]),
+        ("use_sliding_window=true", ["use_sliding_window"]),
+        ('quantization_config={"bits": 4}', ["quantization_config"]),
+        ('hidden_act="gelu"', ["hidden_act"]),
+        ('rope_parameters={"rope_theta": 1e4, "rope_type": "llama3"}', ["rope_type", "llama3"]),
+        ("block_size=null", ["block_size"]),
+        ("block_size=1", ["block_size"]),
+        ("mask_token_id=null", ["mask_token_id"]),
+        ("mask_token_id=272", ["mask_token_id"]),
+        ("num_hidden_layers=3", ["missing"]),
+        ("num_hidden_layers=1", ["model.layers.1."]),
+        ("intermediate_size=1000000", ["instead of [1000000"]),
+        ("logit_scale=2.0", ["logit_scale"]),
+    ],
+)
+def test_bad_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, parts: list[str]
+) -> None:
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
+    break_checkpoint(directory, kind)
+    assert_refused(run(capsys, "--checkpoint", directory, "--prompt", "x"), *parts)
+
+
+def test_a_missing_directory_and_a_missing_repository(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(run(capsys, "--checkpoint", tmp_path / "nope", "--prompt", "x"), "nope")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    got = command("--checkpoint", "nobody/nothing", "--prompt", "x", env=environment)
+    assert (got.returncode, got.stdout) == (2, b"")
+    assert got.stderr.decode().splitlines()[-1].startswith("error: nobody/nothing")
+
+
+def test_a_plain_qwen3_asked_for_diffusion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_checkpoint(tmp_path / "model", draft=False, tokenizer=True)
+    line = ("--checkpoint", plain, "--prompt", "x", "--max-new-tokens", 4)
+    assert_refused(run(capsys, *line), "plain Qwen3", "mode 'ar'")
+    assert run(capsys, *line, "--mode", "ar").code == 0
+
+
+def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(run(capsys, "--checkpoint", raw, "--interactive"), "no chat template")

@@ -1,0 +1,100 @@
+"""The steps of a cycle against plain Python, slot by slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_fast import steps
+
+
+def make_state(lengths: list[int], limits: list[int], done: list[bool]) -> steps.State:
+    state = steps.State.create(len(lengths), 64, torch.device("cpu"))
+    state.length.copy_(torch.tensor(lengths))
+    state.limit.copy_(torch.tensor(limits))
+    state.done.copy_(torch.tensor(done))
+    state.anchor.copy_(torch.arange(100, 100 + len(lengths)))
+    state.tokens.copy_(torch.arange(64).expand(len(lengths), -1) + 1000)
+    return state
+
+
+@given(st.data())
+def test_accept_is_the_length_of_the_agreeing_prefix(data: st.DataObject) -> None:
+    width = data.draw(st.integers(2, 8))
+    row = st.lists(st.integers(0, 2), min_size=width, max_size=width)
+    block = data.draw(st.lists(row, min_size=1, max_size=4))
+    target = data.draw(st.lists(row, min_size=len(block), max_size=len(block)))
+    expected = []
+    for proposal, wanted in zip(block, target, strict=True):
+        n_accepted = 0
+        while n_accepted < width - 1 and proposal[n_accepted + 1] == wanted[n_accepted]:
+            n_accepted += 1
+        expected.append(n_accepted)
+    assert steps.accept(torch.tensor(block), torch.tensor(target)).tolist() == expected
+
+
+@given(st.data())
+def test_commit_moves_each_slot_as_a_plain_loop_does(data: st.DataObject) -> None:
+    n_slots, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=n_slots, max_size=n_slots))
+    rooms = data.draw(st.lists(st.integers(1, 8), min_size=n_slots, max_size=n_slots))
+    done = data.draw(st.lists(st.booleans(), min_size=n_slots, max_size=n_slots))
+    accepted = data.draw(st.lists(st.integers(0, width - 1), min_size=n_slots, max_size=n_slots))
+    row = st.lists(st.integers(0, 9), min_size=width, max_size=width)
+    target = data.draw(st.lists(row, min_size=n_slots, max_size=n_slots))
+    eos = data.draw(st.lists(st.integers(0, 9), max_size=3, unique=True))
+    limits = [length + 1 + room for length, room in zip(lengths, rooms, strict=True)]
+    state = make_state(lengths, limits, done)
+    before = state.tokens.clone()
+
+    n_new = steps.commit(
+        state, torch.tensor(target), torch.tensor(accepted), torch.tensor(eos, dtype=torch.int64)
+    )
+
+    for slot in range(n_slots):
+        emitted: list[int] = []
+        ended = done[slot]
+        for token in target[slot][: accepted[slot] + 1]:
+            if ended:
+                break
+            emitted.append(token)
+            ended = token in eos or lengths[slot] + 1 + len(emitted) >= limits[slot]
+        end = lengths[slot] + 1 + len(emitted)
+        assert int(n_new[slot]) == len(emitted)
+        assert int(state.length[slot]) == lengths[slot] + len(emitted)
+        assert int(state.anchor[slot]) == (emitted[-1] if emitted else 100 + slot)
+        assert bool(state.done[slot]) == ended
+        assert state.tokens[slot, lengths[slot] + 1 : end].tolist() == emitted
+        assert torch.equal(state.tokens[slot, end:], before[slot, end:])
+        assert torch.equal(
+            state.tokens[slot, : lengths[slot] + 1], before[slot, : lengths[slot] + 1]
+        )
+
+
+@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 511, 512, 513, 1024, 1100])
+def test_prefill_chunks_cover_the_prompt_once_and_fit_the_cache(n_tokens: int) -> None:
+    chunks = list(steps.prefill_chunks(n_tokens))
+    assert [i for begin, end, _ in chunks for i in range(begin, end)] == list(range(n_tokens))
+    for begin, end, width in chunks:
+        assert begin % steps.PREFILL_CHUNK == 0
+        assert end - begin <= width <= steps.PREFILL_CHUNK
+        assert width % steps.PREFILL_MULTIPLE == 0
+        assert begin + width <= steps.cache_rows(n_tokens + 1, 2)
+
+
+@given(st.integers(2, 5000), st.integers(1, 128))
+def test_a_block_at_the_very_end_fits_the_cache(max_seq_len: int, block_size: int) -> None:
+    last_length = max_seq_len - 1  # the anchor is the last token that fits
+    assert last_length + block_size < steps.cache_rows(max_seq_len, block_size)
+
+
+def test_open_slot_ends_at_once_by_budget_or_end_token() -> None:
+    state = make_state([0, 0, 0], [1, 1, 1], [True, True, True])
+    prompt, eos = torch.tensor([5, 6]), torch.tensor([9])
+    for slot, (first, limit) in enumerate([(7, 3), (9, 10), (7, 4)]):
+        steps.open_slot(state, slot, prompt, torch.tensor(first), limit, eos)
+    assert state.done.tolist() == [True, True, False]
+    assert state.tokens[2, :3].tolist() == [5, 6, 7]
+    assert (state.length.tolist(), state.anchor.tolist()) == ([2, 2, 2], [7, 9, 7])
