@@ -199,6 +199,11 @@ def encode_chat(
     decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
 ) -> list[int]:
     assert decoder.tokenizer is not None
+    template = decoder.tokenizer.chat_template
+    if args.thinking is not None and not template.mentions("enable_thinking"):
+        raise RequestError(
+            f"--thinking: the template of {decoder.checkpoint.name} has no such mode"
+        )
     return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
 
 

@@ -123,20 +123,25 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path}: {size} bytes of JSON, over the limit of {MAX_JSON_BYTES}"
-            )
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse_constant)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        content = read_bytes(path, MAX_JSON_BYTES).decode("utf-8")
+        return json.loads(content, parse_constant=refuse_constant)
     except RecursionError:
         raise CheckpointError(f"{path}: JSON is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file's content. Raises CheckpointError where there is none, or too much of it."""
+    try:
+        if not path.is_file():  # reading a FIFO would wait for ever
+            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'file not found'}")
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes, over the limit of {limit}")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_config(directory: Path) -> ModelConfig:

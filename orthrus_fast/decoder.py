@@ -100,10 +100,6 @@ class EagerRunner:
         device = state.tokens.device
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
 
-    def reset(self) -> None:
-        """Leave every slot idle, whatever a request that was dropped half-way left in it."""
-        self.state.done.fill_(True)
-
     @torch.inference_mode()
     def logits(self, prompt: list[int], slot: int) -> Tensor:
         """Logits [V] after ``prompt``, which is prefilled into ``slot``."""
@@ -297,10 +293,10 @@ class Decoder:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
+        """One call at a time. A slot that a dropped call left open is simply opened anew."""
         if not self._lock.acquire(blocking=False):
             raise BusyError("this decoder is serving another call; finish or close that one first")
         try:
-            self._runner.reset()
             yield
         finally:
             self._lock.release()

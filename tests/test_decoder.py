@@ -88,6 +88,7 @@ def test_both_modes_decode_what_the_judge_decodes(case: dict[str, Any]) -> None:
             assert result.tokens == expected, mode
             assert result.finish_reason == ("eos" if expected[-1] in eos else "length")
             assert result.stats.cycles <= len(expected) - 1
+            assert mode == "diffusion" or result.stats.accepted == (0,) * (len(expected) - 1)
             for layer in range(judge.n_layers):
                 k, v = committed(exact, layer)
                 assert len(k) == len(prompt) + len(expected) - 1

@@ -462,5 +462,14 @@ def test_a_plain_qwen3_asked_for_diffusion(
     assert run(capsys, *line, "--mode", "ar").code == 0
 
 
+def test_thinking_with_a_template_that_knows_nothing_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    line = ("--checkpoint", directory, "--prompt", "x", "--no-thinking")
+    assert_refused(run(capsys, *line), "--thinking", "no such mode")
+
+
 def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_refused(run(capsys, "--checkpoint", raw, "--interactive"), "no chat template")
