@@ -259,6 +259,22 @@ def test_stream_gives_what_generate_gives(decoder: Decoder) -> None:
     )
 
 
+def test_pieces_joined_are_the_text_wherever_the_budget_cuts(tmp_path: Path) -> None:
+    """Random bytes are hardly ever whole characters: they span tokens, cycles and the end."""
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True, eos_token_id=[])
+    decoder = load(directory, "float32")
+    assert decoder.tokenizer is not None
+    held_back = 0
+    for budget in range(1, 60):
+        chunks = list(decoder.stream("日本", budget))
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        text = "".join(chunk.text for chunk in chunks)
+        assert text == decoder.tokenizer.decode(tokens) == decoder.generate("日本", budget).text
+        detokenizer = decoder.tokenizer.detokenizer()
+        held_back += text != "".join(detokenizer.push(token) for token in tokens)
+    assert held_back > 0
+
+
 def test_a_dropped_stream_leaves_the_decoder_usable(decoder: Decoder) -> None:
     expected = decoder.generate([9, 9], 30).tokens
     stream = decoder.stream([1, 2], 60)

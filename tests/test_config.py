@@ -1,0 +1,385 @@
+"""config.json and generation_config.json: a field is understood, harmless, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthrus_fast.config import ModelConfig, RopeConfig, parse_config, read_config, read_json
+from orthrus_fast.errors import CheckpointError, ConfigError
+from orthrus_fast.model import rope_table
+from tests.checkpoints import TINY, tiny_config
+
+CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+
+
+def refusal(fields: dict[str, Any], generation: dict[str, Any] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(fields, generation, "somewhere/config.json")
+    message = str(caught.value)
+    assert message.startswith("somewhere/") and message.isprintable() and len(message) < 400
+    return message
+
+
+def with_rope(**rope: Any) -> dict[str, Any]:
+    return tiny_config(rope_parameters={"rope_theta": 1e4, **rope})
+
+
+# What a config says
+
+
+def test_every_field_arrives() -> None:
+    fields = tiny_config(dtype="bfloat16") | {"eos_token_id": [9, 3, 9]}
+    generation = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
+    assert parse_config(fields, generation) == ModelConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=48,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rope=RopeConfig(theta=10000.0),
+        dtype="bfloat16",
+        block_size=8,
+        mask_token_id=257,
+        eos_token_ids=(3, 9),
+        sampling_defaults=(("temperature", 0.6), ("top_k", 20.0), ("top_p", 0.95)),
+    )
+
+
+def test_defaults_of_absent_fields() -> None:
+    fields = tiny_config(draft=False)
+    for name in ("num_key_value_heads", "head_dim", "tie_word_embeddings", "eos_token_id"):
+        del fields[name]
+    config = parse_config(fields)
+    assert (config.n_kv_heads, config.head_dim, config.eos_token_ids) == (4, 8, ())
+    assert config.tie_word_embeddings is False and config.dtype == "float32"
+    assert not config.has_draft_view and config.mask_token_id is None
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.json")))
+def test_public_configs_are_understood(name: str) -> None:
+    config = parse_config(json.loads((CONFIGS / name).read_text()), source=name)
+    assert config.dtype == "bfloat16" and config.rope.theta == 1e6 and config.head_dim == 128
+    assert config.has_draft_view == name.startswith("orthrus")
+    assert config.block_size == (32 if config.has_draft_view else None)
+    assert config.mask_token_id == (151669 if config.has_draft_view else None)
+    assert config.rope.type == ("yarn" if "yarn" in name else "default")
+
+
+@pytest.mark.parametrize("name", ["orthrus-1.7b", "qwen3-8b-yarn"])
+def test_older_rope_fields_mean_the_same(name: str) -> None:
+    old, new = (json.loads((CONFIGS / f"{name}{s}.json").read_text()) for s in ("-older", ""))
+    assert parse_config(old) == parse_config(new)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "orthrus"])
+@pytest.mark.parametrize("architecture", ["OrthrusLM", None])
+def test_either_name_makes_an_orthrus(model_type: str, architecture: str | None) -> None:
+    architectures = [architecture] if architecture else None
+    fields = tiny_config(model_type=model_type, architectures=architectures)
+    assert parse_config(fields).block_size == 8
+
+
+def test_generation_config_decides_the_end_of_sequence() -> None:
+    assert parse_config(tiny_config(), {"eos_token_id": [5, 7]}).eos_token_ids == (5, 7)
+    assert parse_config(tiny_config(), {"eos_token_id": 0}).eos_token_ids == (0,)
+    assert parse_config(tiny_config(), {"eos_token_id": None}).eos_token_ids == (256,)
+
+
+def test_older_dtype_field() -> None:
+    assert parse_config(tiny_config(torch_dtype="float16")).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "name", ["r", "lora_alpha", "use_cache", "transformers_version", "auto_map"]
+)
+def test_fields_without_effect_are_accepted(name: str) -> None:
+    assert parse_config(tiny_config(**{name: 1})) == parse_config(tiny_config())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "block_size",
+        "mask_token_id",
+    ],
+)
+def test_a_needed_field_that_is_absent(name: str) -> None:
+    assert refusal(tiny_config(**{name: None})) == f"somewhere/config.json: {name}: absent"
+
+
+@pytest.mark.parametrize("names", [("model_type", "orthrus"), ("architectures", ["OrthrusLM"])])
+def test_an_orthrus_without_both_draft_fields(names: tuple[str, Any]) -> None:
+    fields = tiny_config(draft=False) | dict([names])
+    assert "block_size: absent" in refusal(fields)
+    assert "mask_token_id: absent" in refusal(fields | {"block_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", 1),
+        ("vocab_size", 2**40),
+        ("vocab_size", "272"),
+        ("vocab_size", 272.0),
+        ("vocab_size", True),
+        ("hidden_size", 0),
+        ("hidden_size", 10**4000),
+        ("intermediate_size", -1),
+        ("intermediate_size", 2**30),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", [4]),
+        ("num_key_value_heads", 0),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", 8),
+        ("head_dim", 15),
+        ("head_dim", 0),
+        ("head_dim", 2**20),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", 1.5),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", False),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", 2**31),
+        ("tie_word_embeddings", 1),
+        ("tie_word_embeddings", "true"),
+        ("block_size", 1),
+        ("block_size", 2**11),
+        ("block_size", 8.0),
+        ("mask_token_id", -1),
+        ("mask_token_id", 272),
+        ("dtype", "int8"),
+        ("dtype", "float8_e4m3fn"),
+        ("dtype", ["bfloat16"]),
+        ("eos_token_id", 272),
+        ("eos_token_id", -1),
+        ("eos_token_id", [1, "2"]),
+        ("eos_token_id", True),
+        ("model_type", "llama"),
+        ("model_type", "qwen3_moe"),
+        ("model_type", ["qwen3"]),
+        ("architectures", "OrthrusLM"),
+        ("architectures", ["Qwen3MoeForCausalLM"]),
+        ("architectures", [["OrthrusLM"]]),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("layer_types", 5),
+        ("layer_types", {"full_attention": 1}),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("use_sliding_window", True),
+        ("hidden_act", "gelu"),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}),
+        ("rope_local_base_freq", 1e4),
+        ("some_field_of_tomorrow", 0),
+    ],
+)
+def test_a_field_out_of_range_is_named(name: str, value: Any) -> None:
+    assert f"{name}: " in refusal(tiny_config(**{name: value}))
+
+
+def test_a_field_name_cannot_reach_the_terminal() -> None:
+    assert r"\x1b[2J\n" in refusal(tiny_config() | {"\x1b[2J\n" + "x" * 9999: 1})
+
+
+def test_a_config_without_model_type() -> None:
+    assert "model_type: None is not supported" in refusal(tiny_config(model_type=None))
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_refused_field_at_its_neutral_value(value: Any) -> None:
+    fields = tiny_config() | {
+        "attention_bias": value,
+        "mlp_bias": value,
+        "quantization_config": None,
+    }
+    assert parse_config(fields) == parse_config(tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "rope_type: 'linear'"),
+        ({"rope_type": "llama3"}, "rope_type: 'llama3'"),
+        ({"rope_type": ["yarn"]}, "rope_type: ['yarn']"),
+        ({"type": "dynamic"}, "rope_type: 'dynamic'"),
+        ({"type": "yarn", "rope_type": "default"}, "type: 'yarn' contradicts"),
+        ({"factor": 4.0}, "factor: not known for rope_type 'default'"),
+        ({"rope_type": "yarn", "low_freq_factor": 1}, "low_freq_factor: not known"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_theta": 0}, "rope_theta: 0 is not between"),
+        ({"rope_theta": "1e6"}, "rope_theta: '1e6' is not a number"),
+        ({"rope_type": "yarn", "factor": 0}, "factor: 0 is not between"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor: '4' is not a number"),
+        ({"rope_type": "yarn", "attention_factor": -1}, "attention_factor: -1"),
+        ({"rope_type": "yarn", "beta_slow": 1e-308}, "beta_slow: 1e-308"),
+        ({"rope_type": "yarn", "beta_fast": 1e30}, "beta_fast: 1e+30"),
+        ({"rope_type": "yarn", "mscale": 0}, "mscale: 0"),
+        ({"rope_type": "yarn", "truncate": 1}, "truncate: 1 is not true or false"),
+        (
+            {"rope_type": "yarn", "original_max_position_embeddings": 0},
+            "original_max_position_embeddings: 0",
+        ),
+    ],
+)
+def test_rope_fields_are_refused_by_name(rope: dict[str, Any], expected: str) -> None:
+    assert f"rope_parameters: {expected}" in refusal(with_rope(**rope))
+
+
+def test_rope_forms_that_are_no_objects_or_contradict() -> None:
+    assert "rope_parameters: not an object" in refusal(tiny_config(rope_parameters=[1]))
+    both = tiny_config(rope_scaling={"rope_type": "yarn"})
+    assert "rope_scaling: contradicts rope_parameters" in refusal(both)
+    assert "rope_theta: contradicts rope_parameters" in refusal(tiny_config(rope_theta=5e5))
+    assert parse_config(tiny_config(rope_theta=1e4)) == parse_config(tiny_config())
+    nothing = tiny_config(rope_parameters=None)
+    assert "rope_theta: absent" in refusal(nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"),
+        ("top_k", True),
+        ("top_p", [0.9]),
+        ("temperature", 10**400),
+        ("min_p", float("inf")),
+        ("eos_token_id", 272),
+    ],
+)
+def test_generation_config_errors_name_that_file(name: str, value: Any) -> None:
+    message = refusal(tiny_config(), {name: value})
+    assert message.startswith(f"somewhere/generation_config.json: {name}: ")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*TINY, "rope_scaling", "rope_theta", "layer_types", "dtype"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: (
+                st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+            ),
+            max_leaves=5,
+        ),
+        max_size=4,
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_any_values_parse_or_are_refused(values: dict[str, Any]) -> None:
+    try:
+        parse_config(tiny_config() | values)
+    except ConfigError as error:
+        assert str(error).isprintable()
+
+
+# JSON files that nobody vouches for
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b'{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": -Infinity}', "-Infinity is not JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"\x80\x04\x95", "not valid JSON"),
+        (b'{"a": ' + b"[" * 10**6, "nested too deeply"),
+        (b'{"a": ' + b'{"a": ' * 10**6, "nested too deeply"),
+        (b'{"a": ' + b"9" * 10**5 + b"}", "not valid JSON"),
+    ],
+)
+def test_json_that_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and expected in message and message.isprintable()
+
+
+def test_json_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse: takes no room, and reading it would
+    with pytest.raises(CheckpointError, match="config.json: 1099511627776 bytes, over the limit"):
+        read_json(path)
+
+
+def test_json_that_is_absent_or_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: file not found"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json: not a file"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_no_object(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    assert read_config(tmp_path).vocab_size == 272
+    (tmp_path / name).write_text("[1]")
+    with pytest.raises(ConfigError, match=f"/{name}: not a JSON object"):
+        read_config(tmp_path)
+
+
+# The RoPE tables against transformers, through both forms of the fields
+
+
+YARN: list[dict[str, Any]] = [
+    {"factor": 4.0},
+    {"factor": 4.0, "original_max_position_embeddings": 128},
+    {"factor": 8, "original_max_position_embeddings": 64, "beta_fast": 20, "beta_slow": 2.5},
+    {"factor": 2.0, "attention_factor": 0.7, "truncate": False},
+    {"factor": 3.0, "mscale": 0.7, "mscale_all_dim": 1.3},
+    {"factor": 3.0, "mscale": 0.7},
+    {"factor": 0.5},
+]
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("yarn", [None, *YARN])
+def test_rope_tables_equal_transformers(yarn: dict[str, Any] | None, older: bool) -> None:
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    rope = {"rope_type": "default"} if yarn is None else {"rope_type": "yarn", **yarn}
+    if older:
+        fields = tiny_config(draft=False, rope_parameters=None, rope_theta=5e4, head_dim=64)
+        fields["rope_scaling"] = None if yarn is None else {"type": rope.pop("rope_type"), **rope}
+    else:
+        rope["rope_theta"] = 5e4
+        fields = tiny_config(draft=False, rope_parameters=rope, head_dim=64)
+    theirs = Qwen3RotaryEmbedding(Qwen3Config(**json.loads(json.dumps(fields))))
+    positions = torch.arange(512)[None]
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = theirs(torch.empty(1, dtype=dtype), positions)
+        for table, wanted in zip(
+            rope_table(parse_config(fields), 512, dtype), expected, strict=True
+        ):
+            assert table.dtype == dtype and torch.equal(table, wanted[0])
