@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
-DEFAULT_PROMPT = """Convert this table to JSON, as a list of objects."""
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
@@ -45,6 +44,8 @@ def build_parser() -> Parser:
     add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
     add("--revision", help="branch, tag or commit of a Hub repository")
     add("--prompt", metavar="TEXT", help="'-', or a pipe and no --prompt, reads standard input")
+    demo = "a built-in prompt of the embedded checkpoint (default: records)"
+    add("--demo", choices=("records", "code", "prose"), help=demo)
     add("--system", metavar="TEXT", help="system message; an empty one is sent, too")
     add("--raw", action="store_true", help="complete the prompt as it stands, without a template")
     thinking = "ask the template to let the model think, or not (its default: not given)"
@@ -90,15 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check_combinations(args)
-    prompt = "" if args.info or args.interactive else read_prompt(args)
+    demo = choose_demo(args)
+    prompt = "" if args.info or args.interactive or demo else read_prompt(args)
     if args.info:
         return show_info(args)
     decoder = load_decoder(args)
     if args.interactive:
         return chat(decoder, args)
-    ids = encode(decoder, args, prompt)
+    ids = encode(decoder, args, demo or {"text": prompt})
     result, interrupted = decode(decoder, args, ids)
     report(decoder, args, result, interrupted)
+    if "expected" in demo and not interrupted:
+        equal = as_parsed(result.text) == demo["expected"]
+        print(f"the JSON {'equals' if equal else 'DIFFERS FROM'} the table", file=sys.stderr)
     verdict = None if interrupted or not args.check else check(decoder, args, ids, result)
     if args.json:
         print(json.dumps(as_json(decoder, args, result, verdict), ensure_ascii=False))
@@ -113,6 +118,9 @@ def check_combinations(args: argparse.Namespace) -> None:
         for flag in ("prompt", "json", "check", "raw", "info"):
             if getattr(args, flag):
                 raise RequestError(f"--interactive does not go with --{flag}")
+    for flag in ("prompt", "checkpoint", "interactive", "raw", "info"):
+        if args.demo and getattr(args, flag):
+            raise RequestError(f"--demo does not go with --{flag}")
     for flag in ("system", "thinking"):
         if args.raw and getattr(args, flag) is not None:
             raise RequestError(f"--{flag} does not go with --raw, which uses no chat template")
@@ -120,13 +128,28 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise RequestError("--show-blocks does not go with --json; its stats tell how tokens came")
 
 
+def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
+    """The built-in prompt to decode: what --demo names, "records" without any prompt, else {}."""
+    asked = args.prompt is not None or args.interactive or args.info
+    if args.demo is None and (asked or args.checkpoint is not None or input_is_piped()):
+        return {}
+    demos = json.loads((EMBEDDED / "demos.json").read_text(encoding="utf-8"))
+    return dict(demos[args.demo or "records"])
+
+
+def as_parsed(text: str) -> Any:
+    """The JSON value of a text; the text itself where it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def read_prompt(args: argparse.Namespace) -> str:
-    """--prompt, else standard input where it is a pipe or a file, else the built-in prompt."""
+    """--prompt, or standard input where that is a pipe or a file."""
     if args.prompt is not None and args.prompt != "-":
         return str(args.prompt)
     if args.prompt is None and not input_is_piped():
-        if args.checkpoint is None:
-            return DEFAULT_PROMPT
         raise PromptError("prompt: none given; use --prompt TEXT, a pipe, or --interactive")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -182,17 +205,23 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
             bar.stop()
 
 
-def encode(decoder: Decoder, args: argparse.Namespace, prompt: str) -> list[int]:
-    """The prompt's ids: a user message where the checkpoint has a chat template, unless --raw."""
-    if not prompt:
+def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -> list[int]:
+    """Ids of a prompt's "messages", or of its "text": a user message where there is a template.
+
+    ``--raw``, and a demonstration of raw text, complete the text as it stands.
+    """
+    if "messages" in prompt:
+        return encode_chat(decoder, args, [*system_message(args), *prompt["messages"]])
+    text = prompt["text"]
+    if not text:
         raise PromptError("prompt: empty; it needs at least one token")
     tokenizer = decoder.tokenizer
-    if tokenizer is not None and tokenizer.has_chat_template and not args.raw:
-        return encode_chat(decoder, args, [*system_message(args), message("user", prompt)])
+    if tokenizer is not None and tokenizer.has_chat_template and not args.raw and not args.demo:
+        return encode_chat(decoder, args, [*system_message(args), message("user", text)])
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None:
             raise RequestError(f"--{flag}: {decoder.checkpoint.name} has no chat template")
-    return decoder.encode(prompt)
+    return decoder.encode(text)
 
 
 def encode_chat(
@@ -286,39 +315,46 @@ def report(
 def check(
     decoder: Decoder, args: argparse.Namespace, ids: list[int], result: Generation
 ) -> dict[str, Any]:
-    """Decode in the other mode, too, and say where the two first differ, if they do."""
+    """Decode in the other mode, too; say where the two first differ, or what drafting gained."""
     other = "ar" if args.mode == "diffusion" else "diffusion"
     print(f"check: decoding in {other} mode …", file=sys.stderr)
     second = decoder.generate(ids, args.max_new_tokens, sampling(args), other)
-    return compare(decoder, ids, {args.mode: result, other: second})
+    results = {args.mode: result, other: second}
+    if results["ar"].tokens != results["diffusion"].tokens:
+        return show_difference(decoder, ids, results["ar"].tokens, results["diffusion"].tokens)
+    n_tokens = len(result.tokens)
+    print(f"check: identical, {n_tokens} tokens in both modes", file=sys.stderr)
+    show_speeds(results, decoder.generate_one_row(ids, args.max_new_tokens))
+    return {"identical": True}
 
 
-def compare(decoder: Decoder, ids: list[int], results: dict[str, Generation]) -> dict[str, Any]:
-    ar, diffusion = results["ar"], results["diffusion"]
-    if ar.tokens == diffusion.tokens:
-        print(
-            f"check: identical, {len(ar.tokens)} tokens in both modes{ratio(results)}",
-            file=sys.stderr,
-        )
-        return {"identical": True}
-    pairs = zip([*ar.tokens, None], [*diffusion.tokens, None], strict=False)
+def show_difference(
+    decoder: Decoder, ids: list[int], ar: list[int], diffusion: list[int]
+) -> dict[str, Any]:
+    pairs = zip([*ar, None], [*diffusion, None], strict=False)
     index = next(i for i, (a, d) in enumerate(pairs) if a != d)
-    best = decoder.next_logits(ids + ar.tokens[:index]).double().topk(2)
+    best = decoder.next_logits(ids + ar[:index]).double().topk(2)
     gap = float(best.values[0] - best.values[1])
-    got = {mode: results[mode].tokens[index : index + 1] for mode in ("ar", "diffusion")}
+    got = {"ar": ar[index : index + 1], "diffusion": diffusion[index : index + 1]}
     print(
         f"check: DIFFERENT from token {index}: ar {got['ar']}, diffusion {got['diffusion']}; "
-        f"the two best logits there are {best.indices.tolist()}, {gap:.3g} apart",
+        f"the two best logits there are of {best.indices.tolist()}, {gap:.3g} apart",
         file=sys.stderr,
     )
     return {"identical": False, "first_difference": index, "tokens": got, "logit_gap": gap}
 
 
-def ratio(results: dict[str, Generation]) -> str:
-    rates = [results[mode].stats.tokens_per_second for mode in ("ar", "diffusion")]  # type: ignore[union-attr]
-    if None in rates:
-        return ""
-    return f"; diffusion at {rates[1] / rates[0]:.2f} times the speed of padded AR"  # type: ignore[operator]
+def show_speeds(results: dict[str, Generation], one_row: Generation) -> None:
+    """Tokens/s of this one run; the gain over the faster AR, never over the slower."""
+    stats = (results["diffusion"].stats, results["ar"].stats, one_row.stats)
+    rates = [s.tokens_per_second for s in stats if s is not None and s.tokens_per_second]
+    if len(rates) == 3:
+        diffusion, padded, single = rates
+        print(
+            f"tokens/s, one run each: diffusion {diffusion:.1f}, AR by the same pass {padded:.1f}, "
+            f"AR by one row {single:.1f}; {diffusion / max(padded, single):.2f} times the faster",
+            file=sys.stderr,
+        )
 
 
 def as_json(

@@ -96,7 +96,6 @@ class EagerRunner:
         self.model = model
         self.state = state
         self.cache = cache
-        self.block_size = model.config.block_size or 1  # AR alone needs no room for drafts
         device = state.tokens.device
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
 
@@ -116,7 +115,7 @@ class EagerRunner:
         return int(first), bool(self.state.done[slot])
 
     @torch.inference_mode()
-    def cycle(self, drafting: bool) -> _Cycle:
+    def cycle(self, drafting: bool, width: int) -> _Cycle:
         """Draft (or repeat the anchor), verify, accept, commit, for all slots at once."""
         model, cache, state = self.model, self.cache, self.state
         state.drafting.fill_(drafting)
@@ -124,9 +123,9 @@ class EagerRunner:
             if drafting:
                 mask = model.config.mask_token_id
                 assert mask is not None  # the decoder refuses to draft without the draft view
-                block = steps.draft(model, cache, state, self.block_size, mask)
+                block = steps.draft(model, cache, state, width, mask)
             else:
-                block = steps.repeat_anchor(state, self.block_size)
+                block = steps.repeat_anchor(state, width)
             target = steps.verify(model, cache, state, block)
             n_accepted = steps.accept(block, target) * state.drafting
             n_new = steps.commit(state, target, n_accepted, self.eos)
@@ -160,6 +159,7 @@ class Decoder:
         cache = KVCache(self.config, slots, capacity, weight.dtype, weight.device)
         state = steps.State.create(slots, capacity, weight.device)
         self._runner = EagerRunner(model, state, cache)
+        self._width = self.config.block_size or 1  # a plain Qwen3 has no drafts to make room for
         self._lock = threading.Lock()
 
     def generate(
@@ -188,7 +188,7 @@ class Decoder:
                 results.append(None)
             except PromptError as error:
                 results.append(Generation("", [], "error", None, None, str(error)))
-        for _ in self._run(requests, drafting):
+        for _ in self._run(requests, drafting, self._width):
             pass
         served = iter(requests)
         return [next(served).result() if result is None else result for result in results]
@@ -206,7 +206,19 @@ class Decoder:
         """
         drafting = self._check(max_new_tokens, sampling, mode)
         request = self._request(prompt, max_new_tokens, sampling)
-        return Stream(request, self._run([request], drafting))
+        return Stream(request, self._run([request], drafting, self._width))
+
+    def generate_one_row(self, prompt: Prompt, max_new_tokens: int = 256) -> Generation:
+        """Plain AR decoding, one row a pass: what a speed-up must be measured against.
+
+        Its products have another shape than verification's, so their rounding may differ: no
+        identity is claimed for its text. Raises as ``generate`` does.
+        """
+        self._check(max_new_tokens, None, "ar")
+        request = self._request(prompt, max_new_tokens, None)
+        for _ in self._run([request], drafting=False, width=1):
+            pass
+        return request.result()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
@@ -264,7 +276,7 @@ class Decoder:
         seed = None if sampling is None else sampling.seed
         return _Request(ids, max_new_tokens, seed, self.config, detokenizer)
 
-    def _run(self, requests: Sequence[_Request], drafting: bool) -> Iterator[Chunk]:
+    def _run(self, requests: Sequence[_Request], drafting: bool, width: int) -> Iterator[Chunk]:
         """Serve requests in order, as many at once as there are slots, each to its end."""
         with self._exclusive():
             runner = self._runner
@@ -283,7 +295,7 @@ class Decoder:
                         active[slot] = request
                 if not active:
                     continue
-                cycle = runner.cycle(drafting)
+                cycle = runner.cycle(drafting, width)
                 for slot, request in list(active.items()):
                     done = cycle.done[slot]
                     if done:

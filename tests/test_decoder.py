@@ -213,10 +213,10 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
     runner.prefill([1, 2, 3], 0, limit=5)
     runner.prefill([4], 2, limit=100)
     for _ in range(8):
-        cycle = runner.cycle(drafting=True)
+        cycle = runner.cycle(drafting=True, width=8)
     assert cycle.done == [True, True, False]
     before = [t.clone() for t in (runner.state.length, runner.state.anchor, runner.state.tokens)]
-    assert runner.cycle(drafting=True).tokens[:2] == [[], []]
+    assert runner.cycle(drafting=True, width=8).tokens[:2] == [[], []]
     after = (runner.state.length, runner.state.anchor, runner.state.tokens)
     assert all(torch.equal(a[:2], b[:2]) for a, b in zip(after, before, strict=True))
     assert int(runner.state.length[0]) + 1 == 5
@@ -244,6 +244,13 @@ def rows_are_alike(decoder: Decoder) -> bool:
         if not torch.equal(out, out[:1].expand_as(out).contiguous()):
             return False
     return True
+
+
+def test_one_row_ar_follows_the_judge(tiny: Path) -> None:
+    tokens, _ = Judge(tiny).generate([1, 2, 3], 40, ())
+    got = load(tiny).generate_one_row([1, 2, 3], 40)
+    assert got.tokens == tokens
+    assert got.stats.cycles == 39
 
 
 def test_stream_gives_what_generate_gives(decoder: Decoder) -> None:

@@ -197,7 +197,7 @@ def test_check_tells_a_difference_and_exits_1(
     assert got.code == 1
     assert re.search(
         r"check: DIFFERENT from token \d+: ar \[\d+\], diffusion \[\d+\]; "
-        r"the two best logits there are \[\d+, \d+\], [\d.e-]+ apart",
+        r"the two best logits there are of \[\d+, \d+\], [\d.e-]+ apart",
         got.err,
     )
 

@@ -1,0 +1,344 @@
+"""The embedded checkpoint: its generator against the standard library's parsers, its held-out set,
+its tokenizer, its card, and the arithmetic that trained it."""
+
+from __future__ import annotations
+
+import configparser
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from scripts.embedded import card, data, decode, evaluate, export, heldout, net, records, tokens
+from scripts.embedded import sources as package_sources
+from scripts.embedded import train as training
+
+MODEL = Path(__file__).resolve().parent.parent / "model"
+N_SAMPLES = 6000
+
+
+# The generator against other parsers ----------------------------------------------------------
+
+
+def parse_csv(sample: records.Sample) -> list[dict[str, str]]:
+    wanted = {*sample.request.columns, sample.request.key} - {None}
+    for delimiter in ",;|":
+        lines = csv.reader(io.StringIO(sample.source), delimiter=delimiter, skipinitialspace=True)
+        header, *rows = lines
+        if wanted <= set(header):
+            return [dict(zip(header, row, strict=True)) for row in rows]
+    raise AssertionError(f"no delimiter splits {sample.source!r}")
+
+
+def parse_tsv(sample: records.Sample) -> list[dict[str, str]]:
+    return list(
+        csv.DictReader(io.StringIO(sample.source), dialect="excel-tab", quoting=csv.QUOTE_NONE)
+    )
+
+
+def parse_markdown(sample: records.Sample) -> list[dict[str, str]]:
+    lines = [line[1:-1].split("|") for line in sample.source.split("\n")]
+    header, _rule, *rows = [[cell.strip() for cell in line] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def parse_lines(sample: records.Sample) -> list[dict[str, str]]:
+    blocks = re.split(r"\n\n|\n---\n", sample.source)
+    pairs = (
+        [re.split(r"[:=]", line, maxsplit=1) for line in block.split("\n")] for block in blocks
+    )
+    return [{name.strip(): value.strip() for name, value in block} for block in pairs]
+
+
+def parse_ini(sample: records.Sample) -> list[dict[str, str]]:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read_string(sample.source)
+    return [{"section": name, **parser[name]} for name in parser.sections()]
+
+
+LOG_LINES = (
+    r"(?P<date>\d{4}-\d\d-\d\d) (?P<time>[\d:]+) (?P<level>[A-Z]+) "
+    r"(?P<source>\S+): (?P<message>.*)",
+    r"\[(?P<time>[^]]+)\] (?P<level>[A-Z]+) (?P<message>.*)",
+    r"(?P<ip>[\d.]+) (?P<method>[A-Z]+) (?P<path>\S+) (?P<status>\d+) (?P<bytes>\d+)",
+)
+
+
+def parse_log(sample: records.Sample) -> list[dict[str, str]]:
+    def parse(line: str) -> dict[str, str]:
+        for pattern in LOG_LINES:
+            if match := re.fullmatch(pattern, line):
+                return match.groupdict()
+        return dict(pair.split("=", 1) for pair in shlex.split(line))
+
+    return [parse(line) for line in sample.source.split("\n")]
+
+
+PARSERS: dict[str, Callable[[records.Sample], list[dict[str, str]]]] = {
+    "csv": parse_csv,
+    "tsv": parse_tsv,
+    "markdown": parse_markdown,
+    "lines": parse_lines,
+    "ini": parse_ini,
+    "log": parse_log,
+}
+
+
+def typed(text: str) -> Any:
+    """The typing rule, written with json's own parser."""
+    if text == "":
+        return None
+    if text in ("True", "TRUE", "False", "FALSE"):
+        text = text.lower()
+    if text in ("true", "false") or (text[0] in "-0123456789" and "e" not in text.lower()):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+def shaped(rows: list[dict[str, str]], request: records.Request) -> Any:
+    convert: Callable[[str], Any] = typed if request.typed else str
+    objects = [{n: convert(row[n]) for n in request.columns if n in row} for row in rows]
+    if request.shape == "object":
+        return objects[0]
+    if request.shape == "keyed":
+        return {row[request.key or ""]: value for row, value in zip(rows, objects, strict=True)}
+    if request.shape == "values":
+        return [value[request.columns[0]] for value in objects]
+    if request.shape == "columns":
+        return {name: [value[name] for value in objects] for name in request.columns}
+    return objects
+
+
+def test_expected_answers_agree_with_the_standard_parsers() -> None:
+    formats = set()
+    for sample in records.stream("test", 0, N_SAMPLES):
+        rows = PARSERS[sample.format](sample)
+        wanted = shaped(rows, sample.request)
+        assert evaluate.is_exact(sample.answer, wanted), (sample.source, sample.request)
+        assert json.loads(sample.answer) == sample.expected
+        formats.add((sample.format, sample.request.shape))
+    assert len(formats) >= 18
+
+
+def test_the_message_holds_the_source_and_names_what_is_asked() -> None:
+    for sample in records.stream("test", 0, 1000):
+        text = sample.messages[-1]["content"]
+        assert sample.source in text
+        instruction = text.replace(sample.source, "")
+        if sample.request.key not in (None, "section"):
+            assert str(sample.request.key) in instruction
+
+
+def test_a_sample_depends_on_its_split_and_index_alone() -> None:
+    again = [records.make_sample("train", index) for index in (7, 3, 7)]
+    assert again[0] == again[2] != again[1]
+    assert records.make_sample("train", 7) != records.make_sample("held-out", 7)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "exact"),
+    [
+        ('{"a": 1.50}', {"a": 1.5}, True),
+        ('{"b": 1, "a": 2}', {"a": 2, "b": 1}, True),
+        ("[true]", [1], False),
+        ('["1"]', [1], False),
+        ("[1", [1], False),
+    ],
+)
+def test_exactness_of_an_answer(answer: str, expected: Any, exact: bool) -> None:
+    assert evaluate.is_exact(answer, expected) is exact
+
+
+# The held-out set -----------------------------------------------------------------------------
+
+
+def held_out_entries() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (MODEL / "heldout.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_held_out_records_are_those_of_their_split_and_meet_no_training_sample() -> None:
+    kept = [entry for entry in held_out_entries() if entry["kind"] == "records"]
+    assert kept == json.loads(json.dumps(heldout.record_prompts(len(kept))))
+    digests = heldout.held_out_digests()
+    assert {records.messages_digest(entry["messages"]) for entry in kept} <= digests
+    assert not digests & {sample.digest for sample in records.stream("train", 0, N_SAMPLES)}
+    first = records.make_sample("train", 0)
+    assert list(records.stream("train", 0, 1, frozenset([first.digest]))) == []
+
+
+def test_held_out_file_is_small_and_of_all_kinds() -> None:
+    entries = held_out_entries()
+    counts = {
+        kind: sum(e["kind"] == kind for e in entries) for kind in ("records", "code", "prose")
+    }
+    assert len(entries) >= 128 and counts["records"] >= 96 and min(counts.values()) >= 16
+    assert (MODEL / "heldout.jsonl").stat().st_size < 150_000
+
+
+def test_sources_are_pinned_permissive_and_apart() -> None:
+    listed = package_sources.read_sources(MODEL / "SOURCES.tsv")
+    assert len({source.name for source in listed}) == len(listed)
+    for source in listed:
+        assert re.fullmatch("[0-9a-f]{64}", source.sha256), source
+        assert set(re.split(" OR ", source.licence)) <= {"MIT", "Apache-2.0", *BSD}, source
+    assert {source.role for source in listed} == {"train", "held-out"}
+
+
+BSD = ("BSD-2-Clause", "BSD-3-Clause")
+
+
+def test_demo_records_expect_what_csv_says() -> None:
+    demo = json.loads((MODEL / "demos.json").read_text("utf-8"))["records"]
+    source = demo["messages"][0]["content"].split("\n\n", 1)[1]
+    rows = list(csv.DictReader(io.StringIO(source)))
+    assert len(rows) == 6
+    assert [{name: typed(value) for name, value in row.items()} for row in rows] == demo["expected"]
+
+
+# Tokenizer, configuration, card ---------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.binary().map(lambda raw: raw.decode("latin-1")))
+def test_any_text_round_trips(text: str) -> None:
+    tokenizer = tokens.load_tokenizer(MODEL)
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_a_value_has_the_same_tokens_wherever_it_stands() -> None:
+    tokenizer = tokens.load_tokenizer(MODEL)
+    value = tokenizer.encode("Copper kettle").tokens
+    for before, after in ((",", ","), ("| ", " |"), (": ", "\n"), ('": "', '", "'), (" = ", "\n")):
+        found = tokenizer.encode(before + "Copper kettle" + after).tokens
+        assert " ".join(value) in " ".join(found)
+
+
+def test_configuration_is_that_of_the_recipe_and_the_weights() -> None:
+    shape = net.Shape()
+    config = json.loads((MODEL / "config.json").read_text("utf-8"))
+    tokenizer = tokens.load_tokenizer(MODEL)
+    assert config == export.config_fields(shape, tokens.end_tokens(tokenizer)[0])
+    assert tokenizer.get_vocab_size() == shape.n_entries == shape.mask_token_id < shape.vocab_size
+    with torch.device("meta"):
+        wanted = {name: list(w.shape) for name, w in net.OrthrusLM(shape).state_dict().items()}
+    path = MODEL / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in found} == {"BF16"}
+    assert found == wanted
+    assert path.stat().st_size <= 30_000_000
+
+
+def test_chat_template_renders_as_training_did() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    template = jinja2.Environment().from_string((MODEL / "chat_template.jinja").read_text("utf-8"))
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\n\n b "}]
+    rendered = template.render(messages=messages, add_generation_prompt=True)
+    assert rendered == tokens.render_chat(messages)
+
+
+def test_card_says_what_was_measured() -> None:
+    figures = json.loads((MODEL / "figures.json").read_text("utf-8"))
+    assert card.figures_section(figures) in (MODEL / "README.md").read_text("utf-8")
+    kinds = figures["kinds"]
+    assert kinds["records"]["exact_share"] >= 0.95
+    assert kinds["records"]["tokens_per_cycle"] >= 5
+    for kind in kinds.values():
+        assert kind["same_tokens_in_both_modes"] == kind["prompts"]
+
+
+# The arithmetic of training -------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny() -> net.OrthrusLM:
+    shape = net.Shape(64, 60, 32, 48, 2, 4, 2, 16, block_size=8, max_positions=128)
+    model = net.OrthrusLM(shape)
+    model.initialise(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # sharp enough that no two logits tie
+    return model
+
+
+def test_masks_of_training_let_a_block_see_its_context_and_itself() -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    anchors, length, block = torch.tensor([[3, 17, 40, 41], [0, 5, 6, 90]]), 128, 16
+    dense = training.dense_mask(anchors, length, block)
+    sparse = training.sparse_mask(anchors, length, block)
+    same = create_mask(sparse.mask_mod, 2, 1, 4 * block, length + 4 * block, device="cpu")
+    assert torch.equal(dense, same)
+    row = dense[0, 0, block + 2]  # the third row of the second block
+    assert row.nonzero().flatten().tolist() == [*range(17), *range(length + 16, length + 32)]
+
+
+def test_a_block_is_drafted_alike_in_training_and_in_decoding(tiny: net.OrthrusLM) -> None:
+    shape, ids = tiny.shape, torch.arange(40)[None] % 60
+    anchors = torch.tensor([[5, 11, 30]])
+    blocks, positions = training.block_tokens(ids, anchors, shape.block_size, shape.mask_token_id)
+    mask = training.dense_mask(anchors, 40, shape.block_size)
+    with torch.no_grad():
+        hidden = tiny.draft(blocks, positions, tiny.ar(ids)[1], mask)
+        trained = tiny.logits(hidden).argmax(-1).view(3, shape.block_size)[:, :-1].tolist()
+    decoder = decode.SequenceDecoder(tiny, 64)
+    for anchor, drafted in zip(anchors[0].tolist(), trained, strict=True):
+        decoder._extend(ids[0, :anchor].tolist(), 0)
+        assert decoder._draft(int(ids[0, anchor]), anchor) == drafted
+
+
+def test_batched_sequential_and_block_decoding_agree(tiny: net.OrthrusLM) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
+    batched = decode.greedy_batch(tiny, prompts, 24, ends=[0])
+    decoder = decode.SequenceDecoder(tiny, 64)
+    for prompt, answer in zip(prompts, batched, strict=True):
+        one_by_one = decoder.decode(prompt, 24, [0], drafted=False)
+        in_blocks = decoder.decode(prompt, 24, [0], drafted=True)
+        assert one_by_one.tokens == in_blocks.tokens == answer
+        assert one_by_one.cycles == len(answer) - 1 >= in_blocks.cycles
+
+
+def test_draft_weights_end_with_the_answer() -> None:
+    roles = torch.tensor([[1, 1, 2, 2, 2, 2, 1, 1, 2, 2]])
+    anchors = training.choose_anchors(roles, 2, 4, torch.Generator().manual_seed(0))
+    assert set(anchors[0].tolist()) <= {2, 3, 4}
+    positions = torch.tensor([[2, 3, 4, 5, 4, 5, 6, 7]])
+    weights = training.draft_weights(roles, positions, 4, decay=1e9)
+    assert weights[0].round().tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_packing_keeps_examples_whole() -> None:
+    examples = [([1] * 3, [2] * 4), ([3] * 5, [4] * 5), ([5], [6]), ([7] * 9, [8] * 9)]
+    windows = data.pack(examples, 12)
+    assert windows.tokens.tolist() == [
+        [1] * 3 + [2] * 4 + [5, 6] + [0] * 3,
+        [3] * 5 + [4] * 5 + [0] * 2,
+    ]
+    assert windows.roles[1].tolist() == [data.PROMPT] * 5 + [data.ANSWER] * 5 + [data.PAD] * 2
+
+
+def test_phases_touch_only_their_view(tiny: net.OrthrusLM) -> None:
+    tiny.round_weights()
+    tiny.start_draft_from_ar()
+    weights = tiny.state_dict()
+    assert torch.equal(
+        weights["model.layers.1.self_attn.q_proj_diff.weight"],
+        weights["model.layers.1.self_attn.q_proj.weight"],
+    )
+    drafting = {name for name, _ in tiny.named_view_parameters(True)}
+    assert len(drafting) == 2 * 6 and all("_diff." in name for name in drafting)
+    assert drafting.isdisjoint(name for name, _ in tiny.named_view_parameters(False))
