@@ -45,8 +45,10 @@ def test_the_readmes_recorded_output_is_what_comes_out() -> None:
     recorded = re.search(r"--show-blocks --check`.*?```\n(.*?)```", README, re.DOTALL)
     assert recorded is not None
     output = run(sys.executable, "generate.py", "--show-blocks", "--device", "cpu")
-    text = recorded[1].split("\n170 tokens")[0]
-    assert output.rstrip("\n") == text.rstrip("\n")
+    text = recorded[1].split("\n170 tokens")[0] + "\n"
+    assert text.count("⟨") > 10
+    # Where a draft was right may turn with the last bits of another CPU; the text may not.
+    assert re.sub("[⟨⟩]", "", output) == re.sub("[⟨⟩]", "", text)
 
 
 def test_links_in_the_readme_lead_somewhere() -> None:

@@ -1,0 +1,1 @@
+"""How the checkpoint in `model/` was made: data, network, training, export, evaluation."""

@@ -1,0 +1,74 @@
+"""The model card's figures: a table made from figures.json, between two markers in README.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def figures_section(figures: dict[str, Any]) -> str:
+    """The card's section of figures, markers included."""
+    kinds: dict[str, dict[str, Any]] = figures["kinds"]
+    rows: dict[str, Callable[[str, dict[str, Any]], str]] = {
+        "prompts": lambda _, k: str(k["prompts"]),
+        "tokens written": lambda _, k: str(k["tokens"]),
+        "tokens per cycle, token-weighted": lambda _, k: f"{k['tokens_per_cycle']:.2f}",
+        "tokens per cycle, mean over prompts": lambda _, k: (
+            f"{k['tokens_per_cycle_mean_over_prompts']:.2f}"
+        ),
+        "same tokens in both modes": lambda _, k: (
+            f"{k['same_tokens_in_both_modes']} of {k['prompts']}"
+        ),
+        "distinct trigrams": lambda _, k: _percent(k["distinct_trigram_share"]),
+        "answer equals the expected JSON": lambda _, k: _exact(k),
+        "AR loss, nats a token": lambda name, _: _loss(figures["ar_loss"], name),
+    }
+    lines = [f"| | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
+    for label, cell in rows.items():
+        lines.append(f"| {label} | {' | '.join(cell(*item) for item in kinds.items())} |")
+    lines += ["", *_agreement_table(kinds), ""]
+    lines.append(f"Measured by `{figures['command']}` on: {figures['machine']}.")
+    return "\n".join([BEGIN, *lines, END])
+
+
+def _agreement_table(kinds: dict[str, dict[str, Any]]) -> list[str]:
+    """Agreement by block position, in percent of cycles."""
+    places = range(1, 1 + len(next(iter(kinds.values()))["agreement_by_position"]))
+    lines = [
+        "Draft equals what the AR view goes on to write, by position in the block, % of cycles:",
+        "",
+        f"| | {' | '.join(map(str, places))} |",
+        f"|---|{'---|' * len(places)}",
+    ]
+    for name, kind in kinds.items():
+        cells = (f"{100 * share:.0f}" for share in kind["agreement_by_position"])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _exact(kind: dict[str, Any]) -> str:
+    if "exact" not in kind:
+        return "–"
+    return f"{kind['exact']} of {kind['prompts']} ({_percent(kind['exact_share'])})"
+
+
+def _loss(losses: dict[str, Any], name: str) -> str:
+    return f"{losses[name]['nats_per_token']:.3f}" if name in losses else "–"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def update_card(directory: Path) -> None:
+    """Put the section made from figures.json into README.md, in place of the old one."""
+    figures = json.loads((directory / "figures.json").read_text(encoding="utf-8"))
+    path = directory / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    path.write_text(before + figures_section(figures) + after, encoding="utf-8")
