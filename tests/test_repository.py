@@ -51,6 +51,15 @@ def test_the_readmes_recorded_output_is_what_comes_out() -> None:
     assert re.sub("[⟨⟩]", "", output) == re.sub("[⟨⟩]", "", text)
 
 
+def test_the_readmes_figures_are_the_measured_ones() -> None:
+    kinds = json.loads((ROOT / "model" / "figures.json").read_text())["kinds"]
+    columns = [kinds[name] for name in ("records", "code", "prose")]
+    per_cycle = " | ".join(f"{kind['tokens_per_cycle']:.2f}" for kind in columns)
+    distinct = " | ".join(f"{kind['distinct_trigram_share']:.1%}" for kind in columns)
+    assert f"(model/figures.json)) | {per_cycle} |" in README
+    assert f"(loops are easy to draft) | {distinct} |" in README
+
+
 def test_links_in_the_readme_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert len(targets) >= 5
