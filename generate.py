@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
 
 from orthrus_fast import __version__
-from orthrus_fast.errors import OrthrusError, PromptError, RequestError
+from orthrus_fast.config import read_json
+from orthrus_fast.errors import CheckpointError, OrthrusError, PromptError, RequestError
 
 if TYPE_CHECKING:
     from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
@@ -70,71 +71,113 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted."""
-    args = build_parser().parse_args(arguments)
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("orthrus_fast").setLevel(logging.INFO)
+    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: nobody reads."""
+    prepare_streams()
     try:
-        return run(args)
+        return run(build_parser().parse_args(arguments))
     except OrthrusError as error:
-        print(f"error: {printable(str(error), True)}", file=sys.stderr)
-        return 2
+        return fail(str(error))
+    except ModuleNotFoundError as error:
+        return fail(f"{error.name} is not installed; run: pip install -e . beside generate.py")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        drop_output()
+        return 141
+    except OSError as error:  # a full disk, say
+        drop_output()
+        return fail(str(error))
+
+
+def prepare_streams() -> None:
+    """Make printing safe: a stream may be closed, and not every terminal can show every text."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it is to stay open)
+    for output in (sys.stdout, sys.stderr):
+        if output is not None:
+            output.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("orthrus_fast").setLevel(logging.INFO)
+
+
+def fail(problem: str) -> int:
+    line = printable(problem, True).replace("\n", "\\n").replace("\t", "\\t")
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def drop_output() -> None:
+    """Python flushes standard output once more as it ends; let that succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> int:
-    check_combinations(args)
-    demo = choose_demo(args)
-    prompt = "" if args.info or args.interactive or demo else read_prompt(args)
+    check_flags(args)
     if args.info:
         return show_info(args)
+    demo = choose_demo(args)
+    prompt = "" if args.interactive or demo else read_prompt(args)
+    sampling(args).check_implemented()
     decoder = load_decoder(args)
     if args.interactive:
         return chat(decoder, args)
+    if args.check and not decoder.config.has_draft_view:
+        raise RequestError(f"--check: {decoder.checkpoint.name} has one mode only, ar")
     ids = encode(decoder, args, demo or {"text": prompt})
     result, interrupted = decode(decoder, args, ids)
     report(decoder, args, result, interrupted)
-    if "expected" in demo and not interrupted:
+    if "expected" in demo and result.finish_reason == "eos":
         equal = as_parsed(result.text) == demo["expected"]
         print(f"the JSON {'equals' if equal else 'DIFFERS FROM'} the table", file=sys.stderr)
     verdict = None if interrupted or not args.check else check(decoder, args, ids, result)
     if args.json:
-        print(json.dumps(as_json(decoder, args, result, verdict), ensure_ascii=False))
+        print(as_json(decoder, args, result, verdict), flush=True)
     if interrupted:
         return 130
     return 0 if verdict is None or verdict["identical"] else 1
 
 
-def check_combinations(args: argparse.Namespace) -> None:
-    """Refuse flags that would otherwise be ignored."""
-    if args.interactive:
-        for flag in ("prompt", "json", "check", "raw", "info"):
-            if getattr(args, flag):
-                raise RequestError(f"--interactive does not go with --{flag}")
-    for flag in ("prompt", "checkpoint", "interactive", "raw", "info"):
-        if args.demo and getattr(args, flag):
-            raise RequestError(f"--demo does not go with --{flag}")
-    for flag in ("system", "thinking"):
-        if args.raw and getattr(args, flag) is not None:
-            raise RequestError(f"--{flag} does not go with --raw, which uses no chat template")
-    if args.json and args.show_blocks:
-        raise RequestError("--show-blocks does not go with --json; its stats tell how tokens came")
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse, before anything is loaded, flags that would be ignored or cannot be served."""
+    if sys.stdout is None:
+        raise RequestError("standard output: closed")
+    parser = build_parser()
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    chat_flags = ("system", "thinking")
+    refused: dict[str, tuple[str, ...]] = {
+        "interactive": ("prompt", "json", "check", "raw", "demo", "info"),
+        "demo": ("prompt", "checkpoint", "raw", "info", *chat_flags),
+        "raw": chat_flags,
+        "json": ("show_blocks",),
+        "info": tuple({*vars(args)} - {"info", "checkpoint", "revision", "max_seq_len"}),
+    }
+    for flag in given:
+        for other in given:
+            if other in refused.get(flag, ()):
+                raise RequestError(f"{spelled(flag, args)} does not go with {spelled(other, args)}")
+    if args.max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens: {args.max_new_tokens} is below 1")
+
+
+def spelled(name: str, args: argparse.Namespace) -> str:
+    """A flag as the user wrote it."""
+    negated = name == "thinking" and args.thinking is False
+    return f"--{'no-' if negated else ''}{name.replace('_', '-')}"
 
 
 def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
     """The built-in prompt to decode: what --demo names, "records" without any prompt, else {}."""
-    asked = args.prompt is not None or args.interactive or args.info
-    if args.demo is None and (asked or args.checkpoint is not None or input_is_piped()):
+    asked = args.prompt is not None or args.checkpoint is not None or args.interactive
+    if args.demo is None and (asked or input_is_piped()):
         return {}
-    demos = json.loads((EMBEDDED / "demos.json").read_text(encoding="utf-8"))
-    return dict(demos[args.demo or "records"])
+    if args.raw:
+        raise RequestError("--raw: there is no prompt to complete; use --prompt TEXT or a pipe")
+    path, name = EMBEDDED / "demos.json", args.demo or "records"
+    demos = read_json(path)
+    if not isinstance(demos, dict) or not isinstance(demos.get(name), dict):
+        raise CheckpointError(f"{path}: has no demonstration {name!r}")
+    return dict(demos[name])
 
 
 def as_parsed(text: str) -> Any:
@@ -147,14 +190,19 @@ def as_parsed(text: str) -> Any:
 
 def read_prompt(args: argparse.Namespace) -> str:
     """--prompt, or standard input where that is a pipe or a file."""
+    if args.prompt == "":
+        raise PromptError("prompt: empty; it needs at least one token")
     if args.prompt is not None and args.prompt != "-":
         return str(args.prompt)
     if args.prompt is None and not input_is_piped():
         raise PromptError("prompt: none given; use --prompt TEXT, a pipe, or --interactive")
+    if sys.stdin is None:
+        raise PromptError("standard input: closed; use --prompt TEXT")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input: not valid UTF-8 at byte {error.start}") from None
+    return text
 
 
 def input_is_piped() -> bool:
@@ -220,7 +268,8 @@ def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -
         return encode_chat(decoder, args, [*system_message(args), message("user", text)])
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None:
-            raise RequestError(f"--{flag}: {decoder.checkpoint.name} has no chat template")
+            name = decoder.checkpoint.name
+            raise RequestError(f"{spelled(flag, args)}: {name} has no chat template")
     return decoder.encode(text)
 
 
@@ -230,9 +279,8 @@ def encode_chat(
     assert decoder.tokenizer is not None
     template = decoder.tokenizer.chat_template
     if args.thinking is not None and not template.mentions("enable_thinking"):
-        raise RequestError(
-            f"--thinking: the template of {decoder.checkpoint.name} has no such mode"
-        )
+        flag = spelled("thinking", args)
+        raise RequestError(f"{flag}: the template of {decoder.checkpoint.name} has no such mode")
     return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
 
 
@@ -295,7 +343,9 @@ def report(
 ) -> None:
     """One line on standard error, and a second where the budget or Ctrl-C ended the text."""
     stats = result.stats
-    assert stats is not None
+    if stats is None:
+        print("interrupted before the first token", file=sys.stderr)
+        return
     parts = [f"{len(result.tokens)} tokens"]
     if stats.tokens_per_cycle is not None:
         parts.append(f"{stats.tokens_per_cycle:.2f} tokens per cycle in {stats.cycles} cycles")
@@ -359,9 +409,9 @@ def show_speeds(results: dict[str, Generation], one_row: Generation) -> None:
 
 def as_json(
     decoder: Decoder, args: argparse.Namespace, result: Generation, verdict: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What --json prints; fields that do not apply are null."""
-    return {
+) -> str:
+    """What --json prints; fields that do not apply are null. ASCII, for any terminal or locale."""
+    fields = {
         "text": result.text,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
@@ -370,12 +420,15 @@ def as_json(
         "configuration": {**decoder.configuration, "mode": args.mode},
         "check": verdict,
     }
+    return json.dumps(fields).replace("\x7f", "\\u007f")
 
 
 def chat(decoder: Decoder, args: argparse.Namespace) -> int:
     """Turns of a chat until end of input; Ctrl-C ends an answer, or at the prompt the chat."""
     if decoder.tokenizer is None or not decoder.tokenizer.has_chat_template:
         raise RequestError(f"--interactive: {decoder.checkpoint.name} has no chat template")
+    if sys.stdin is None:
+        raise RequestError("standard input: closed; --interactive reads it")
     messages = system_message(args)
     while True:
         try:
@@ -390,7 +443,7 @@ def chat(decoder: Decoder, args: argparse.Namespace) -> int:
         try:
             result, interrupted = decode(decoder, args, encode_chat(decoder, args, turn))
         except PromptError as error:  # this turn is dropped, what was said before stays
-            print(f"error: {error}", file=sys.stderr)
+            fail(f"{error} (this turn is dropped; start anew for more room)")
             continue
         report(decoder, args, result, interrupted)
         messages = [*turn, message("assistant", result.text)]
@@ -400,12 +453,12 @@ def show_info(args: argparse.Namespace) -> int:
     import torch
 
     from orthrus_fast.checkpoint import open_checkpoint
-    from orthrus_fast.decoder import DEFAULT_MAX_SEQ_LEN, memory_needed
+    from orthrus_fast.decoder import check_max_seq_len, memory_needed
 
     path = args.checkpoint if args.checkpoint is not None else EMBEDDED
     checkpoint = open_checkpoint(path, revision=args.revision)
     config = checkpoint.config
-    length = args.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, config.max_position_embeddings)
+    length = check_max_seq_len(args.max_seq_len, config)
     views = "autoregressive and draft" if config.has_draft_view else "autoregressive only"
     facts = {
         "checkpoint": f"{checkpoint.name}"

@@ -219,6 +219,8 @@ def _local_directory(name: str) -> Path:
         raise CheckpointError(f"{name}: no such directory")
     if not directory.is_dir():
         raise CheckpointError(f"{name}: not a directory; give the one that holds config.json")
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{name}: cannot be read (permission denied)")
     return directory
 
 
@@ -244,6 +246,8 @@ def _check_file(directory: Path, name: str) -> Path:
         raise CheckpointError(f"{path}: leads outside the checkpoint, to {real}; copy the file in")
     if not regular:
         raise CheckpointError(f"{path}: not a regular file")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: cannot be read (permission denied)")
     return path
 
 
@@ -388,7 +392,7 @@ def _fetch_text_files(repo: str, revision: str | None) -> Path:
     """The snapshot directory, named after its commit, with everything but the weights in it."""
     if not _REPO_ID.fullmatch(repo):
         raise CheckpointError(
-            f"{_shown(repo)}: neither a directory nor a Hub repository of the form org/name"
+            f"{_shown(repo)!r} is neither a directory nor a Hub repository of the form org/name"
         )
     with _hub_errors(repo, revision):
         import huggingface_hub

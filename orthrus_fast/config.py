@@ -324,7 +324,7 @@ def _parse_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         type="yarn",
-        factor=rope.number("factor", *_YARN_RANGE, default=max_position_embeddings / original),
+        factor=rope.number("factor", *_YARN_RANGE),
         original_max_position_embeddings=original,
         attention_factor=rope.optional_number("attention_factor", *_YARN_RANGE),
         beta_fast=rope.optional_number("beta_fast", *_YARN_RANGE) or 32.0,

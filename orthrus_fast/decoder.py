@@ -11,10 +11,11 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from orthrus_fast.errors import (
     BusyError,
     PromptError,
     RequestError,
+    TemplateError,
     UnsupportedError,
 )
 from orthrus_fast.model import Transformer
@@ -35,6 +37,7 @@ from orthrus_fast.sampling import SamplingParams, choose
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
+_TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 
 Prompt = str | list[int] | list[dict[str, Any]]
 
@@ -60,7 +63,7 @@ class Generation:
     tokens: list[int]
     finish_reason: str | None  # eos, length, error; None: the stream was left before its end
     seed: int | None
-    stats: Stats | None  # None where finish_reason is error
+    stats: Stats | None  # None where nothing came: an error, or a stream left at once
     error: str | None = None
 
 
@@ -186,8 +189,9 @@ class Decoder:
             try:
                 requests.append(self._request(one, max_new_tokens, sampling))  # type: ignore[arg-type]
                 results.append(None)
-            except PromptError as error:
-                results.append(Generation("", [], "error", None, None, str(error)))
+            except (PromptError, TemplateError) as error:
+                seed = sampling.seed if sampling else None
+                results.append(Generation("", [], "error", seed, None, str(error)))
         for _ in self._run(requests, drafting, self._width):
             pass
         served = iter(requests)
@@ -222,11 +226,12 @@ class Decoder:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
-        if isinstance(prompt, list) and all(isinstance(part, int) for part in prompt):
-            return list(prompt)  # type: ignore[arg-type]
+        if isinstance(prompt, list) and all(isinstance(part, SupportsIndex) for part in prompt):
+            return [part if isinstance(part, bool) else index(part) for part in prompt]  # type: ignore[arg-type]
         is_chat = isinstance(prompt, list) and all(isinstance(part, dict) for part in prompt)
         if not is_chat and not isinstance(prompt, str):
-            kind = type(prompt).__name__
+            kinds = {type(part).__name__ for part in prompt} if isinstance(prompt, list) else set()
+            kind = type(prompt).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
             raise PromptError(f"prompt: {kind} is not a string, or a list of messages or of ids")
         if self.tokenizer is None:
             raise PromptError(f"{self.checkpoint.name}: has no tokenizer.json; pass ids")
@@ -238,7 +243,7 @@ class Decoder:
         """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
         request = self._request(prompt, 1, None)
         with self._exclusive():
-            return self._runner.logits(request.prompt, 0)
+            return self._runner.logits(request.prompt, 0).clone()  # no inference tensor
 
     def _check(self, max_new_tokens: int, sampling: SamplingParams | None, mode: str) -> bool:
         """Whether to draft. Raises RequestError for settings that cannot be served."""
@@ -247,6 +252,8 @@ class Decoder:
         if max_new_tokens < 1:
             raise RequestError(f"max_new_tokens: {max_new_tokens} is below 1")
         if sampling is not None:
+            if not isinstance(sampling, SamplingParams):
+                raise RequestError(f"sampling: {sampling!r} is not a SamplingParams")
             sampling.check_implemented()
         if mode not in ("ar", "diffusion"):
             raise RequestError(f"mode: {mode!r} is not 'ar' or 'diffusion'")
@@ -270,13 +277,14 @@ class Decoder:
             raise PromptError(
                 f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
                 f"{len(ids) + max_new_tokens}, over max_seq_len {self.max_seq_len} "
-                f"(the model's own limit is {self.config.max_position_embeddings})"
+                f"(the model's own limit is {self.config.max_position_embeddings}); shorten the "
+                "prompt, lower max_new_tokens or raise max_seq_len"
             )
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
         seed = None if sampling is None else sampling.seed
         return _Request(ids, max_new_tokens, seed, self.config, detokenizer)
 
-    def _run(self, requests: Sequence[_Request], drafting: bool, width: int) -> Iterator[Chunk]:
+    def _run(self, requests: Sequence[_Request], drafting: bool, width: int) -> Generator[Chunk]:
         """Serve requests in order, as many at once as there are slots, each to its end."""
         with self._exclusive():
             runner = self._runner
@@ -317,7 +325,7 @@ class Decoder:
 class Stream:
     """Chunks of one prompt as they are committed; leaving it early keeps the decoder usable."""
 
-    def __init__(self, request: _Request, chunks: Iterator[Chunk]) -> None:
+    def __init__(self, request: _Request, chunks: Generator[Chunk]) -> None:
         self._request = request
         self._chunks = chunks
 
@@ -329,7 +337,7 @@ class Stream:
 
     def close(self) -> None:
         """End the request now and free the decoder."""
-        self._chunks.close()  # type: ignore[attr-defined]
+        self._chunks.close()
 
     @property
     def result(self) -> Generation:
@@ -378,9 +386,14 @@ class _Request:
         return Chunk(tokens, pieces, n_accepted or 0)
 
     def result(self) -> Generation:
-        n_after_first = max(len(self.tokens) - 1, 0)
+        text = "".join(self.pieces)
+        stats = self._stats() if self.tokens else None
+        return Generation(text, list(self.tokens), self.finish_reason, self.seed, stats)
+
+    def _stats(self) -> Stats:
+        n_after_first = len(self.tokens) - 1
         decoding = self.last_at - self.first_at
-        stats = Stats(
+        return Stats(
             prompt_tokens=len(self.prompt),
             cycles=len(self.accepted),
             tokens_per_cycle=n_after_first / len(self.accepted) if self.accepted else None,
@@ -389,8 +402,6 @@ class _Request:
             seconds=self.last_at - self.started,
             tokens_per_second=n_after_first / decoding if decoding > 0 else None,
         )
-        text = "".join(self.pieces)
-        return Generation(text, list(self.tokens), self.finish_reason, self.seed, stats)
 
 
 def load(
@@ -422,7 +433,7 @@ def load(
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     config = checkpoint.config
     torch_dtype = parsed_dtype or _default_dtype(config, torch_device)
-    max_seq_len = _check_max_seq_len(max_seq_len, config)
+    max_seq_len = check_max_seq_len(max_seq_len, config)
     memory = memory_needed(config, torch_dtype, max_seq_len, slots)
     _check_memory(memory, torch_device)
     tokenizer = None
@@ -508,7 +519,7 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
         raise RequestError(
             f"device: {device!r} is not a device such as 'cpu' or 'cuda:0'"
         ) from None
-    if parsed.type == "cpu":
+    if parsed.type == "cpu" and not parsed.index:
         return torch.device("cpu")
     if parsed.type != "cuda":
         raise UnsupportedError(f"device {device!r} is not supported; use 'cpu' or 'cuda'")
@@ -528,11 +539,11 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         "float16": torch.float16,
         "float64": torch.float64,
     }
-    if dtype is None or dtype in known.values():
-        return dtype  # type: ignore[return-value]
-    if dtype not in known:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
         raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(known)}")
-    return known[str(dtype)]
+    return known[dtype]
 
 
 def _default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -540,7 +551,8 @@ def _default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return dtype or torch.float32
 
 
-def _check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
+def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
+    """The capacity to use, prompt plus new tokens. Raises RequestError past the model's limit."""
     limit = config.max_position_embeddings
     if max_seq_len is None:
         return min(DEFAULT_MAX_SEQ_LEN, limit)
@@ -559,10 +571,7 @@ def _is_batch(prompt: object) -> bool:
         return False
     if not prompt:
         raise PromptError("prompt: an empty list")
-    one_kind = all(isinstance(part, int) for part in prompt) or all(
-        isinstance(part, dict) for part in prompt
-    )
-    return not one_kind
+    return all(isinstance(part, (str, list)) for part in prompt)
 
 
 def _hardware(device: torch.device) -> str:
@@ -573,14 +582,18 @@ def _hardware(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def _plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32 within, whatever the caller has switched on; both put back after."""
+    """No autocast and no TF32 within, whatever the caller has switched on; both put back after.
+
+    The TF32 switches are the process's, so two decoders in two threads take turns here.
+    """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _TORCH_FLAGS:
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

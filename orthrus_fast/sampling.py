@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from orthrus_fast.errors import UnsupportedError
+from orthrus_fast.errors import RequestError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,12 @@ class SamplingParams:
     logprobs: bool = False
 
     def check_implemented(self) -> None:
-        """Raise UnsupportedError naming the first setting that differs from greedy decoding."""
+        """Raise UnsupportedError naming the first setting that differs from greedy decoding.
+
+        RequestError for a seed that is no integer.
+        """
+        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, type(None))):
+            raise RequestError(f"sampling: seed={self.seed!r} is not an integer")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "seed" and value != field.default:

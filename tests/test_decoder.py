@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,8 @@ def test_a_plain_qwen3_decodes_in_ar_mode_only(tmp_path: Path) -> None:
     "prompt, message",
     [
         ([], "empty list"),
+        ([1.0, 2.0], "list of float is not"),
+        ([1, "a"], "list of int, str is not"),
         ([-1], "-1 is no id below"),
         ([10**9], "1000000000 is no id below"),
         ([True], "True is no id below"),
@@ -366,6 +369,58 @@ def test_bad_budgets_are_typed_errors(decoder: Decoder, budget: Any) -> None:
         decoder.generate([1], budget)
 
 
+def test_a_prompt_that_its_template_refuses_fails_alone_too(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    chatting = load(directory, "float32")
+    results = chatting.generate(
+        ["x", [{"role": "system", "content": "y"}]], 3, SamplingParams(seed=4)
+    )
+    assert [r.finish_reason for r in results] == ["length", "error"]
+    assert "no such role" in results[1].error
+    assert results[1].seed == 4
+
+
+def test_ids_may_be_any_integers(decoder: Decoder) -> None:
+    expected = decoder.generate([1, 2, 3], 5).tokens
+    assert decoder.generate(list(torch.tensor([1, 2, 3])), 5).tokens == expected
+
+
+def test_accepted_counts_only_what_was_emitted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perfect drafter, and a budget that cuts inside its block."""
+    decoder = load(tiny, "float32")
+    text = torch.tensor([5, 6, 7, *decoder.generate([5, 6, 7], 40).tokens])
+
+    def perfect(model: Any, cache: Any, state: steps.State, width: int, mask: int) -> Tensor:
+        return text[int(state.length[0]) :][:width][None]
+
+    monkeypatch.setattr(steps, "draft", perfect)
+    chunks = list(decoder.stream([5, 6, 7], 12))
+    assert [(len(chunk.tokens), chunk.n_accepted) for chunk in chunks] == [(1, 0), (8, 7), (3, 3)]
+
+
+def test_rates_are_those_of_the_clock(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    stats = decoder.generate([5, 6, 7], 40).stats
+    assert (stats.time_to_first_token, stats.seconds) == (1.0, 1.0 + stats.cycles)
+    assert stats.tokens_per_second == 39 / stats.cycles
+
+
+def test_two_decoders_in_two_threads_leave_the_flags_alone(tiny: Path) -> None:
+    matmul = torch.backends.cuda.matmul
+    decoders = [load(tiny, "float32") for _ in range(2)]
+    expected = decoders[0].generate([1, 2], 60).tokens
+    matmul.fp32_precision = "tf32"
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            jobs = [threads.submit(one.generate, [1, 2], 60) for one in decoders]
+        assert [job.result().tokens for job in jobs] == [expected, expected]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+
+
 def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
     with pytest.raises(RequestError, match="mode: 'greedy'"):
         decoder.generate([1], mode="greedy")
@@ -381,6 +436,9 @@ def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
         with pytest.raises(UnsupportedError, match=next(iter(setting))):
             decoder.generate([1], sampling=SamplingParams(**setting))
     assert decoder.generate([1], 3, SamplingParams(seed=7)).seed == 7
+    for wrong in ("greedy", 5, {}, SamplingParams(seed="7")):  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="sampling: "):
+            decoder.generate([1], sampling=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +449,8 @@ def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
         ({"dtype": torch.int8}, "dtype: torch.int8"),
+        ({"dtype": [1]}, "dtype: \\[1\\] is not one of"),
+        ({"device": "cpu:3"}, "device 'cpu:3'"),
         ({"max_seq_len": 1}, "max_seq_len: 1 is not within"),
         ({"max_seq_len": 10**9}, "max_seq_len: 1000000000 is not within 2 … 512"),
         ({"slots": 0}, "slots: 0"),

@@ -54,8 +54,9 @@ class Run(SimpleNamespace):
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Run:
     """generate.py in this process, on the CPU."""
+    device = [] if "--info" in arguments else ["--device", "cpu"]
     try:
-        code = generate.main([str(a) for a in arguments] + ["--device", "cpu"])
+        code = generate.main([str(a) for a in arguments] + device)
     except SystemExit as exit:
         code = exit.code
     captured = capsys.readouterr()
@@ -209,6 +210,9 @@ def test_info_says_what_a_checkpoint_is_and_needs(
     assert got.code == 0
     for fact in ("autoregressive and draft", "block size        8", "272, tied: yes", "KV cache"):
         assert fact in got.out
+    assert_refused(
+        run(capsys, "--checkpoint", raw, "--info", "--max-seq-len", 10**6), "max_seq_len"
+    )
 
 
 def test_blocks_are_marked_and_joined_are_the_text() -> None:
@@ -296,6 +300,73 @@ def test_a_reader_that_leaves_is_no_error(raw: Path) -> None:
     assert b"Exception" not in got.stderr
 
 
+@pytest.mark.parametrize(
+    "redirection, code, expected",
+    [
+        ("--prompt - <&-", 2, "error: standard input: closed"),
+        ("--prompt x >&-", 2, "error: standard output: closed"),
+        ("--prompt x >/dev/full", 2, "error: [Errno 28] No space left on device"),
+        ("--prompt x --json >/dev/full", 2, "error: [Errno 28] No space left on device"),
+        ("--prompt x 2>&- >/dev/null", 0, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    raw: Path, redirection: str, code: int, expected: str
+) -> None:
+    line = f"{sys.executable} {ROOT}/generate.py --checkpoint {raw} --device cpu {redirection}"
+    options = {"capture_output": True, "text": True, "timeout": 60, "stdin": subprocess.DEVNULL}
+    got = subprocess.run(line, shell=True, check=False, **options)  # type: ignore[call-overload]
+    assert got.returncode == code
+    assert expected in got.stderr
+    assert "Traceback" not in got.stderr
+    assert "Exception" not in got.stderr
+
+
+def test_json_is_json_in_any_locale_and_on_any_terminal(raw: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    prompt = "naïve \x9b31m \x7f 中"
+    got = command("--checkpoint", raw, "--prompt", prompt, "--json", env=environment)
+    text = json.loads(got.stdout)["text"]
+    assert text == orthrus_fast.load(raw, device="cpu").generate(prompt).text
+    assert all(0x20 <= byte < 0x7F or byte == 0x0A for byte in got.stdout)
+
+
+def test_ctrl_c_before_the_first_token_is_said_so(
+    raw: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orthrus_fast.steps, "prefill", interrupt)  # type: ignore[attr-defined]
+    got = run(capsys, "--checkpoint", raw, "--prompt", "x", "--json")
+    assert got.code == 130
+    assert got.err.splitlines()[-1] == "interrupted before the first token"
+    result = json.loads(got.out)
+    assert (result["tokens"], result["stats"]) == ([], None)
+
+
+def test_without_the_embedded_checkpoint_the_default_run_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(generate, "EMBEDDED", tmp_path)
+    assert_refused(run(capsys), "demos.json", "file not found")
+    (tmp_path / "demos.json").write_text("[1]")
+    assert_refused(run(capsys), "demos.json", "no demonstration 'records'")
+    assert_refused(run(capsys, "--raw"), "--raw")
+
+
+def test_a_missing_package_is_named(raw: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import generate;"
+        f"sys.exit(generate.main(['--checkpoint', {str(raw)!r}, '--prompt', 'x']))"
+    )
+    line = [sys.executable, "-c", code]
+    got = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert got.returncode == 2
+    assert got.stderr == "error: torch is not installed; run: pip install -e . beside generate.py\n"
+
+
 def test_on_a_terminal_blocks_are_coloured_and_controls_escaped(raw: Path) -> None:
     master, terminal = pty.openpty()
     line = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(raw), "--show-blocks"]
@@ -357,10 +428,14 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--attention", "flash"], ["attention 'flash'"]),
         (["--revision", "main"], ["revision 'main'"]),
         (["--system", "x"], ["--system", "no chat template"]),
-        (["--no-thinking"], ["--thinking", "no chat template"]),
-        (["--system", "x", "--raw"], ["--system does not go with --raw"]),
+        (["--no-thinking"], ["--no-thinking", "no chat template"]),
+        (["--system", "x", "--raw"], ["--raw does not go with --system"]),
+        (["--no-thinking", "--raw"], ["--raw does not go with --no-thinking"]),
+        (["--demo", "code"], ["--demo does not go with --checkpoint"]),
+        (["--info", "--json"], ["--info does not go with --"]),
+        (["--info", "--max-seq-len", 10**6], ["--info does not go with --prompt"]),
         (["--interactive"], ["--interactive does not go with --prompt"]),
-        (["--json", "--show-blocks"], ["--show-blocks does not go with --json"]),
+        (["--json", "--show-blocks"], ["--json does not go with --show-blocks"]),
     ],
 )
 def test_bad_flags(
@@ -447,6 +522,8 @@ def test_a_missing_directory_and_a_missing_repository(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(run(capsys, "--checkpoint", tmp_path / "nope", "--prompt", "x"), "nope")
+    assert_refused(run(capsys, "--checkpoint", "./a\nb", "--prompt", "x"), "./a\\nb")
+    assert_refused(run(capsys, "--checkpoint", "", "--prompt", "x"), "'' is neither a directory")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     got = command("--checkpoint", "nobody/nothing", "--prompt", "x", env=environment)
     assert (got.returncode, got.stdout) == (2, b"")
@@ -460,6 +537,7 @@ def test_a_plain_qwen3_asked_for_diffusion(
     line = ("--checkpoint", plain, "--prompt", "x", "--max-new-tokens", 4)
     assert_refused(run(capsys, *line), "plain Qwen3", "mode 'ar'")
     assert run(capsys, *line, "--mode", "ar").code == 0
+    assert_refused(run(capsys, *line, "--mode", "ar", "--check"), "--check", "one mode only")
 
 
 def test_thinking_with_a_template_that_knows_nothing_of_it(
@@ -468,7 +546,7 @@ def test_thinking_with_a_template_that_knows_nothing_of_it(
     directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
     line = ("--checkpoint", directory, "--prompt", "x", "--no-thinking")
-    assert_refused(run(capsys, *line), "--thinking", "no such mode")
+    assert_refused(run(capsys, *line), "--no-thinking", "no such mode")
 
 
 def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
