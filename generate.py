@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
+PATIENCE = 3.0  # seconds for a pipe to send something
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
@@ -206,9 +208,16 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def input_is_piped() -> bool:
+    """Whether standard input is a file, or a pipe in which something comes, or ends, in time."""
     if sys.stdin is None:
         return False
     mode = os.fstat(sys.stdin.fileno()).st_mode
+    if stat.S_ISFIFO(mode) and os.name == "posix":
+        if select.select([sys.stdin], [], [], PATIENCE)[0]:
+            return True
+        # Programs that start others often leave them a pipe that nobody writes to.
+        print("nothing comes from standard input; --prompt - waits for it", file=sys.stderr)
+        return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 

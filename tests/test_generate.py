@@ -251,6 +251,12 @@ def test_the_prompt_may_come_from_standard_input(raw: Path) -> None:
     assert bad.stderr == b"error: standard input: not valid UTF-8 at byte 3\n"
     empty = command(*line, input=b"")
     assert (empty.returncode, empty.stderr.splitlines()[-1][:20]) == (2, b"error: prompt: empty")
+    silent = subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE)
+    told = command(*line, stdin=silent.stdout)
+    silent.kill()
+    silent.communicate()
+    assert told.stderr.splitlines()[0].startswith(b"nothing comes from standard input")
+    assert (told.returncode, b"none given" in told.stderr) == (2, True)
     none = command(*line)
     assert (none.returncode, b"none given" in none.stderr) == (2, True)
 
