@@ -6,6 +6,7 @@ ids -> prefill -> cycles of draft, verify, accept, commit -> new ids -> text
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import platform
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, cast, overload
 
 import torch
 from torch import Tensor
@@ -34,12 +35,13 @@ from orthrus_fast.errors import (
 )
 from orthrus_fast.model import Transformer
 from orthrus_fast.sampling import SamplingParams, choose
-from orthrus_fast.tokenizer import Tokenizer
+from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
 _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 
 Prompt = str | list[int] | list[dict[str, Any]]
+Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -165,29 +167,47 @@ class Decoder:
         self._width = self.config.block_size or 1  # a plain Qwen3 has no drafts to make room for
         self._lock = threading.Lock()
 
+    @overload
     def generate(
         self,
-        prompt: Prompt | list[Prompt],
+        prompt: Prompt,
+        max_new_tokens: int = ...,
+        sampling: SamplingParams | None = ...,
+        mode: str = ...,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        max_new_tokens: int = ...,
+        sampling: SamplingParams | None = ...,
+        mode: str = ...,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Prompts,
         max_new_tokens: int = 256,
         sampling: SamplingParams | None = None,
         mode: str = "diffusion",
-    ) -> Any:
+    ) -> Generation | list[Generation]:
         """Decode a prompt to its end or ``max_new_tokens``: a Generation, or a list of them.
 
         ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these. Raises
         PromptError, RequestError, BusyError; in a list, a bad prompt fails alone, in its result.
         """
         if not _is_batch(prompt):
-            stream = self.stream(prompt, max_new_tokens, sampling, mode)  # type: ignore[arg-type]
+            stream = self.stream(cast(Prompt, prompt), max_new_tokens, sampling, mode)
             for _ in stream:
                 pass
             return stream.result
         drafting = self._check(max_new_tokens, sampling, mode)
         results: list[Generation | None] = []
         requests: list[_Request] = []
-        for one in prompt:
+        for one in cast(list[Prompt], prompt):
             try:
-                requests.append(self._request(one, max_new_tokens, sampling))  # type: ignore[arg-type]
+                requests.append(self._request(one, max_new_tokens, sampling))
                 results.append(None)
             except (PromptError, TemplateError) as error:
                 seed = sampling.seed if sampling else None
@@ -284,7 +304,9 @@ class Decoder:
         seed = None if sampling is None else sampling.seed
         return _Request(ids, max_new_tokens, seed, self.config, detokenizer)
 
-    def _run(self, requests: Sequence[_Request], drafting: bool, width: int) -> Generator[Chunk]:
+    def _run(
+        self, requests: Sequence[_Request], drafting: bool, width: int
+    ) -> Generator[Chunk, None, None]:
         """Serve requests in order, as many at once as there are slots, each to its end."""
         with self._exclusive():
             runner = self._runner
@@ -325,7 +347,7 @@ class Decoder:
 class Stream:
     """Chunks of one prompt as they are committed; leaving it early keeps the decoder usable."""
 
-    def __init__(self, request: _Request, chunks: Generator[Chunk]) -> None:
+    def __init__(self, request: _Request, chunks: Generator[Chunk, None, None]) -> None:
         self._request = request
         self._chunks = chunks
 
@@ -333,11 +355,17 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
+        self._check_not_running()
         return next(self._chunks)
 
     def close(self) -> None:
         """End the request now and free the decoder."""
+        self._check_not_running()
         self._chunks.close()
+
+    def _check_not_running(self) -> None:
+        if inspect.getgeneratorstate(self._chunks) == inspect.GEN_RUNNING:
+            raise BusyError("this stream is at work in another thread")
 
     @property
     def result(self) -> Generation:
@@ -354,7 +382,7 @@ class _Request:
         max_new_tokens: int,
         seed: int | None,
         config: ModelConfig,
-        detokenizer: Any,
+        detokenizer: Detokenizer | None,
     ) -> None:
         self.prompt = prompt
         self.limit = len(prompt) + max_new_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,29 @@ def test_a_dropped_stream_leaves_the_decoder_usable(decoder: Decoder) -> None:
     unstarted = decoder.stream([1, 2], 60)
     assert decoder.generate([9, 9], 30).tokens == expected
     assert len(list(unstarted)) > 1
+
+
+def test_a_stream_at_work_in_another_thread_is_busy(tiny: Path) -> None:
+    decoder = load(tiny, "float32")
+    stream = decoder.stream([1, 2], 100)
+    inside, leave = threading.Event(), threading.Event()
+    prefill = decoder._runner.prefill
+
+    def wait(*arguments: Any) -> Any:
+        inside.set()
+        leave.wait(30)
+        return prefill(*arguments)
+
+    decoder._runner.prefill = wait  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(next, stream)
+        inside.wait(30)
+        for call in (stream.close, stream.__next__):
+            with pytest.raises(BusyError, match="another thread"):
+                call()
+        leave.set()
+        assert len(first.result().tokens) == 1
+    assert len(list(stream)) > 1
 
 
 def test_several_end_tokens_each_end_the_text(tiny: Path, tmp_path: Path) -> None:
