@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orthrus_fast import errors
+
 if TYPE_CHECKING:
     from orthrus_fast.decoder import Chunk, Decoder, Generation, Stats, Stream, load
     from orthrus_fast.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Chunk", "Decoder", "Generation", "SamplingParams", "Stats", "Stream", "load"]
+_OF_DECODER = ("Chunk", "Decoder", "Generation", "Stats", "Stream", "load")
+__all__ = ["Chunk", "Decoder", "Generation", "SamplingParams", "Stats", "Stream", "errors", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,7 +25,7 @@ def __getattr__(name: str) -> Any:
         from orthrus_fast.sampling import SamplingParams
 
         return SamplingParams
-    if name in __all__:
+    if name in _OF_DECODER:
         from orthrus_fast import decoder
 
         return getattr(decoder, name)

@@ -25,6 +25,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: bool = False
 
+    @classmethod
+    def from_checkpoint(cls) -> SamplingParams:
+        """The settings of generation_config.json. Raises UnsupportedError: to come."""
+        raise UnsupportedError("sampling: from_checkpoint is not implemented yet")
+
     def check_implemented(self) -> None:
         """Raise UnsupportedError naming the first setting that differs from greedy decoding.
 

@@ -13,6 +13,7 @@ from orthrus_fast.attention import find_backend
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge, follows
 from tests.test_attention import dense, make_inputs
+from tests.test_embedded import MODEL, differing_prompts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +47,11 @@ def test_both_modes_decode_what_the_judge_decodes(
         for tokens, (wanted, gaps) in zip(results[mode], expected, strict=True):
             assert follows(tokens, wanted, gaps, near_tie=near_tie)
     assert results["ar"] == results["diffusion"]
+
+
+def test_both_modes_agree_on_every_held_out_prompt() -> None:
+    decoder = orthrus_fast.load(MODEL, device="cuda", dtype="float32", slots=8)
+    assert differing_prompts(decoder, 128) == []
 
 
 def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path: Path) -> None:

@@ -21,3 +21,5 @@ def test_what_is_not_implemented_is_refused_by_name() -> None:
     SamplingParams(seed=3).check_implemented()
     with pytest.raises(UnsupportedError, match="top_p=0.9 is not implemented yet"):
         SamplingParams(top_p=0.9).check_implemented()
+    with pytest.raises(UnsupportedError, match="from_checkpoint is not implemented yet"):
+        SamplingParams.from_checkpoint()
