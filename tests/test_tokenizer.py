@@ -385,9 +385,19 @@ def pair(
     return Tokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
 
 
+def skip_where_fields_are_handed_on_as_they_are() -> None:
+    """Python 3.10 has no transformers that drops None and renames reasoning before rendering."""
+    import transformers
+
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 23):
+        pytest.skip("transformers before 5.23 hands None and reasoning fields on as they are")
+
+
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("tools", [None, [], [TOOL, TOOL]])
 def test_render_chat_equals_transformers(pair: tuple[Any, Any], name: str, tools: Any) -> None:
+    if name in ("ends with assistant", "tools"):
+        skip_where_fields_are_handed_on_as_they_are()
     ours, theirs = pair
     messages = CONVERSATIONS[name]
     before = json.dumps(messages)
@@ -424,6 +434,7 @@ MESSAGE = st.fixed_dictionaries(
 def test_random_chats_equal_transformers(
     qwen3: tuple[Any, Any], messages: list[dict[str, Any]], thinking: bool | None
 ) -> None:
+    skip_where_fields_are_handed_on_as_they_are()
     ours, theirs = qwen3
     options = {} if thinking is None else {"enable_thinking": thinking}
     expected = theirs.apply_chat_template(
