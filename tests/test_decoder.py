@@ -248,11 +248,23 @@ def rows_are_alike(decoder: Decoder) -> bool:
     return True
 
 
-def test_one_row_ar_follows_the_judge(tiny: Path) -> None:
+def test_one_row_ar_follows_the_judge(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, _ = Judge(tiny).generate([1, 2, 3], 40, ())
-    got = load(tiny).generate_one_row([1, 2, 3], 40)
+    widths: set[int] = set()
+    verify = steps.verify
+
+    def spy(model: Any, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+        widths.add(block.shape[1])
+        return verify(model, cache, state, block)
+
+    monkeypatch.setattr(steps, "verify", spy)
+    decoder = load(tiny)
+    got = decoder.generate_one_row([1, 2, 3], 40)
     assert got.tokens == tokens
     assert got.stats.cycles == 39
+    assert widths == {1}
+    decoder.generate([1, 2, 3], 40, mode="ar")  # padded: the pass that verification runs
+    assert widths == {1, 8}
 
 
 def test_stream_gives_what_generate_gives(decoder: Decoder) -> None:
