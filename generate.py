@@ -191,20 +191,22 @@ def as_parsed(text: str) -> Any:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """--prompt, or standard input where that is a pipe or a file."""
-    if args.prompt == "":
+    """--prompt, or standard input where that is a pipe or a file; never empty."""
+    text = args.prompt if args.prompt not in (None, "-") else read_input(args)
+    if not text:
         raise PromptError("prompt: empty; it needs at least one token")
-    if args.prompt is not None and args.prompt != "-":
-        return str(args.prompt)
+    return str(text)
+
+
+def read_input(args: argparse.Namespace) -> str:
     if args.prompt is None and not input_is_piped():
         raise PromptError("prompt: none given; use --prompt TEXT, a pipe, or --interactive")
     if sys.stdin is None:
         raise PromptError("standard input: closed; use --prompt TEXT")
     try:
-        text = sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"standard input: not valid UTF-8 at byte {error.start}") from None
-    return text
 
 
 def input_is_piped() -> bool:
@@ -269,10 +271,7 @@ def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -
     """
     if "messages" in prompt:
         return encode_chat(decoder, args, [*system_message(args), *prompt["messages"]])
-    text = prompt["text"]
-    if not text:
-        raise PromptError("prompt: empty; it needs at least one token")
-    tokenizer = decoder.tokenizer
+    text, tokenizer = prompt["text"], decoder.tokenizer
     if tokenizer is not None and tokenizer.has_chat_template and not args.raw and not args.demo:
         return encode_chat(decoder, args, [*system_message(args), message("user", text)])
     for flag in ("system", "thinking"):

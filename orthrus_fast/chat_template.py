@@ -24,7 +24,7 @@ from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from orthrus_fast.config import read_bytes
-from orthrus_fast.errors import CheckpointError, PromptError, TemplateError
+from orthrus_fast.errors import CheckpointError, PromptError, TemplateError, one_line
 
 MAX_TEMPLATE_BYTES = 2**18  # the longest templates of the field have some 30 kB
 MAX_OUTPUT = 2**24  # characters of a rendered prompt
@@ -104,7 +104,7 @@ class ChatTemplate:
             problem = str(error)
         except Exception as error:  # a template may fail in any way that Python code may
             problem = f"{type(error).__name__}: {error}"
-        raise TemplateError(" ".join(f"{self._path}: chat template: {problem}".split())[:1000])
+        raise TemplateError(one_line(f"{self._path}: chat template: {problem}"))
 
 
 def _join(pieces: Any) -> str:
@@ -183,8 +183,6 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(function, BuiltinMethodType) and isinstance(function.__self__, (str, int)):
             _check_numbers(function.__name__, [*args, *kwargs.values()])
-        if getattr(function, "__name__", "") in ("format", "format_map"):
-            _check_widths(str(getattr(function, "__self__", "")))
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

@@ -131,6 +131,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """``read_json`` of a file that must hold an object. Raises ConfigError where it does not."""
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return fields
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """A regular file's content. Raises CheckpointError where there is none, or too much of it."""
     try:
@@ -147,9 +155,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
 def read_config(directory: Path) -> ModelConfig:
     """ModelConfig of a checkpoint directory. Raises ConfigError that names the field."""
     path = directory / "config.json"
-    fields = _object(path)
+    fields = read_object(path)
     generation_path = directory / "generation_config.json"
-    generation = _object(generation_path) if generation_path.exists() else {}
+    generation = read_object(generation_path) if generation_path.exists() else {}
     return parse_config(fields, generation, str(path))
 
 
@@ -243,13 +251,6 @@ class _Reader:
         if not isinstance(value, bool):
             self.fail(name, f"{value!r} is not true or false")
         return value
-
-
-def _object(path: Path) -> dict[str, Any]:
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return fields
 
 
 def _check_model_type(reader: _Reader) -> None:

@@ -104,18 +104,21 @@ class EagerRunner:
         device = state.tokens.device
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
 
+    def ids(self, prompt: list[int]) -> Tensor:
+        """The prompt [n] on the device."""
+        return torch.tensor(prompt, dtype=torch.int64, device=self.state.tokens.device)
+
     @torch.inference_mode()
-    def logits(self, prompt: list[int], slot: int) -> Tensor:
-        """Logits [V] after ``prompt``, which is prefilled into ``slot``."""
-        ids = torch.tensor(prompt, dtype=torch.int64, device=self.state.tokens.device)
+    def logits(self, ids: Tensor, slot: int) -> Tensor:
+        """Logits [V] after the prompt ``ids`` [n], which is prefilled into ``slot``."""
         with _plain_arithmetic(ids.device):
             return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
         """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
-        first = choose(self.logits(prompt, slot))
-        ids = torch.tensor(prompt, dtype=torch.int64, device=first.device)
+        ids = self.ids(prompt)
+        first = choose(self.logits(ids, slot))
         steps.open_slot(self.state, slot, ids, first, limit, self.eos)
         return int(first), bool(self.state.done[slot])
 
@@ -263,7 +266,8 @@ class Decoder:
         """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
         request = self._request(prompt, 1, None)
         with self._exclusive():
-            return self._runner.logits(request.prompt, 0).clone()  # no inference tensor
+            ids = self._runner.ids(request.prompt)
+            return self._runner.logits(ids, 0).clone()  # no inference tensor
 
     def _check(self, max_new_tokens: int, sampling: SamplingParams | None, mode: str) -> bool:
         """Whether to draft. Raises RequestError for settings that cannot be served."""

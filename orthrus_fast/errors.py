@@ -1,6 +1,11 @@
 """Every error a user can act on. Each message is one line that names the file, tensor or flag."""
 
 
+def one_line(text: str) -> str:
+    """A message of another library or of a template, folded to one line of bounded length."""
+    return " ".join(text.split())[:1000]
+
+
 class OrthrusError(Exception):
     """Base of all errors raised on purpose; the command line prints it and exits with code 2."""
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import tokenizers
 
 from orthrus_fast.chat_template import ChatTemplate
-from orthrus_fast.config import MAX_JSON_BYTES, read_bytes, read_json
-from orthrus_fast.errors import CheckpointError, PromptError
+from orthrus_fast.config import MAX_JSON_BYTES, read_bytes, read_object
+from orthrus_fast.errors import CheckpointError, PromptError, one_line
 
 _T = TypeVar("_T")
 
@@ -46,9 +46,7 @@ class Tokenizer:
         spaces before punctuation corrupts the text, and would contradict pieces already streamed.
         """
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.exists() else {}
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{config_path}: not a JSON object")
+        config = read_object(config_path) if config_path.exists() else {}
         backend = _load_backend(path)
         special_tokens = _special_tokens(config, config_path)
         _check_added_tokens(config, config_path, backend)
@@ -140,10 +138,6 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:1000]
-
-
 def _guard(path: Path, function: Callable[[], _T]) -> _T:
     """Call into the tokenizers library. Its failures become CheckpointErrors that name the file.
 
@@ -155,7 +149,7 @@ def _guard(path: Path, function: Callable[[], _T]) -> _T:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        problem = _one_line(f"{path}: refused by the tokenizers library: {error}")
+        problem = one_line(f"{path}: refused by the tokenizers library: {error}")
         raise CheckpointError(problem) from None
 
 
