@@ -546,6 +546,15 @@ def test_a_plain_qwen3_asked_for_diffusion(
     assert_refused(run(capsys, *line, "--mode", "ar", "--check"), "--check", "one mode only")
 
 
+def test_an_empty_message_is_refused_though_a_template_would_wrap_it(
+    chat: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(run(capsys, "--checkpoint", chat, "--prompt", ""), "prompt: empty")
+    piped = command("--checkpoint", chat, input=b"")
+    assert (piped.returncode, piped.stdout) == (2, b"")
+    assert piped.stderr.startswith(b"error: prompt: empty")
+
+
 def test_thinking_with_a_template_that_knows_nothing_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
