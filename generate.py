@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     if args.interactive:
         return chat(decoder, args)
     if args.check and not decoder.config.has_draft_view:
-        raise RequestError(f"--check: {decoder.checkpoint.name} has one mode only, ar")
+        raise RequestError(f"--check: {decoder.name} has one mode only, ar")
     ids = encode(decoder, args, demo or {"text": prompt})
     result, interrupted = decode(decoder, args, ids)
     report(decoder, args, result, interrupted)
@@ -235,6 +235,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             runner=args.runner,
             attention=args.attention,
             revision=args.revision,
+            draft_view=args.mode == "diffusion" or args.check,
             progress=progress,
         )
 
@@ -276,7 +277,7 @@ def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -
         return encode_chat(decoder, args, [*system_message(args), message("user", text)])
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None:
-            name = decoder.checkpoint.name
+            name = decoder.name
             raise RequestError(f"{spelled(flag, args)}: {name} has no chat template")
     return decoder.encode(text)
 
@@ -288,7 +289,7 @@ def encode_chat(
     template = decoder.tokenizer.chat_template
     if args.thinking is not None and not template.mentions("enable_thinking"):
         flag = spelled("thinking", args)
-        raise RequestError(f"{flag}: the template of {decoder.checkpoint.name} has no such mode")
+        raise RequestError(f"{flag}: the template of {decoder.name} has no such mode")
     return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
 
 
@@ -426,6 +427,8 @@ def as_json(
         "seed": result.seed,
         "stats": asdict(result.stats) if result.stats else None,
         "configuration": {**decoder.configuration, "mode": args.mode},
+        "startup": decoder.startup,
+        "invariance": asdict(decoder.invariance) if decoder.invariance else None,
         "check": verdict,
     }
     return json.dumps(fields).replace("\x7f", "\\u007f")
@@ -434,7 +437,7 @@ def as_json(
 def chat(decoder: Decoder, args: argparse.Namespace) -> int:
     """Turns of a chat until end of input; Ctrl-C ends an answer, or at the prompt the chat."""
     if decoder.tokenizer is None or not decoder.tokenizer.has_chat_template:
-        raise RequestError(f"--interactive: {decoder.checkpoint.name} has no chat template")
+        raise RequestError(f"--interactive: {decoder.name} has no chat template")
     if sys.stdin is None:
         raise RequestError("standard input: closed; --interactive reads it")
     messages = system_message(args)
@@ -482,9 +485,12 @@ def show_info(args: argparse.Namespace) -> int:
         "end tokens": ", ".join(map(str, config.eos_token_ids)) or "none",
         "on disk": f"{checkpoint.weight_bytes / 1e9:.3f} GB of weights",
     }
+    cpu = torch.device("cpu")
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        facts[f"needs in {name}"] = f"{memory_needed(config, dtype, length, 1)} at {length} tokens"
+        facts[f"needs in {name}"] = (
+            f"{memory_needed(config, dtype, cpu, length, 1)} at {length} tokens"
+        )
     for name, fact in facts.items():
         print(f"{name:18}{printable(str(fact), True)}")
     return 0

@@ -30,11 +30,16 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, slot: Tensor) -> None:
-        """Store k and v [R, T, n_kv_heads, head_dim] at ``positions`` [R, T] of ``slot`` [R].
+    def reset(self) -> None:
+        """All rows zero, as at first."""
+        for rows in (*self.k, *self.v):
+            rows.zero_()
 
-        All (slot, position) pairs differ and lie below the capacity, so no write races another.
-        """
-        # Index tensors around a slice put their dimensions first: [R, T, n_kv_heads, head_dim].
-        self.k[layer][slot[:, None], :, positions] = k
-        self.v[layer][slot[:, None], :, positions] = v
+
+def write_rows(cache: Tensor, rows: Tensor, positions: Tensor, slot: Tensor) -> None:
+    """Store rows [R, T, n_kv_heads, head_dim] in a layer's K or V: ``positions`` [R, T], slot [R].
+
+    All (slot, position) pairs differ and lie below the capacity, so no write races another.
+    """
+    # Index tensors around a slice put their dimensions first: [R, T, n_kv_heads, head_dim].
+    cache[slot[:, None], :, positions] = rows

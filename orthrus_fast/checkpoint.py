@@ -24,10 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from orthrus_fast.attention import Attend
 from orthrus_fast.config import ModelConfig, read_config, read_json
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
-from orthrus_fast.model import Attention, Layer, Transformer
+from orthrus_fast.model import Attention, Kernels, Layer, Transformer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -44,6 +43,7 @@ _TEXT_FILES = (
     _INDEX,
 )
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_DRAFT = "_diff.weight"  # how the names of the draft view's tensors end
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names; no other type is read
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # no separators: it stays in place
@@ -61,6 +61,7 @@ class Checkpoint:
     config: ModelConfig
     tensor_files: Mapping[str, Path]  # tensor name -> safetensors file
     weight_bytes: int  # of all tensors, as they are stored
+    draft_bytes: int  # of the draft view's among them
 
 
 class _Stored(NamedTuple):
@@ -94,32 +95,36 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
         _fetch_weights(name, directory, shards)
     stored = _read_headers(directory, shards, weight_map)
     _check_tensors(directory, config, stored)
-    n_bytes = sum(math.prod(t.shape) * _ITEM_BYTES[t.dtype] for t in stored.values())
     files = {tensor: entry.file for tensor, entry in stored.items()}
-    return Checkpoint(name, directory, None if local else directory.name, config, files, n_bytes)
+    sizes = {tensor: math.prod(t.shape) * _ITEM_BYTES[t.dtype] for tensor, t in stored.items()}
+    n_draft = sum(size for tensor, size in sizes.items() if tensor.endswith(_DRAFT))
+    commit = None if local else directory.name
+    return Checkpoint(name, directory, commit, config, files, sum(sizes.values()), n_draft)
 
 
 def load_model(
     checkpoint: Checkpoint,
-    attend: Attend,
+    kernels: Kernels,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    draft_view: bool = True,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model in memory, ready for inference: no gradients, every weight cast to ``dtype``.
 
-    Tensors go to the device one at a time, so the host needs room for one more than the model has.
-    ``progress`` is called after each, with bytes as stored. torch's default dtype, flags and random
-    state stay as they are. Raises CheckpointError: a file that changed since it was opened, a value
-    that is not finite in ``dtype``, an ``lm_head`` that differs from the embedding it is tied to,
-    or a device without room.
+    Tensors go to the device one at a time: the host needs room for one more than the model has.
+    ``draft_view`` False leaves that view's tensors unread. ``progress`` is called after each
+    tensor, with bytes as stored. torch's default dtype, flags and random state stay as they are.
+    Raises CheckpointError: a file that changed since it was opened, a value that is not finite in
+    ``dtype``, an ``lm_head`` that differs from the embedding it is tied to, a device without room.
     """
     done = 0
     try:
-        model = _allocate(checkpoint.config, attend, device, dtype)
+        model = _allocate(checkpoint.config, kernels, device, dtype, draft_view)
         views = tensor_views(model)
-        for name, tensor in _read_tensors(checkpoint, device):
+        total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
+        for name, tensor in _read_tensors(checkpoint, device, draft_view):
             if name in views:
                 _fill(views[name], tensor, name, checkpoint.tensor_files[name])
             elif not torch.equal(tensor.to(dtype), views[_EMBEDDING]):
@@ -130,7 +135,7 @@ def load_model(
                 )
             done += tensor.nbytes
             if progress is not None:
-                progress(done, checkpoint.weight_bytes)
+                progress(done, total)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise  # a fault of ours; CPU and CUDA both say "memory" where it ran out
@@ -184,16 +189,20 @@ def _attention_views(attention: Attention, prefix: str, suffix: str) -> dict[str
     return {f"{prefix}{name}{suffix}.weight": part for name, part in parts.items()}
 
 
-def _build_on_meta(config: ModelConfig, attend: Attend) -> Transformer:
+def _build_on_meta(config: ModelConfig, kernels: Kernels, draft_view: bool) -> Transformer:
     """The model with shapes and no memory; the limits in config.py bound the time, 2 s or so."""
     with torch.device("meta"):  # initialising there draws no random numbers either
-        return Transformer(config, attend).requires_grad_(False).eval()
+        return Transformer(config, kernels, draft_view).requires_grad_(False).eval()
 
 
 def _allocate(
-    config: ModelConfig, attend: Attend, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    draft_view: bool,
 ) -> Transformer:
-    model = _build_on_meta(config, attend)
+    model = _build_on_meta(config, kernels, draft_view)
     if config.tie_word_embeddings:
         model.lm_head.register_parameter("weight", None)  # to_empty would give it its own memory
     model.to(dtype).to_empty(device=device)
@@ -315,10 +324,13 @@ def _safetensors(path: Path, device: str) -> Iterator[Any]:
         ) from None
 
 
-def _read_tensors(checkpoint: Checkpoint, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(
+    checkpoint: Checkpoint, device: torch.device, draft_view: bool
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors on the device, file by file; the output head last, after what it is tied to."""
     files = checkpoint.tensor_files
-    names = sorted(files, key=lambda name: (name == _LM_HEAD, files[name], name))
+    wanted = [name for name in files if draft_view or not name.endswith(_DRAFT)]
+    names = sorted(wanted, key=lambda name: (name == _LM_HEAD, files[name], name))
     for path, group in itertools.groupby(names, key=files.__getitem__):
         with _safetensors(path, str(device)) as file:
             for name in group:
@@ -327,7 +339,7 @@ def _read_tensors(checkpoint: Checkpoint, device: torch.device) -> Iterator[tupl
 
 def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> None:
     """Names, shapes and types against the config. Raises CheckpointError, listing what is wrong."""
-    has_draft_view = any(name.endswith("_diff.weight") for name in stored)
+    has_draft_view = any(name.endswith(_DRAFT) for name in stored)
     if has_draft_view and not config.has_draft_view:
         raise ConfigError(
             f"{directory / 'config.json'}: block_size and mask_token_id: absent, but the weights "
@@ -338,7 +350,7 @@ def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stor
             f"{directory}: config.json is an Orthrus's, but there are no *_diff tensors; to run it "
             "as a plain Qwen3, remove block_size and mask_token_id and name Qwen3ForCausalLM"
         )
-    views = tensor_views(_build_on_meta(config, _never_attend))
+    views = tensor_views(_build_on_meta(config, Kernels(_never_run, _never_run), draft_view=True))
     expected = {name: tuple(view.shape) for name, view in views.items()}
     wrong = [f"{name} is missing" for name in expected if name not in stored]
     if config.tie_word_embeddings and _LM_HEAD in stored:
@@ -355,7 +367,7 @@ def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stor
         raise CheckpointError(f"{directory}: tensors do not fit config.json: {_list(wrong)}")
 
 
-def _never_attend(*_: Any, **__: Any) -> Tensor:
+def _never_run(*_: Any, **__: Any) -> Tensor:
     raise AssertionError("a model on the meta device has only shapes")
 
 

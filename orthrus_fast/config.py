@@ -98,13 +98,21 @@ class ModelConfig:
     @property
     def n_weights(self) -> int:
         """Weights in elements, both views; a tied lm_head counts once."""
-        heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        attention = self.hidden_size * (heads + self.n_heads * self.head_dim) + 2 * self.head_dim
-        views = 2 if self.has_draft_view else 1
         mlp = 3 * self.hidden_size * self.intermediate_size
-        layer = views * attention + mlp + 2 * self.hidden_size
+        layer = self._attention_weights + mlp + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.n_layers * layer + embeddings + self.hidden_size
+        return self.n_layers * layer + embeddings + self.hidden_size + self.n_draft_weights
+
+    @property
+    def n_draft_weights(self) -> int:
+        """The draft view's share of them."""
+        return self.n_layers * self._attention_weights if self.has_draft_view else 0
+
+    @property
+    def _attention_weights(self) -> int:
+        """One view's attention weights in one layer."""
+        heads = 2 * self.n_heads + 2 * self.n_kv_heads  # q and o, k and v
+        return (self.hidden_size * heads + 2) * self.head_dim
 
     @property
     def cache_elements_per_token(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import platform
 import threading
@@ -22,9 +23,9 @@ import torch
 from torch import Tensor
 
 from orthrus_fast import __version__, steps
-from orthrus_fast.attention import find_backend
+from orthrus_fast.attention import edges
 from orthrus_fast.cache import KVCache
-from orthrus_fast.checkpoint import Checkpoint, Progress, load_model, open_checkpoint
+from orthrus_fast.checkpoint import Progress, load_model, open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.errors import (
     BusyError,
@@ -33,12 +34,16 @@ from orthrus_fast.errors import (
     TemplateError,
     UnsupportedError,
 )
+from orthrus_fast.invariance import Invariance, secure
 from orthrus_fast.model import Transformer
-from orthrus_fast.sampling import SamplingParams, choose
+from orthrus_fast.runners import EagerRunner, check_runner, find_kernels, make_runner
+from orthrus_fast.sampling import SamplingParams
 from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
-_TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
+_log = logging.getLogger("orthrus_fast")
+# Bytes; benchmarks/README.md has what was seen.
+GPU_PASSES, GPU_PASSES_SLOT = 500_000_000, 100_000_000
 
 Prompt = str | list[int] | list[dict[str, Any]]
 Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]
@@ -86,89 +91,66 @@ class Chunk:
         return "".join(self.pieces)
 
 
-class _Cycle(NamedTuple):
-    """One cycle as the host sees it, a list entry per slot."""
-
-    tokens: list[list[int]]
-    n_accepted: list[int]
-    done: list[bool]
-
-
-class EagerRunner:
-    """Runs the steps as they stand, kernel by kernel, and reads each cycle's result at once."""
-
-    def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
-        self.model = model
-        self.state = state
-        self.cache = cache
-        device = state.tokens.device
-        self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
-
-    def ids(self, prompt: list[int]) -> Tensor:
-        """The prompt [n] on the device."""
-        return torch.tensor(prompt, dtype=torch.int64, device=self.state.tokens.device)
-
-    @torch.inference_mode()
-    def logits(self, ids: Tensor, slot: int) -> Tensor:
-        """Logits [V] after the prompt ``ids`` [n], which is prefilled into ``slot``."""
-        with _plain_arithmetic(ids.device):
-            return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
-
-    @torch.inference_mode()
-    def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
-        """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
-        ids = self.ids(prompt)
-        first = choose(self.logits(ids, slot))
-        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
-        return int(first), bool(self.state.done[slot])
-
-    @torch.inference_mode()
-    def cycle(self, drafting: bool, width: int) -> _Cycle:
-        """Draft (or repeat the anchor), verify, accept, commit, for all slots at once."""
-        model, cache, state = self.model, self.cache, self.state
-        state.drafting.fill_(drafting)
-        with _plain_arithmetic(state.tokens.device):
-            if drafting:
-                mask = model.config.mask_token_id
-                assert mask is not None  # the decoder refuses to draft without the draft view
-                block = steps.draft(model, cache, state, width, mask)
-            else:
-                block = steps.repeat_anchor(state, width)
-            target = steps.verify(model, cache, state, block)
-            n_accepted = steps.accept(block, target) * state.drafting
-            n_new = steps.commit(state, target, n_accepted, self.eos)
-        rows = zip(target.tolist(), n_new.tolist(), strict=True)
-        emitted = [row[:n] for row, n in rows]
-        return _Cycle(emitted, torch.minimum(n_accepted, n_new).tolist(), state.done.tolist())
-
-
 class Decoder:
-    """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time."""
+    """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time.
+
+    ``configuration`` is what its promise holds within; ``invariance`` what the check of the
+    captured verify pass found (None without CUDA graphs); ``startup`` seconds by stage.
+    """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        name: str,
         model: Transformer,
         tokenizer: Tokenizer | None,
         *,
         max_seq_len: int,
         slots: int,
-        configuration: dict[str, Any],
+        runner: str,
+        attention: str,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
+        self.name = name
+        self.config = model.config
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.slots = slots
-        self.configuration = configuration
-        weight = model.embed_tokens.weight
-        capacity = steps.cache_rows(max_seq_len, self.config.block_size or 1)
-        model.set_capacity(capacity)
-        cache = KVCache(self.config, slots, capacity, weight.dtype, weight.device)
-        state = steps.State.create(slots, capacity, weight.device)
-        self._runner = EagerRunner(model, state, cache)
         self._width = self.config.block_size or 1  # a plain Qwen3 has no drafts to make room for
         self._lock = threading.Lock()
+        weight = model.embed_tokens.weight
+        capacity = steps.cache_rows(max_seq_len, self._width)
+        model.set_capacity(capacity)
+        cache = KVCache(self.config, slots, capacity, weight.dtype, weight.device)
+        state = steps.State.create(slots, capacity, self._width, weight.device)
+
+        def build() -> EagerRunner:
+            return make_runner(runner, model, state, cache, attention)
+
+        self.invariance: Invariance | None = None
+        if runner == "graph":
+            places = edges(attention, capacity)
+            self._runner, self.invariance = secure(model, build, self._width, places)
+        else:
+            self._runner = build()
+            self._runner.prepare(self._width)
+        self.startup = dict(self._runner.seconds)
+        if self.invariance is not None:
+            self.startup["check"] = self.invariance.seconds
+        self.configuration: dict[str, Any] = {
+            "orthrus_fast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "hardware": _hardware(weight.device),
+            "checkpoint": name,
+            "device": str(weight.device),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "runner": runner,
+            "compile_mode": None if runner == "eager" else "default",
+            "attention": attention,
+            "own_products": list(self.invariance.replaced) if self.invariance else [],
+            "slots": slots,
+            "block_size": self.config.block_size,
+            "max_seq_len": max_seq_len,
+        }
 
     @overload
     def generate(
@@ -257,7 +239,7 @@ class Decoder:
             kind = type(prompt).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
             raise PromptError(f"prompt: {kind} is not a string, or a list of messages or of ids")
         if self.tokenizer is None:
-            raise PromptError(f"{self.checkpoint.name}: has no tokenizer.json; pass ids")
+            raise PromptError(f"{self.name}: has no tokenizer.json; pass ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
@@ -267,7 +249,7 @@ class Decoder:
         request = self._request(prompt, 1, None)
         with self._exclusive():
             ids = self._runner.ids(request.prompt)
-            return self._runner.logits(ids, 0).clone()  # no inference tensor
+            return self._runner.prefill_logits(ids, 0).clone()  # no inference tensor
 
     def _check(self, max_new_tokens: int, sampling: SamplingParams | None, mode: str) -> bool:
         """Whether to draft. Raises RequestError for settings that cannot be served."""
@@ -281,9 +263,13 @@ class Decoder:
             sampling.check_implemented()
         if mode not in ("ar", "diffusion"):
             raise RequestError(f"mode: {mode!r} is not 'ar' or 'diffusion'")
+        if mode == "diffusion" and self.config.has_draft_view != self._runner.model.has_draft_view:
+            raise UnsupportedError(
+                "mode 'diffusion': loaded with draft_view=False, without the draft view's weights"
+            )
         if mode == "diffusion" and not self.config.has_draft_view:
             raise UnsupportedError(
-                f"mode 'diffusion': {self.checkpoint.name} is a plain Qwen3, without the draft "
+                f"mode 'diffusion': {self.name} is a plain Qwen3, without the draft "
                 "view's weights; use mode 'ar'"
             )
         return mode == "diffusion"
@@ -314,11 +300,13 @@ class Decoder:
         """Serve requests in order, as many at once as there are slots, each to its end."""
         with self._exclusive():
             runner = self._runner
+            runner.prepare(width)
             waiting = deque(requests)
             free = list(range(self.slots))
             active: dict[int, _Request] = {}
             while waiting or active:
-                while waiting and free:
+                refill = bool(waiting and free)
+                if refill and not runner.in_flight:  # cycles in flight know the slot's last owner
                     slot, request = free.pop(0), waiting.popleft()
                     request.start()
                     first, done = runner.prefill(request.prompt, slot, request.limit)
@@ -327,9 +315,10 @@ class Decoder:
                         free.append(slot)
                     else:
                         active[slot] = request
-                if not active:
                     continue
-                cycle = runner.cycle(drafting, width)
+                while not refill and runner.in_flight <= runner.ahead:
+                    runner.launch(drafting, width)
+                cycle = runner.read()
                 for slot, request in list(active.items()):
                     done = cycle.done[slot]
                     if done:
@@ -345,6 +334,7 @@ class Decoder:
         try:
             yield
         finally:
+            self._runner.drain()
             self._lock.release()
 
 
@@ -447,83 +437,100 @@ def load(
     compile_mode: str = "default",
     revision: str | None = None,
     *,
+    draft_view: bool = True,
     progress: Progress | None = None,
 ) -> Decoder:
     """Load a checkpoint from a directory or the Hugging Face Hub, ready to decode.
 
     ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
-    on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less.
-    ``progress`` is called with bytes loaded and bytes in all. Raises CheckpointError, RequestError
-    or UnsupportedError; torch's global settings and random state stay as they were.
+    on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
+    ``runner`` to graph on CUDA and eager on CPU. ``draft_view`` False leaves that view's weights on
+    disk, for mode ar alone. ``progress`` is called with bytes loaded and bytes in all. Raises
+    CheckpointError, RequestError or UnsupportedError; torch's global settings and random state stay
+    as they were.
     """
-    _check_runner(runner, compile_mode)
-    attention, attend = find_backend(attention)
+    begin = time.perf_counter()
     torch_device = _parse_device(device)
+    runner = check_runner(runner, compile_mode, torch_device)
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
         raise RequestError(f"slots: {slots!r} is not an integer of at least 1")
     parsed_dtype = _parse_dtype(dtype)
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     config = checkpoint.config
     torch_dtype = parsed_dtype or _default_dtype(config, torch_device)
+    attention, kernels = find_kernels(attention, torch_device, torch_dtype, config.head_dim)
     max_seq_len = check_max_seq_len(max_seq_len, config)
-    memory = memory_needed(config, torch_dtype, max_seq_len, slots)
-    _check_memory(memory, torch_device)
+    check_memory(
+        memory_needed(config, torch_dtype, torch_device, max_seq_len, slots, draft_view),
+        torch_device,
+    )
     tokenizer = None
     if (checkpoint.directory / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_directory(checkpoint.directory)
     model = load_model(
-        checkpoint, attend, device=torch_device, dtype=torch_dtype, progress=progress
-    )
-    configuration = {
-        "orthrus_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "hardware": _hardware(torch_device),
-        "checkpoint": checkpoint.name,
-        "commit": checkpoint.commit,
-        "device": str(torch_device),
-        "dtype": str(torch_dtype).removeprefix("torch."),
-        "runner": "eager",
-        "compile_mode": None,
-        "attention": attention,
-        "slots": slots,
-        "block_size": config.block_size,
-        "max_seq_len": max_seq_len,
-    }
-    return Decoder(
         checkpoint,
+        kernels,
+        device=torch_device,
+        dtype=torch_dtype,
+        draft_view=draft_view,
+        progress=progress,
+    )
+    loaded = time.perf_counter() - begin
+    decoder = Decoder(
+        checkpoint.name,
         model,
         tokenizer,
         max_seq_len=max_seq_len,
         slots=slots,
-        configuration=configuration,
+        runner=runner,
+        attention=attention,
     )
+    decoder.configuration["commit"] = checkpoint.commit
+    decoder.startup = {"load": loaded, **decoder.startup}
+    if runner != "eager":
+        stages = (f"{stage} {seconds:.1f} s" for stage, seconds in decoder.startup.items())
+        _log.info("ready: %s", ", ".join(stages))
+    return decoder
 
 
 class Memory(NamedTuple):
-    """Bytes that a decoder allocates once; a pass's activations come on top."""
+    """Bytes that a decoder needs."""
 
     weights: int
     cache: int
+    passes: int  # what a pass's own tensors, its graphs and the libraries' workspaces may take
 
     def __str__(self) -> str:
-        weights, cache = self.weights / 1e9, self.cache / 1e9
-        return f"weights {weights:.2f} GB + KV cache {cache:.2f} GB = {weights + cache:.2f} GB"
+        weights, cache, passes = (size / 1e9 for size in self)
+        text = f"weights {weights:.2f} GB + KV cache {cache:.2f} GB"
+        text += f" + passes {passes:.2f} GB" if passes else ""
+        return f"{text} = {sum(self) / 1e9:.2f} GB"
 
 
-def memory_needed(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: int) -> Memory:
+def memory_needed(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    slots: int,
+    draft_view: bool = True,
+) -> Memory:
     """The arithmetic of ``load``'s memory check."""
     rows = slots * steps.cache_rows(max_seq_len, config.block_size or 1)
+    n_weights = config.n_weights if draft_view else config.n_weights - config.n_draft_weights
     return Memory(
-        weights=config.n_weights * dtype.itemsize,
+        weights=n_weights * dtype.itemsize,
         cache=rows * config.cache_elements_per_token * dtype.itemsize,
+        passes=GPU_PASSES + slots * GPU_PASSES_SLOT if device.type == "cuda" else 0,
     )
 
 
-def _check_memory(memory: Memory, device: torch.device) -> None:
+def check_memory(memory: Memory, device: torch.device) -> None:
     """Refuse what cannot fit before anything is allocated."""
     if device.type == "cuda":
         available, where = torch.cuda.mem_get_info(device)[0], f"free on {device}"
+        # What torch keeps for tensors to come is ours to use, too.
+        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         available, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory"
     if sum(memory) > available:
@@ -531,15 +538,6 @@ def _check_memory(memory: Memory, device: torch.device) -> None:
             f"needs {memory}, but there are {available / 1e9:.2f} GB {where}; "
             "lower max_seq_len or slots, take a smaller dtype, or another device"
         )
-
-
-def _check_runner(runner: str, compile_mode: str) -> None:
-    if runner in ("compiled", "graph"):
-        raise UnsupportedError(f"runner {runner!r} is not implemented yet; use 'auto' or 'eager'")
-    if runner not in ("auto", "eager"):
-        raise RequestError(f"runner: {runner!r} is not 'auto', 'eager', 'compiled' or 'graph'")
-    if compile_mode != "default":
-        raise UnsupportedError(f"compile_mode {compile_mode!r}: the eager runner compiles nothing")
 
 
 def _parse_device(device: str | torch.device | None) -> torch.device:
@@ -610,22 +608,3 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-@contextlib.contextmanager
-def _plain_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autocast and no TF32 within, whatever the caller has switched on; both put back after.
-
-    The TF32 switches are the process's, so two decoders in two threads take turns here.
-    """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    with _TORCH_FLAGS:
-        before = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        try:
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision

@@ -8,15 +8,19 @@ and RoPE tables in float32 (float64 for float64 weights), cast back before the w
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthrus_fast.attention import Attend
-from orthrus_fast.cache import KVCache
+from orthrus_fast.cache import KVCache, write_rows
 from orthrus_fast.config import ModelConfig, RopeConfig
 
 
@@ -29,6 +33,45 @@ class View(enum.Enum):
     DRAFT = "draft"  # bidirectional within the block; its K/V serve this pass alone
 
 
+class Places(NamedTuple):
+    """Where a pass's rows sit: made once a pass, read by every layer."""
+
+    start: Tensor  # [R] int32: position of each sequence's first row
+    slot: Tensor  # [R] int64: the cache's slot of each sequence
+    positions: Tensor  # [R, T] int64
+    cos: Tensor  # [R, T, head_dim], as sin: the rotary table's rows at ``positions``
+    sin: Tensor
+
+
+class QkNormRopeWrite(Protocol):
+    """What follows the qkv product: q [R, T, n_heads, head_dim] returned, k and v cached.
+
+    The signature of ``qk_norm_rope_write``, below, and of the kernel that takes its place.
+    """
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slot: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The parts of a layer that have more than one implementation."""
+
+    attend: Attend
+    qk_norm_rope_write: QkNormRopeWrite
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension (arXiv 1910.07467), rounded as Qwen3 does."""
 
@@ -38,9 +81,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(_wide(x.dtype))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -56,24 +97,65 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [R, T, hidden_size] -> q [R, T, n_heads, head_dim], k and v [R, T, n_kv_heads, …]."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=-2)
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+    def forward(
+        self,
+        x: Tensor,
+        places: Places,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        kernels: Kernels,
+        causal: bool,
+    ) -> Tensor:
+        """x [R, T, hidden_size] -> the same shape; the rows' K and V go to the caches first."""
+        q = kernels.qk_norm_rope_write(
+            self.qkv(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            places.cos,
+            places.sin,
+            places.positions,
+            places.slot,
+            k_cache,
+            v_cache,
+        )
+        mixed = kernels.attend(q, k_cache, v_cache, places.start, places.slot, causal=causal)
+        out: Tensor = self.o(mixed.flatten(-2))
+        return out
 
 
 class Layer(nn.Module):
-    """A decoder block; ``draft_attention`` is None in a plain Qwen3."""
+    """A decoder block; ``draft_attention`` is None where there is no draft view."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, draft_view: bool) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
-        self.draft_attention = Attention(config) if config.has_draft_view else None
+        self.draft_attention = Attention(config) if draft_view else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        update: Tensor,
+        places: Places,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        kernels: Kernels,
+        view: View,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x and the last layer's ``update`` to it -> the same, a layer later.
+
+        The sum is left to the next layer, whose compiled code makes it and the norm in one kernel.
+        """
+        causal = view is View.AUTOREGRESSIVE
+        attention = self.attention if causal else self.draft_attention
+        assert attention is not None  # the decoder refuses to draft without the draft view
+        x = x + update
+        x = x + attention(self.attention_norm(x), places, k_cache, v_cache, kernels, causal)
+        return x, self.mlp(self.mlp_norm(x))
 
     def mlp(self, x: Tensor) -> Tensor:
         """SwiGLU (arXiv 2002.05202)."""
@@ -83,25 +165,45 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. Parameters are uninitialised until a checkpoint is loaded into them."""
+    """The whole model. Parameters are uninitialised until a checkpoint is loaded into them.
 
-    def __init__(self, config: ModelConfig, attend: Attend) -> None:
+    ``draft_view`` False leaves the draft view out, though the config has one.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, draft_view: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.attend = attend
+        self.kernels = kernels
+        self.has_draft_view = draft_view and config.has_draft_view
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, self.has_draft_view) for _ in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.rope_cos = self.rope_sin = torch.empty(0, config.head_dim)
+        self.run_layer: Callable[..., tuple[Tensor, Tensor]] = Layer.forward
 
     def set_capacity(self, capacity: int) -> None:
         """Make the RoPE tables, [capacity, head_dim] each, on the weights' device and dtype."""
         weight = self.embed_tokens.weight
         cos, sin = rope_table(self.config, capacity, weight.dtype)
         self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
+
+    def compiled(self, kernels: Kernels, compile: Callable[[Any], Any]) -> Transformer:
+        """The same model over the same weights, with ``compile`` applied to what a pass is made of.
+
+        One layer is compiled, not the stack: its code serves them all, so that compiling takes
+        seconds at any depth. ``kernels`` must be opaque to the compiler.
+        """
+        twin = copy.copy(self)
+        twin.kernels = kernels
+        twin.run_layer = compile(Layer.forward)
+        twin.enter = compile(self.enter)  # type: ignore[method-assign]
+        twin.leave = compile(self.leave)  # type: ignore[method-assign]
+        return twin
 
     def forward(
         self, tokens: Tensor, start: Tensor, slot: Tensor, cache: KVCache, view: View
@@ -111,26 +213,63 @@ class Transformer(nn.Module):
         The pass writes its K and V to the cache at those positions, then attends; rows of the
         slot below ``start`` must be committed. ``view`` DRAFT needs a checkpoint with that view.
         """
+        x, places = self.enter(tokens, start, slot)
+        update = torch.zeros_like(x)
+        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
+            x, update = self.run_layer(
+                layer, x, update, places, k_cache, v_cache, self.kernels, view
+            )
+        return self.leave(x, update)
+
+    def enter(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, Places]:
+        """The embeddings [R, T, hidden_size] of the tokens, and where the rows sit."""
         positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = self.rope_cos[positions, None], self.rope_sin[positions, None]
-        x = self.embed_tokens(tokens)
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
-            attention = layer.attention if view is View.AUTOREGRESSIVE else layer.draft_attention
-            assert attention is not None  # the decoder refuses to draft without the draft view
-            q, k, v = attention.project(layer.attention_norm(x), cos, sin)
-            cache.write(index, k, v, positions, slot)
-            causal = view is View.AUTOREGRESSIVE
-            mixed = self.attend(q, cache.k[index], cache.v[index], start, slot, causal=causal)
-            x = x + attention.o(mixed.flatten(-2))
-            x = x + layer.mlp(layer.mlp_norm(x))
-        hidden: Tensor = self.norm(x)
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+        return self.embed_tokens(tokens), Places(start, slot, positions, cos, sin)
+
+    def leave(self, x: Tensor, update: Tensor) -> Tensor:
+        """The final norm over the residual stream."""
+        hidden: Tensor = self.norm(x + update)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> [..., V] in the model's dtype; padding rows included."""
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x scaled to unit root mean square in float32 or wider, rounded, then times the weight."""
+    wide = x.to(_wide(x.dtype))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def qk_norm_rope_write(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """qkv [R, T, (n_heads + 2 n_kv_heads) · head_dim] -> q [R, T, n_heads, head_dim].
+
+    k, normalised and rotated as q is, and v go to the caches [B, n_kv_heads, S, head_dim] at
+    ``positions`` [R, T] of ``slot`` [R]. q_norm, k_norm [head_dim]; cos, sin [R, T, head_dim].
+    """
+    n_kv_heads = k_cache.shape[1]
+    heads = qkv.view(*qkv.shape[:2], -1, q_norm.shape[0])
+    n_heads = heads.shape[-2] - 2 * n_kv_heads
+    q, k, v = torch.split(heads, [n_heads, n_kv_heads, n_kv_heads], dim=-2)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    write_rows(k_cache, rotate(rms_norm(k, k_norm, eps), cos, sin), positions, slot)
+    write_rows(v_cache, v, positions, slot)
+    return rotate(rms_norm(q, q_norm, eps), cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from orthrus_fast.cache import KVCache
 from orthrus_fast.model import Transformer, View
 from orthrus_fast.sampling import choose
 
-PREFILL_CHUNK = 512  # rows of one prefill pass
+PREFILL_CHUNK = 2048  # rows of one prefill pass
 PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
 
 
@@ -29,11 +29,12 @@ class State:
     tokens: Tensor  # [B, S] int64: prompt and output; past the anchor meaningless
     limit: Tensor  # [B] int32: prompt plus budget, in tokens
     done: Tensor  # [B] bool: ended; the slot's state no longer moves
-    drafting: Tensor  # [] bool: False makes verification accept nothing, which is AR decoding
+    proposals: Tensor  # [B, K-1] int64: what the draft view puts after the anchor
+    drafting: Tensor  # [] bool: False makes verification ignore them, which is AR decoding
     slots: Tensor  # [B] int64: 0 … B-1
 
     @staticmethod
-    def create(n_slots: int, capacity: int, device: torch.device) -> State:
+    def create(n_slots: int, capacity: int, block_size: int, device: torch.device) -> State:
         """All slots empty and done."""
         ints = torch.zeros(n_slots, dtype=torch.int32, device=device)
         return State(
@@ -42,9 +43,17 @@ class State:
             tokens=torch.zeros(n_slots, capacity, dtype=torch.int64, device=device),
             limit=torch.ones_like(ints),
             done=torch.ones(n_slots, dtype=torch.bool, device=device),
+            proposals=torch.zeros(n_slots, block_size - 1, dtype=torch.int64, device=device),
             drafting=torch.zeros((), dtype=torch.bool, device=device),
             slots=torch.arange(n_slots, device=device),
         )
+
+    def reset(self) -> None:
+        """As ``create`` leaves it, in place."""
+        for tensor in (self.length, self.anchor, self.tokens, self.proposals, self.drafting):
+            tensor.zero_()
+        self.limit.fill_(1)
+        self.done.fill_(True)
 
 
 def prefill_chunks(n_tokens: int) -> Iterator[tuple[int, int, int]]:
@@ -89,33 +98,43 @@ def open_slot(
     state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= limit)
 
 
-def repeat_anchor(state: State, block_size: int) -> Tensor:
-    """The block [B, K] of AR decoding: only its first row counts, the rest is padding."""
-    return state.anchor[:, None].expand(-1, block_size).contiguous()
+def draft(model: Transformer, cache: KVCache, state: State, mask_token_id: int) -> None:
+    """One pass of the draft view: K-1 proposals for each slot, in place.
 
-
-def draft(
-    model: Transformer, cache: KVCache, state: State, block_size: int, mask_token_id: int
-) -> Tensor:
-    """One pass of the draft view -> block [B, K]: the anchor, then K-1 proposals.
-
-    Row i predicts the token after position i, as in AR, so the last row's logits are not needed.
-    The pass leaves its K/V in scratch rows; verification overwrites every one of them.
+    Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
+    the last row's logits are not needed. The pass leaves its K/V in scratch rows; verification
+    overwrites every one of them.
     """
-    anchor = state.anchor[:, None]
-    masks = torch.full_like(anchor, mask_token_id).expand(-1, block_size - 1)
-    inputs = torch.cat((anchor, masks), dim=1)
+    masks = torch.full_like(state.proposals, mask_token_id)
+    inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    return torch.cat((anchor, choose(model.logits(hidden[:, :-1]))), dim=1)
+    state.proposals.copy_(choose(model.logits(hidden[:, :-1])))
+
+
+def make_block(state: State, width: int) -> Tensor:
+    """The block [B, K] to verify: the anchor and the proposals, or in AR the anchor throughout."""
+    anchor = state.anchor[:, None]
+    proposals = torch.where(state.drafting, state.proposals[:, : width - 1], anchor)
+    return torch.cat((anchor, proposals), dim=1)
 
 
 def verify(model: Transformer, cache: KVCache, state: State, block: Tensor) -> Tensor:
-    """One pass of the autoregressive view over block [B, K] -> target [B, K].
-
-    ``target[:, i]`` is the token that AR decoding puts after ``block[:, : i + 1]``.
-    """
+    """One pass of the autoregressive view over block [B, K] -> logits [B, K, V]."""
     hidden = model(block, state.length, state.slots, cache, View.AUTOREGRESSIVE)
-    return choose(model.logits(hidden))
+    return model.logits(hidden)
+
+
+def settle(state: State, block: Tensor, logits: Tensor, eos: Tensor) -> Tensor:
+    """Accept and commit, in place; what became of the cycle [B, K+3] int64, for the host.
+
+    A row holds the target tokens [K], how many of them were emitted, how many were proposed, and
+    whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i + 1]``.
+    """
+    target = choose(logits)
+    n_accepted = accept(block, target) * state.drafting
+    n_new = commit(state, target, n_accepted, eos)
+    columns = (n_new, torch.minimum(n_accepted, n_new), state.done)
+    return torch.cat((target, torch.stack(columns, dim=1)), dim=1)
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:

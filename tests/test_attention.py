@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from orthrus_fast.attention import find_backend
-from orthrus_fast.errors import UnsupportedError
+from orthrus_fast.attention import find_backend, flash, sdpa
+from orthrus_fast.errors import RequestError, UnsupportedError
 
-BACKENDS = ["sdpa"]
+BACKENDS = {"sdpa": sdpa.attend}  # test_triton_attention.py has those of the Triton kernels
 CAPACITY = 1088
 
 
@@ -39,7 +43,7 @@ def make_inputs(
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("start", [0, 1, 62, 63, 64, 500, 511, 512, 513, 1023, 1024, CAPACITY - 5])
 def test_matches_dense_attention(backend: str, causal: bool, start: int) -> None:
-    _, attend = find_backend(backend)
+    attend = BACKENDS[backend]
     q, k, v = make_inputs(1, 5, 1, torch.float64)
     got = attend(q, k, v, torch.tensor([start]), torch.tensor([0]), causal=causal)
     assert torch.allclose(got[0], dense(q[0], k[0], v[0], start, causal), atol=1e-12)
@@ -50,7 +54,7 @@ def test_matches_dense_attention(backend: str, causal: bool, start: int) -> None
 def test_grouped_heads_and_slots_of_different_lengths(
     backend: str, n_heads: int, n_kv_heads: int
 ) -> None:
-    _, attend = find_backend(backend)
+    attend = BACKENDS[backend]
     q, k, v = make_inputs(3, 4, 5, torch.float64, n_heads, n_kv_heads)
     start, slot = torch.tensor([7, 600, 0], dtype=torch.int32), torch.tensor([4, 0, 2])
     for causal in (True, False):
@@ -63,7 +67,7 @@ def test_grouped_heads_and_slots_of_different_lengths(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_past_the_block_are_never_read(backend: str) -> None:
-    _, attend = find_backend(backend)
+    attend = BACKENDS[backend]
     q, k, v = make_inputs(1, 4, 1, torch.float32)
     start, slot = torch.tensor([100]), torch.tensor([0])
     before = attend(q, k, v, start, slot, causal=False)
@@ -82,7 +86,7 @@ def dense_row(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_rows_bits_do_not_depend_on_its_block(backend: str, dtype: torch.dtype) -> None:
     """The same query at the same position, from every row of the block, around every tile edge."""
-    _, attend = find_backend(backend)
+    attend = BACKENDS[backend]
     width = 16
     q, k, v = make_inputs(1, width, 1, dtype)
     for position in [15, 40, 63, 64, 70, 127, 128, 300, 511, 512, 513, 520, 1023, 1024, 1030]:
@@ -95,7 +99,135 @@ def test_a_rows_bits_do_not_depend_on_its_block(backend: str, dtype: torch.dtype
         assert all(torch.equal(row, rows[0]) for row in rows), position
 
 
-@pytest.mark.parametrize("name", ["triton", "flash", "eager", ""])
-def test_other_backends_are_refused_by_name(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=repr(name)):
-        find_backend(name)
+class FakeFlash:
+    """Computes what ``flash_attn_with_kvcache`` promises to, densely, and keeps its arguments."""
+
+    def __init__(self, *, as_tuple: bool = False) -> None:
+        self.as_tuple = as_tuple
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_with_kvcache(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        cache_seqlens: Tensor,
+        cache_batch_idx: Tensor,
+        causal: bool,
+        num_splits: int,
+    ) -> Any:
+        assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
+        assert q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
+        assert k_cache.shape[2] < k_cache.shape[1]  # [B, S, n_kv_heads, head_dim]
+        self.calls.append({"causal": causal, "num_splits": num_splits, "k_cache": k_cache})
+        out = torch.empty_like(q)
+        for r, (length, s) in enumerate(
+            zip(cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True)
+        ):
+            k, v = k_cache[s].transpose(0, 1), v_cache[s].transpose(0, 1)
+            rows = dense(q[r].double(), k.double(), v.double(), length - q.shape[1], causal)
+            out[r] = rows.to(q.dtype)
+        return (out, torch.zeros(())) if self.as_tuple else out
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, FakeFlash], None]]:
+    """Puts a FlashAttention library in place by name; all are absent at first. On a Hopper."""
+    for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    flash.find_attend.cache_clear()
+    yield lambda name, fake: monkeypatch.setitem(sys.modules, name, fake)  # type: ignore[arg-type]
+    flash.find_attend.cache_clear()
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_gets_lengths_slots_layout_and_splits(
+    install: Callable[[str, FakeFlash], None], causal: bool, as_tuple: bool
+) -> None:
+    fake = FakeFlash(as_tuple=as_tuple)
+    install("flash_attn", fake)
+    attend = flash.find_attend(CUDA, torch.bfloat16, 16)
+    q, k, v = make_inputs(3, 4, 5, torch.bfloat16)
+    start, slot = torch.tensor([7, 600, 0], dtype=torch.int32), torch.tensor([4, 0, 2])
+    got = attend(q, k, v, start, slot, causal=causal)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous()
+    for r in range(3):
+        s = int(slot[r])
+        wanted = dense(q[r].double(), k[s].double(), v[s].double(), int(start[r]), causal)
+        assert torch.equal(got[r], wanted.bfloat16())
+    assert fake.calls[0]["causal"] is causal
+    assert fake.calls[0]["num_splits"] == (1 if causal else 0)
+    assert fake.calls[0]["k_cache"].data_ptr() == k.data_ptr()  # a view: nothing was copied
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, installed, wanted",
+    [
+        ((9, 0), "bfloat16", "flash_attn_interface fa3_fwd_interface flash_attn", 0),
+        ((9, 0), "bfloat16", "flash_attn fa3_fwd_interface", 1),
+        ((9, 0), "float16", "flash_attn fa3_fwd_interface", 0),
+        ((9, 0), "float16", "flash_attn flash_attn_interface", 1),
+        ((8, 0), "bfloat16", "flash_attn_interface fa3_fwd_interface flash_attn", 2),
+        ((12, 0), "bfloat16", "flash_attn_interface flash_attn", 1),
+    ],
+)
+def test_flash_takes_version_3_on_hopper_and_2_elsewhere(
+    install: Callable[[str, FakeFlash], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: str,
+    installed: str,
+    wanted: int,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    fakes = [FakeFlash() for _ in installed.split()]
+    for name, fake in zip(installed.split(), fakes, strict=True):
+        install(name, fake)
+    attend = flash.find_attend(CUDA, getattr(torch, dtype), 16)
+    q, k, v = make_inputs(1, 2, 1, getattr(torch, dtype))
+    attend(q, k, v, torch.tensor([3]), torch.tensor([0]), causal=True)
+    assert [len(fake.calls) for fake in fakes] == [int(i == wanted) for i in range(len(fakes))]
+
+
+@pytest.mark.parametrize(
+    "device, dtype, head_dim, capability, message",
+    [
+        ("cpu", torch.bfloat16, 64, (9, 0), "needs a CUDA device"),
+        ("cuda", torch.float32, 64, (9, 0), "needs bfloat16 or float16"),
+        ("cuda", torch.bfloat16, 264, (9, 0), "head_dim 264"),
+        ("cuda", torch.bfloat16, 64, (7, 5), "compute capability"),
+        ("cuda", torch.bfloat16, 64, (8, 6), "pip install flash-attn"),
+        ("cuda", torch.bfloat16, 64, (9, 0), "flash_attn_interface or fa3_fwd_interface or"),
+    ],
+)
+def test_flash_is_refused_where_it_cannot_serve(
+    install: Callable[[str, FakeFlash], None],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(UnsupportedError, match=message) as error:
+        flash.find_attend(torch.device(device), dtype, head_dim)
+    assert "\n" not in str(error.value)
+
+
+def test_backends_are_found_by_name() -> None:
+    cpu = torch.device("cpu")
+    for name in ("auto", "sdpa"):
+        assert find_backend(name, cpu, torch.float32, 64) == ("sdpa", sdpa.attend)
+    for name in ("triton", "flash"):
+        with pytest.raises(UnsupportedError, match=f"'{name}'.*CUDA"):
+            find_backend(name, cpu, torch.float32, 64)
+    for name in ("eager", ""):
+        with pytest.raises(RequestError, match=repr(name)):
+            find_backend(name, cpu, torch.float32, 64)

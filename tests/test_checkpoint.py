@@ -25,12 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from orthrus_fast.attention import find_backend
 from orthrus_fast.cache import KVCache
 from orthrus_fast.checkpoint import Checkpoint, load_model, open_checkpoint, tensor_views
 from orthrus_fast.config import parse_config
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
 from orthrus_fast.model import Transformer, View
+from orthrus_fast.runners import find_kernels
 from tests.checkpoints import (
     random_tensors,
     tensor_shapes,
@@ -41,18 +41,18 @@ from tests.checkpoints import (
 
 CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 CPU = torch.device("cpu")
-ATTEND = find_backend("auto")[1]
+KERNELS = find_kernels("sdpa", torch.device("cpu"), torch.float32, 16)[1]
 INDEX = "model.safetensors.index.json"
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    return load_model(open_checkpoint(path), ATTEND, device=CPU, dtype=dtype)
+    return load_model(open_checkpoint(path), KERNELS, device=CPU, dtype=dtype)
 
 
 def refusal(path: str | Path, kind: type[Exception] = CheckpointError, **options: Any) -> str:
     with pytest.raises(kind) as caught:
         checkpoint = open_checkpoint(path, **options)
-        load_model(checkpoint, ATTEND, device=CPU, dtype=torch.float32)
+        load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
     message = str(caught.value)
     assert message.isprintable(), "one line, and nothing that a terminal would act on"
     return message
@@ -86,7 +86,7 @@ def test_every_tensor_lands_in_its_slice(
     assert checkpoint.weight_bytes == sum(t.nbytes for t in expected.values())
     assert (checkpoint.name, checkpoint.directory, checkpoint.commit) == (str(path), path, None)
     assert checkpoint.config == parse_config(config)
-    model = load_model(checkpoint, ATTEND, device=CPU, dtype=torch.float32)
+    model = load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
     views = tensor_views(model)
     assert views.keys() == expected.keys()
     for name, view in views.items():
@@ -121,7 +121,7 @@ def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     load_model(
         checkpoint,
-        ATTEND,
+        KERNELS,
         device=CPU,
         dtype=torch.float32,
         progress=lambda done, total: calls.append((done, total)),
@@ -244,7 +244,7 @@ def test_public_sizes_on_the_meta_device(name: str, gigabytes_per_pass: float) -
     fields = json.loads((CONFIGS / f"{name}.json").read_text())
     config = parse_config(fields)
     with torch.device("meta"):
-        model = Transformer(config, ATTEND)
+        model = Transformer(config, KERNELS)
     views = tensor_views(model)
     assert {n: tuple(v.shape) for n, v in views.items()} == tensor_shapes(fields)
     sizes = {n: v.numel() for n, v in views.items()}
@@ -450,13 +450,13 @@ def test_a_file_that_changes_between_check_and_load(path: Path) -> None:
         path / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(1)})
     )
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight changed its shape"):
-        load_model(checkpoint, ATTEND, device=CPU, dtype=torch.float32)
+        load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
     edit_tensors(path / "model.safetensors", lambda t: t.pop("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"model\.safetensors: .*model\.norm\.weight"):
-        load_model(checkpoint, ATTEND, device=CPU, dtype=torch.float32)
+        load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
     (path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
-        load_model(checkpoint, ATTEND, device=CPU, dtype=torch.float32)
+        load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
 
 
 # Indexes

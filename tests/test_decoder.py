@@ -114,8 +114,8 @@ def test_no_proposal_at_all_can_change_the_text(case: dict[str, Any], data: st.D
         text = torch.tensor(prompt + expected)
         vocab_size = case["config"]["vocab_size"]
 
-        def adversary(model: Any, cache: Any, state: steps.State, width: int, mask: int) -> Tensor:
-            at = int(state.length[0])
+        def adversary(model: Any, cache: Any, state: steps.State, mask: int) -> None:
+            at, width = int(state.length[0]), state.proposals.shape[1] + 1
             block = torch.full((1, width), vocab_size - 1)
             known = text[at : at + width]
             block[0, : len(known)] = known
@@ -124,7 +124,7 @@ def test_no_proposal_at_all_can_change_the_text(case: dict[str, Any], data: st.D
                 if data.draw(st.booleans()):
                     block[0, i] = data.draw(st.integers(0, vocab_size - 1))
             cache.k[0][0, :, at : at + width] = data.draw(st.sampled_from([0.0, 1e6]))
-            return block
+            state.proposals.copy_(block[:, 1:])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(steps, "draft", adversary)
@@ -154,9 +154,9 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
         with torch.inference_mode():
             hidden = runner.model(inputs, state.length, state.slots, runner.cache, View.DRAFT)
             got = runner.model.logits(hidden)[0]
-            block = steps.draft(runner.model, runner.cache, state, width, mask)
+            steps.draft(runner.model, runner.cache, state, mask)
         assert torch.allclose(got, expected, rtol=0, atol=1e-9)
-        assert block[0].tolist() == [first, *expected[:-1].argmax(-1).tolist()]
+        assert state.proposals[0].tolist() == expected[:-1].argmax(-1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,10 @@ def decoder(tiny: Path) -> Decoder:
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 63, 64, 65, 511, 512, 513, 600])
-def test_prefill_of_any_length_follows_the_judge(tmp_path: Path, n_tokens: int) -> None:
+def test_prefill_of_any_length_follows_the_judge(
+    tmp_path: Path, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 512)  # so that a short prompt has several
     directory = write_checkpoint(tmp_path / "model", max_position_embeddings=700, eos_token_id=[])
     prompt = [(i * i + 3) % 50 for i in range(n_tokens)]
     judge, exact = Judge(directory), load(directory, max_seq_len=700)
@@ -215,10 +218,12 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
     runner.prefill([1, 2, 3], 0, limit=5)
     runner.prefill([4], 2, limit=100)
     for _ in range(8):
-        cycle = runner.cycle(drafting=True, width=8)
+        runner.launch(drafting=True, width=8)
+        cycle = runner.read()
     assert cycle.done == [True, True, False]
     before = [t.clone() for t in (runner.state.length, runner.state.anchor, runner.state.tokens)]
-    assert runner.cycle(drafting=True, width=8).tokens[:2] == [[], []]
+    runner.launch(drafting=True, width=8)
+    assert runner.read().tokens[:2] == [[], []]
     after = (runner.state.length, runner.state.anchor, runner.state.tokens)
     assert all(torch.equal(a[:2], b[:2]) for a, b in zip(after, before, strict=True))
     assert int(runner.state.length[0]) + 1 == 5
@@ -427,8 +432,9 @@ def test_accepted_counts_only_what_was_emitted(tiny: Path, monkeypatch: pytest.M
     decoder = load(tiny, "float32")
     text = torch.tensor([5, 6, 7, *decoder.generate([5, 6, 7], 40).tokens])
 
-    def perfect(model: Any, cache: Any, state: steps.State, width: int, mask: int) -> Tensor:
-        return text[int(state.length[0]) :][:width][None]
+    def perfect(model: Any, cache: Any, state: steps.State, mask: int) -> None:
+        known = text[int(state.length[0]) + 1 :][:7]
+        state.proposals[0, : len(known)] = known
 
     monkeypatch.setattr(steps, "draft", perfect)
     chunks = list(decoder.stream([5, 6, 7], 12))
@@ -491,11 +497,13 @@ def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
         ({"max_seq_len": 10**9}, "max_seq_len: 1000000000 is not within 2 … 512"),
         ({"slots": 0}, "slots: 0"),
         ({"slots": 10**9}, "needs weights .* KV cache .*lower max_seq_len or slots"),
-        ({"runner": "graph"}, "runner 'graph' is not implemented yet"),
-        ({"runner": "compiled"}, "runner 'compiled' is not implemented yet"),
+        ({"runner": "graph"}, "runner 'graph' needs a CUDA device"),
         ({"runner": "fast"}, "runner: 'fast'"),
-        ({"attention": "flash"}, "attention 'flash' is not implemented yet"),
-        ({"compile_mode": "max-autotune"}, "compile_mode 'max-autotune'"),
+        ({"attention": "triton"}, "attention 'triton': needs a CUDA device"),
+        ({"attention": "fast"}, "attention: 'fast' is not 'auto'"),
+        ({"compile_mode": "max-autotune"}, "compile_mode 'max-autotune': it picks tiles by timing"),
+        ({"compile_mode": "reduce-overhead"}, "compile_mode 'reduce-overhead': torch's own CUDA"),
+        ({"compile_mode": "fast"}, "compile_mode: 'fast'"),
     ],
 )
 def test_bad_arguments_of_load(tiny: Path, options: dict[str, Any], message: str) -> None:

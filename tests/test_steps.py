@@ -11,7 +11,7 @@ from orthrus_fast import steps
 
 
 def make_state(lengths: list[int], limits: list[int], done: list[bool]) -> steps.State:
-    state = steps.State.create(len(lengths), 64, torch.device("cpu"))
+    state = steps.State.create(len(lengths), 64, 8, torch.device("cpu"))
     state.length.copy_(torch.tensor(lengths))
     state.limit.copy_(torch.tensor(limits))
     state.done.copy_(torch.tensor(done))
@@ -73,7 +73,7 @@ def test_commit_moves_each_slot_as_a_plain_loop_does(data: st.DataObject) -> Non
         )
 
 
-@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 511, 512, 513, 1024, 1100])
+@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 2047, 2048, 2049, 4096, 4500])
 def test_prefill_chunks_cover_the_prompt_once_and_fit_the_cache(n_tokens: int) -> None:
     chunks = list(steps.prefill_chunks(n_tokens))
     assert [i for begin, end, _ in chunks for i in range(begin, end)] == list(range(n_tokens))

@@ -14,12 +14,18 @@ VISIBLE_MULTIPLE = 512
 def attend(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
 ) -> Tensor:
-    """See ``orthrus_fast.attention`` for the shapes. Reads ``start`` on the host."""
+    """See ``orthrus_fast.attention`` for the shapes.
+
+    On the CPU ``start`` decides how much of the cache is read. Elsewhere all of it is, masked: so
+    nothing waits for the device, and a CUDA graph can hold the call.
+    """
     n_rows, width, n_heads, head_dim = q.shape
     n_kv_heads, capacity = k_cache.shape[1:3]
     group = n_heads // n_kv_heads
-    visible = -(-(int(start.max()) + width) // VISIBLE_MULTIPLE) * VISIBLE_MULTIPLE
-    visible = min(visible, capacity)
+    visible = capacity
+    if start.device.type == "cpu":
+        visible = -(-(int(start.max()) + width) // VISIBLE_MULTIPLE) * VISIBLE_MULTIPLE
+        visible = min(visible, capacity)
     k, v = k_cache[:, :, :visible], v_cache[:, :, :visible]
     if k_cache.shape[0] > 1:  # with one slot there is nothing to gather, and so nothing to copy
         k, v = k[slot], v[slot]
@@ -30,7 +36,7 @@ def attend(
     mask = mask[:, None, None].expand(-1, 1, group, -1, -1).reshape(n_rows, 1, -1, visible)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.view(n_rows, n_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(n_rows, width, n_heads, head_dim)
+    return out.reshape(n_rows, width, n_heads, head_dim).contiguous()
 
 
 def _visible_keys(start: Tensor, width: int, visible: int, *, causal: bool) -> Tensor:

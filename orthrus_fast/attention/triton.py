@@ -1,0 +1,288 @@
+"""Attention of a short block over a long cache, in Triton: the keys are split over the chip.
+
+Each program walks the tiles of one split with an online softmax (Milakov & Gimelshein 2018, arXiv
+1805.02867) and leaves a partial result; a second kernel joins the splits (Flash-Decoding, Dao et
+al. 2023). Query rows that share a KV head are packed into one tile.
+
+A causal row's bits depend on its query and on the keys up to its own position alone: tiles and
+splits begin at fixed positions, are joined in order, and a tile of which the row sees nothing
+leaves its maximum, sum and accumulator as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
+
+# (keys in a split, position up to which): short splits first, so that a short context fills the
+# chip; longer ones later, so that a long one does not drown in partial results. With 8 KV heads, 16
+# splits (4096 keys) fill the 132 multiprocessors of an H100 or H200 once, and 32 (16384) twice.
+SPLITS: Bands = ((128, 1024), (384, 4096), (512, 8192), (1024, None))
+KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
+LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
+JOINED_AT_ONCE = 16  # partial results that the second kernel loads together
+
+
+class Tiles(NamedTuple):
+    """What a program of the first kernel holds: rows of queries, keys at a time."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(itemsize: int, head_dim: int, n_rows: int, shared_memory: int) -> Tiles:
+    """Tiles for ``n_rows`` query rows per KV head and a block's ``shared_memory`` in bytes."""
+    rows = max(triton.next_power_of_2(n_rows), 16)  # tl.dot takes no fewer
+    large = shared_memory >= 160 * 1024
+    if itemsize == 4:  # no matrix unit multiplies fp32: larger tiles overflow the registers
+        return Tiles(min(rows, 32), 32 if head_dim <= 64 else 16, 4, 2)
+    if head_dim > 128:
+        return Tiles(min(rows, 64), 64 if large else 32, 8, 2)
+    if rows >= 128:
+        return Tiles(128, 64, 8, 3 if large else 2)
+    return Tiles(min(rows, 64), 64, 4, 3 if large else 2)
+
+
+def split_edges(capacity: int, bands: Bands = SPLITS) -> list[int]:
+    """The positions below ``capacity`` at which a split of the keys begins."""
+    edges: list[int] = []
+    begin = 0
+    for size, until in bands:
+        end = capacity if until is None else min(until, capacity)
+        edges.extend(range(begin, end, size))
+        begin = end
+    return edges
+
+
+def attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+) -> Tensor:
+    """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host.
+
+    bfloat16, float16 or float32; head_dim a power of two from 16 to 256; S a multiple of KEY_TILE.
+    """
+    n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
+    tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, _shared_memory(q.device))
+    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles)
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    slot: Tensor,
+    causal: bool,
+    bands: Bands,
+    tiles: Tiles,
+) -> Tensor:
+    n_blocks, width, n_heads, head_dim = q.shape
+    n_kv_heads, capacity = k_cache.shape[1:3]
+    assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert capacity % KEY_TILE == 0 and n_heads % n_kv_heads == 0
+    n_rows = width * n_heads // n_kv_heads
+    n_splits = 1 if n_rows > LONG_BLOCK else len(split_edges(capacity, bands))
+    out = torch.empty_like(q)
+    shape = (n_blocks, n_kv_heads, n_splits, n_rows) if n_splits > 1 else (0,)
+    part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
+    part_sum = torch.empty_like(part_max)
+    part_acc = part_max.new_empty(*shape, head_dim)
+    common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal)
+    _split_kernel[(n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)](
+        *(q, k_cache, v_cache, start, slot, out, part_max, part_sum, part_acc, capacity),
+        *common,
+        tiles.rows,
+        tiles.keys,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if n_splits > 1:
+        block = min(JOINED_AT_ONCE, triton.next_power_of_2(n_splits))
+        _join_kernel[(n_heads, width, n_blocks)](
+            part_max, part_sum, part_acc, start, out, *common, block, num_warps=2
+        )
+    return out
+
+
+@functools.cache
+def _lines(bands: Bands) -> tuple[tuple[int, int], ...]:
+    """(size, offset) of each band: split i begins at the largest of ``size · i - offset``.
+
+    For the begins are a piecewise linear function of i, convex because splits only grow.
+    """
+    lines, begin, n_before, last_size = [], 0, 0, 0
+    for size, until in bands:
+        assert size % KEY_TILE == 0 and size > last_size
+        lines.append((size, size * n_before - begin))
+        if until is not None:
+            assert (until - begin) % size == 0
+            n_before, begin, last_size = n_before + (until - begin) // size, until, size
+    return tuple(lines)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes one block may use; on the CPU, for Triton's interpreter, the smallest chip's."""
+    if device.type != "cuda":
+        return 99 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
+    return int(properties.shared_memory_per_block_optin)
+
+
+@triton.jit
+def _split_begin(split, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin = split * 0
+    for band in tl.static_range(len(LINES)):
+        begin = tl.maximum(begin, split * LINES[band][0] - LINES[band][1])
+    return begin
+
+
+@triton.jit
+def _splits_of(length, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many splits hold the first ``length`` keys."""
+    n_splits = length
+    for band in tl.static_range(len(LINES)):
+        size, offset = LINES[band][0], LINES[band][1]
+        n_splits = tl.minimum(n_splits, (length + offset + size - 1) // size)
+    return n_splits
+
+
+@triton.jit
+def _visible(key, last):  # type: ignore[no-untyped-def]
+    """[rows, keys]: a row sees the keys up to its last one."""
+    return key[None, :] <= last[:, None]
+
+
+@triton.jit
+def _split_kernel(  # type: ignore[no-untyped-def]
+    q,
+    k_cache,
+    v_cache,
+    start,
+    slot,
+    out,
+    part_max,
+    part_sum,
+    part_acc,
+    capacity,
+    WIDTH: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
+    """One split (or, if there is just one, all keys) for one tile of rows that share a KV head."""
+    GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
+    N_ROWS: tl.constexpr = WIDTH * GROUP
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1) % N_KV_HEADS
+    first_row = tl.program_id(1) // N_KV_HEADS * ROW_TILE
+    block = tl.program_id(2).to(tl.int64)
+
+    row = first_row + tl.arange(0, ROW_TILE)
+    t = row // GROUP
+    length = tl.load(start + block).to(tl.int32) + WIDTH
+    if CAUSAL:
+        last = length - WIDTH + t
+        # Tiles past the lowest row's position are seen by no row.
+        end = tl.minimum(length, length - WIDTH + (first_row + ROW_TILE - 1) // GROUP + 1)
+    else:
+        last = length - 1 + 0 * t
+        end = length
+    begin = 0
+    if N_SPLITS > 1:
+        begin = _split_begin(split, LINES)
+        if begin >= end:
+            return
+        end = tl.minimum(end, _split_begin(split + 1, LINES))
+
+    dim = tl.arange(0, HEAD_DIM)
+    q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
+    in_block = (row < N_ROWS)[:, None]
+    queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
+    cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
+    row_max = tl.full((ROW_TILE,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((ROW_TILE,), tl.float32)
+    acc = tl.zeros((ROW_TILE, HEAD_DIM), tl.float32)
+    for first_key in range(begin, end, KEY_TILE):
+        key = first_key + tl.arange(0, KEY_TILE)
+        tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
+        keys = tl.load(k_cache + tile)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+        scores = tl.where(_visible(key, last), scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        base = tl.where(new_max == -float("inf"), 0.0, new_max)  # of a row that has seen no key yet
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(row_max - base)
+        values = tl.load(v_cache + tile)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        row_max = new_max
+
+    if N_SPLITS == 1:
+        result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
+        tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
+    else:
+        p_row = ((block * N_KV_HEADS + kv_head) * N_SPLITS + split) * N_ROWS + row
+        tl.store(part_acc + p_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_block)
+        tl.store(part_max + p_row, row_max, mask=row < N_ROWS)
+        tl.store(part_sum + p_row, row_sum, mask=row < N_ROWS)
+
+
+@triton.jit
+def _join_kernel(  # type: ignore[no-untyped-def]
+    part_max,
+    part_sum,
+    part_acc,
+    start,
+    out,
+    WIDTH: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr,
+    N_SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Join the splits that a row of one head sees; the first holds key 0, so row_max is finite."""
+    GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
+    head, t, block = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else WIDTH)
+    n_splits = _splits_of(n_visible, LINES)
+    first_split = (block * N_KV_HEADS + head // GROUP) * N_SPLITS
+    dim = tl.arange(0, HEAD_DIM)
+    row_max = -float("inf")
+    row_sum = 0.0
+    acc = tl.zeros((HEAD_DIM,), tl.float32)
+    for first in range(0, n_splits, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        seen = split < n_splits
+        p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
+        high = tl.load(part_max + p_row, mask=seen, other=-float("inf"))
+        sums = tl.load(part_sum + p_row, mask=seen, other=0.0)
+        at = p_row[:, None] * HEAD_DIM + dim[None, :]
+        accs = tl.load(part_acc + at, mask=seen[:, None], other=0.0)
+        new_max = tl.maximum(row_max, tl.max(high, 0))
+        weights = tl.exp2(high - new_max)
+        shrink = tl.exp2(row_max - new_max)
+        acc = acc * shrink + tl.sum(accs * weights[:, None], 0)
+        row_sum = row_sum * shrink + tl.sum(sums * weights, 0)
+        row_max = new_max
+    o_row = (block * WIDTH + t) * N_HEADS + head
+    tl.store(out + o_row * HEAD_DIM + dim, (acc / row_sum).to(out.dtype.element_ty))

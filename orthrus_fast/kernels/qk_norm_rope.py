@@ -1,0 +1,154 @@
+"""Between the fused projection and attention: qk-norm, rotary embedding and the cache write.
+
+One kernel for what ``Attention.project`` and ``KVCache.write`` do in plain PyTorch, op by op with
+the same rounding: only the order in which the norm's mean is summed differs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _norm_and_rotate(  # type: ignore[no-untyped-def]
+    first, second, weight, cos, sin, EPS: tl.constexpr, HALF: tl.constexpr
+):
+    """Both halves [HEADS, HALF] of some heads -> the same, in the model's dtype.
+
+    Every product is rounded to that dtype before it is used, as eager PyTorch rounds it.
+    """
+    dtype = first.dtype
+    column = tl.arange(0, HALF)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) * (0.5 / HALF)
+    scale = tl.rsqrt(mean + EPS)[:, None]
+    first_weight = tl.load(weight + column).to(tl.float32)
+    second_weight = tl.load(weight + HALF + column).to(tl.float32)
+    first = ((first * scale).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
+    second = ((second * scale).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
+    first_by_cos, first_by_sin = (first * cos).to(dtype), (first * sin).to(dtype)
+    second_by_cos, second_by_sin = (second * cos).to(dtype), (second * sin).to(dtype)
+    rotated_first = first_by_cos.to(tl.float32) - second_by_sin.to(tl.float32)
+    rotated_second = second_by_cos.to(tl.float32) + first_by_sin.to(tl.float32)
+    return rotated_first.to(dtype), rotated_second.to(dtype)
+
+
+@triton.jit
+def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    q_norm,
+    k_norm,
+    cos,
+    sin,
+    positions,
+    slot,
+    q,
+    k_cache,
+    v_cache,
+    capacity,
+    N_HEADS: tl.constexpr,
+    N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+    EPS: tl.constexpr,
+):
+    """Program (t, r, group): HEADS neighbouring heads of one row, all of them q, k or v heads."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    # 64 bits from here on: the cache may hold more than 2**31 elements.
+    r = tl.program_id(1).to(tl.int64)
+    row = r * tl.num_programs(0) + tl.program_id(0)
+    group = tl.program_id(2) * HEADS
+    head = group + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+
+    source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + head) * HEAD_DIM + column
+    first, second = tl.load(source), tl.load(source + HALF)
+    cos_row = tl.load(cos + row * HEAD_DIM + column)  # its second half repeats the first
+    sin_row = tl.load(sin + row * HEAD_DIM + column)
+    slot_row = tl.load(slot + r) * N_KV_HEADS * capacity + tl.load(positions + row)
+
+    if group < N_HEADS:
+        first, second = _norm_and_rotate(first, second, q_norm, cos_row, sin_row, EPS, HALF)
+        target = q + (row * N_HEADS + head) * HEAD_DIM + column
+    elif group < N_HEADS + N_KV_HEADS:
+        first, second = _norm_and_rotate(first, second, k_norm, cos_row, sin_row, EPS, HALF)
+        kv_head = (head - N_HEADS).to(tl.int64)
+        target = k_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
+    else:
+        kv_head = (head - N_HEADS - N_KV_HEADS).to(tl.int64)
+        target = v_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
+    tl.store(target, first)
+    tl.store(target + HALF, second)
+
+
+def qk_norm_rope_write(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Norm and rotate q and k, write k and v to the cache, return q [R, T, n_heads, head_dim].
+
+    ``qkv`` [R, T, (n_heads + 2 n_kv_heads) * head_dim]: the q heads, then the k, then the v heads.
+    ``q_norm``, ``k_norm`` [head_dim]; ``cos``, ``sin`` [R, T, head_dim], whose second half repeats
+    the first; ``positions`` [R, T] and ``slot`` [R], int64, say where row t of r is written.
+    ``k_cache``, ``v_cache`` [B, n_kv_heads, S, head_dim] are changed in place. All are contiguous;
+    bfloat16, float16 or float32 throughout; head_dim is a power of two. A row's results depend on
+    that row alone. Reads nothing on the host, so CUDA graphs can capture it.
+    """
+    q = _empty_q(qkv, q_norm, k_cache)
+    n_rows, width, n_heads, head_dim = q.shape
+    _, n_kv_heads, capacity, _ = k_cache.shape
+    assert qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert cos.shape == sin.shape == (n_rows, width, head_dim)
+    assert cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()
+    heads = math.gcd(n_heads, n_kv_heads, 4)  # of one kind; 4 x 64 elements load 16 bytes a lane
+    grid = (width, n_rows, (n_heads + 2 * n_kv_heads) // heads)
+    launch: Any = _qk_norm_rope_write_kernel[grid]
+    launch(
+        *(qkv, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
+        *(n_heads, n_kv_heads, head_dim, heads, eps),
+        num_warps=1,
+        enable_fp_fusion=False,  # in float32 a fused x * cos + y * sin would skip a rounding
+    )
+    return q
+
+
+def _empty_q(qkv: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
+    n_rows, width, n_features = qkv.shape
+    head_dim = q_norm.shape[0]
+    return qkv.new_empty(n_rows, width, n_features // head_dim - 2 * k_cache.shape[1], head_dim)
+
+
+qk_norm_rope_write_op = torch.library.custom_op(
+    "orthrus_fast::qk_norm_rope_write", qk_norm_rope_write, mutates_args=("k_cache", "v_cache")
+)
+
+
+@qk_norm_rope_write_op.register_fake
+def _(
+    qkv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    return _empty_q(qkv, q_norm, k_cache)

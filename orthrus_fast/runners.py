@@ -1,0 +1,366 @@
+"""Runners: three ways to run the same steps.
+
+``eager`` runs them as they stand. ``compiled`` puts them through torch.compile. ``graph`` captures
+the compiled code in two CUDA graphs, one that drafts and one that verifies, accepts and commits; AR
+decoding replays the second alone. What a cycle emitted reaches the host through a mailbox, so that
+a GPU can be a cycle ahead of whoever reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from orthrus_fast import steps
+from orthrus_fast.attention import as_operator, find_backend, why_no_triton
+from orthrus_fast.cache import KVCache
+from orthrus_fast.errors import RequestError, UnsupportedError, one_line
+from orthrus_fast.model import Kernels, Transformer, qk_norm_rope_write
+from orthrus_fast.sampling import choose
+
+RUNNERS = ("eager", "compiled", "graph")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+_TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
+_log = logging.getLogger("orthrus_fast")
+_T = TypeVar("_T")
+
+
+class Cycle(NamedTuple):
+    """One cycle as the host sees it, a list entry per slot."""
+
+    tokens: list[list[int]]
+    n_accepted: list[int]
+    done: list[bool]
+
+
+class EagerRunner:
+    """Runs the steps kernel by kernel, as they are written."""
+
+    ahead = 0  # cycles to launch before the oldest one is read
+
+    def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
+        self.model = model  # prefill's
+        self.passes = model  # draft's and verify's
+        self.state = state
+        self.cache = cache
+        self.device = state.tokens.device
+        self.seconds: dict[str, float] = {}  # what preparing took, by stage
+        self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next one
+        self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
+        self._settle = steps.settle
+        self._mailbox = _Mailbox(self.device)
+
+    def prepare(self, width: int) -> None:
+        """Make ready for blocks of ``width`` rows, while no slot is in use."""
+
+    def ids(self, prompt: list[int]) -> Tensor:
+        """The prompt [n] on the device."""
+        return torch.tensor(prompt, dtype=torch.int64, device=self.device)
+
+    @torch.inference_mode()
+    def prefill_logits(self, ids: Tensor, slot: int) -> Tensor:
+        """Logits [V] after the prompt ``ids`` [n], which is prefilled into ``slot``."""
+        with plain_arithmetic(self.device):
+            return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
+
+    @torch.inference_mode()
+    def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
+        """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
+        ids = self.ids(prompt)
+        first = choose(self.prefill_logits(ids, slot))
+        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
+        return int(first), bool(self.state.done[slot])
+
+    @property
+    def in_flight(self) -> int:
+        """Cycles launched and not read yet."""
+        return len(self._mailbox)
+
+    @torch.inference_mode()
+    def launch(self, drafting: bool, width: int) -> None:
+        """Draft (in diffusion mode), verify, accept, commit, for all slots at once."""
+        self.state.drafting.fill_(drafting)
+        with plain_arithmetic(self.device):
+            if drafting:
+                self.draft()
+            self._mailbox.send(self.verify(width))
+
+    def read(self) -> Cycle:
+        """What the oldest unread cycle emitted; waits for it."""
+        report = self._mailbox.receive()
+        *_, n_new, n_accepted, done = zip(*report, strict=True)
+        emitted = [row[:n] for row, n in zip(report, n_new, strict=True)]
+        return Cycle(emitted, list(n_accepted), [bool(flag) for flag in done])
+
+    def drain(self) -> None:
+        """Wait for the cycles in flight, and forget what they emitted."""
+        while self.in_flight:
+            self._mailbox.receive()
+
+    def draft(self) -> None:
+        """One draft pass: proposals for every slot."""
+        mask = self.model.config.mask_token_id
+        assert mask is not None  # the decoder refuses to draft without the draft view
+        steps.draft(self.passes, self.cache, self.state, mask)
+
+    def verify(self, width: int) -> Tensor:
+        """One verify pass and what follows it -> the cycle's report, as ``steps.settle`` has it."""
+        block = steps.make_block(self.state, width)
+        self.logits = steps.verify(self.passes, self.cache, self.state, block)
+        return self._settle(self.state, block, self.logits, self.eos)
+
+
+class CompiledRunner(EagerRunner):
+    """Runs the steps through torch.compile, one artifact for each view and width."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        state: steps.State,
+        cache: KVCache,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__(model, state, cache)
+        self.passes = model.compiled(kernels, self._compile)
+        self._settle = self._compile(steps.settle)
+        self._widths: set[int] = set()
+
+    def _compile(self, function: Callable[..., _T]) -> Callable[..., _T]:
+        """``function`` compiled for exact shapes, by rules that pick nothing by timing."""
+        options: dict[str, Any] = {
+            "triton.cudagraphs": False,
+            "deterministic": True,
+            "max_autotune": False,
+            "max_autotune_gemm": False,
+            "max_autotune_pointwise": False,
+            "coordinate_descent_tuning": False,
+        }
+        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+    @torch.inference_mode()
+    def prepare(self, width: int) -> None:
+        """Compile for blocks of ``width`` rows. Raises UnsupportedError where that fails."""
+        if width in self._widths:
+            return
+        _log.info("compiling for blocks of %d", width)
+        with self._timed("compile"), _compiler_limits(), plain_arithmetic(self.device):
+            self._warm_up(width)
+        self._widths.add(width)
+
+    def _warm_up(self, width: int) -> None:
+        """Run each step once, so that torch.compile does its work."""
+        try:
+            if self._drafts_at(width):
+                EagerRunner.draft(self)
+            EagerRunner.verify(self, width)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            raise UnsupportedError(
+                f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
+            ) from error
+
+    def _drafts_at(self, width: int) -> bool:
+        return self.model.has_draft_view and width == self.state.proposals.shape[1] + 1
+
+    @torch.inference_mode()
+    def launch(self, drafting: bool, width: int) -> None:
+        with _compiler_limits():  # torch compiles anew where its global settings have changed
+            super().launch(drafting, width)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+
+
+class GraphRunner(CompiledRunner):
+    """Replays the compiled steps from CUDA graphs, a cycle ahead of the reader."""
+
+    ahead = 1
+
+    def __init__(
+        self, model: Transformer, state: steps.State, cache: KVCache, kernels: Kernels
+    ) -> None:
+        super().__init__(model, state, cache, kernels)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._draft_graph: torch.cuda.CUDAGraph | None = None
+        self._verify_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+
+    @torch.inference_mode()
+    def prepare(self, width: int) -> None:
+        """Compile and capture for blocks of ``width`` rows."""
+        if width in self._widths:
+            return
+        super().prepare(width)
+        _log.info("capturing CUDA graphs for blocks of %d", width)
+        with self._timed("capture"), plain_arithmetic(self.device):
+            if self._drafts_at(width):
+                self._draft_graph, _ = self._capture(lambda: EagerRunner.draft(self))
+            graph, report = self._capture(lambda: EagerRunner.verify(self, width))
+            self._verify_graphs[width] = graph, report, self.logits
+
+    def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            out = step()
+        return graph, out
+
+    def draft(self) -> None:
+        assert self._draft_graph is not None  # prepared; the decoder refuses without the view
+        self._draft_graph.replay()
+
+    def verify(self, width: int) -> Tensor:
+        graph, report, self.logits = self._verify_graphs[width]
+        graph.replay()
+        return report
+
+
+class _Mailbox:
+    """Reports on their way to the host, oldest first.
+
+    From a GPU they travel through a ring of two pinned buffers, each with its event, copied outside
+    the graphs; so at most two may be unread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._n_sent = 0
+
+    def __len__(self) -> int:
+        return len(self._unread)
+
+    def send(self, report: Tensor) -> None:
+        if self._device.type == "cpu":
+            self._unread.append((report, None))
+            return
+        buffer, event = self._entry(report)
+        buffer.copy_(report, non_blocking=True)
+        event.record(torch.cuda.current_stream(self._device))
+        self._unread.append((buffer, event))
+
+    def receive(self) -> list[list[int]]:
+        report, event = self._unread[0]
+        if event is not None:
+            event.synchronize()
+        self._unread.popleft()  # only now: a Ctrl-C while waiting leaves it to be drained
+        rows: list[list[int]] = report.tolist()
+        return rows
+
+    def _entry(self, report: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        assert len(self._unread) < 2
+        if not self._ring or self._ring[0][0].shape != report.shape:
+            shape, dtype = report.shape, report.dtype
+            pinned = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(2)]
+            self._ring = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
+        self._n_sent += 1
+        return self._ring[self._n_sent % 2]
+
+
+def find_kernels(
+    attention: str, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[str, Kernels]:
+    """The attention backend's own name and the kernels to build a model with.
+
+    Raises RequestError for an unknown backend, UnsupportedError for one that cannot run here.
+    """
+    name, attend = find_backend(attention, device, dtype, head_dim)
+    if why_no_triton(device, dtype, head_dim):
+        return name, Kernels(attend, qk_norm_rope_write)
+    from orthrus_fast.kernels import qk_norm_rope
+
+    return name, Kernels(attend, qk_norm_rope.qk_norm_rope_write)
+
+
+def opaque(attention: str, kernels: Kernels) -> Kernels:
+    """The same kernels as operators that a compiler calls without looking inside.
+
+    The plain qk_norm_rope_write stays as it is: that one the compiler should see through.
+    """
+    place = kernels.qk_norm_rope_write
+    if place is not qk_norm_rope_write:
+        from orthrus_fast.kernels import qk_norm_rope
+
+        place = qk_norm_rope.qk_norm_rope_write_op
+    return Kernels(as_operator(attention, kernels.attend), place)  # type: ignore[arg-type]
+
+
+def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:
+    """The runner's own name, ``auto`` resolved. Raises RequestError, UnsupportedError."""
+    if runner not in ("auto", *RUNNERS):
+        raise RequestError(f"runner: {runner!r} is not 'auto', 'eager', 'compiled' or 'graph'")
+    if compile_mode not in COMPILE_MODES:
+        raise RequestError(f"compile_mode: {compile_mode!r} is not one of {COMPILE_MODES}")
+    if runner == "auto":
+        runner = "graph" if device.type == "cuda" else "eager"
+    if runner == "graph" and device.type != "cuda":
+        raise UnsupportedError(
+            f"runner 'graph' needs a CUDA device, not {device}; use 'eager' or 'compiled'"
+        )
+    obstacle = _why_not(compile_mode)
+    if obstacle:
+        raise UnsupportedError(f"compile_mode {compile_mode!r}: {obstacle}")
+    return runner
+
+
+def _why_not(compile_mode: str) -> str | None:
+    """Which condition of bit identity a mode of torch.compile would break."""
+    if compile_mode == "default":
+        return None
+    if compile_mode.startswith("max-autotune"):
+        return "it picks tiles by timing, so that two starts may round differently; use 'default'"
+    # Tried with torch 2.11: recording crashes the process.
+    return "torch's own CUDA graphs can't hold passes that write a cache; use runner 'graph'"
+
+
+def make_runner(
+    name: str,
+    model: Transformer,
+    state: steps.State,
+    cache: KVCache,
+    attention: str,
+) -> EagerRunner:
+    """The runner of that name, not yet prepared for any width."""
+    if name == "eager":
+        return EagerRunner(model, state, cache)
+    make = GraphRunner if name == "graph" else CompiledRunner
+    return make(model, state, cache, opaque(attention, model.kernels))
+
+
+def _compiler_limits() -> Any:
+    """Room for the artifacts of many decoders in one process; torch's own limit is 8."""
+    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096)
+
+
+@contextlib.contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autocast and no TF32 within, whatever the caller has switched on; both put back after.
+
+    And ``device`` is current, for the kernels that start there.
+
+    The TF32 switches are the process's, so two decoders in two threads take turns here.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with _TORCH_FLAGS, current:
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision

@@ -1,0 +1,114 @@
+"""Triton kernels without a GPU: compiled for absent chips, and run by the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+# Compute capability -> shared memory that one block may ask for, in bytes.
+CHIPS = {
+    80: 163 * 1024,  # A100
+    86: 99 * 1024,  # RTX 30, A10
+    89: 99 * 1024,  # RTX 40, L4
+    90: 227 * 1024,  # H100, H200
+    100: 227 * 1024,  # B200
+    120: 99 * 1024,  # RTX 50
+}
+
+
+def compile_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's metadata.
+
+    ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32");
+    pointers are taken as 16-byte aligned, as PyTorch's are. ``metadata.shared`` is in bytes.
+    """
+    args = (kernel, signature, constexprs, capability, num_warps, num_stages)
+    return compiled_for(*args).metadata
+
+
+def compiled_for(
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    """As ``compile_for``, but returns the kernel itself, with ``asm["ptx"]``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {
+        name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names
+    }
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*")
+    }
+    source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"], f"{kernel.__name__} gave no machine code for sm_{capability}"
+    return compiled
+
+
+@contextmanager
+def interpreted(module: ModuleType) -> Iterator[None]:
+    """Within, the module's kernels run on the CPU, in Triton's interpreter.
+
+    Setting TRITON_INTERPRET does this only if nothing has imported Triton or the kernels before.
+    """
+    import triton.experimental.gluon  # noqa: F401  (a launch imports it, and it wants them compiled)
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    patch_language = interpreter._patch_lang
+    scopes: dict[frozenset[int], Any] = {}
+
+    def patch_once(function: Any) -> Any:
+        """Triton patches its language at every call, and at calls within kernels for good."""
+        modules = frozenset(id(m) for m in function.__globals__.values() if m in (tl, tl.core))
+        if modules not in scopes:
+            scopes[modules] = patch_language(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
+        for owner in (tl, tl.standard, module):  # tl.max and its like are kernels too
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, JITFunction):
+                    patch.setattr(owner, name, interpreter.InterpretedFunction(value.fn))
+        try:
+            yield
+        finally:
+            for scope in reversed(scopes.values()):
+                scope.restore()
+
+
+def _multiply(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
+    """A product whose rows do not depend on each other, as a GPU's matrix units make it.
+
+    The interpreter's own is numpy's, which knows no bfloat16 and sums some rows in another order.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if a.dtype.scalar != tl.float32:
+        a, b = builder.create_fp_ext(a, tl.float32), builder.create_fp_ext(b, tl.float32)
+    products = a.data[:, :, None] * b.data[None]
+    return TensorHandle(products.sum(1) + c.data, c.dtype.scalar)

@@ -1,0 +1,219 @@
+"""The Triton backend without a GPU: interpreted for numbers and bits, compiled for each chip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from orthrus_fast.config import read_config
+from tests.kernel_compile import CHIPS, compiled_for, interpreted
+from tests.test_attention import dense
+
+pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+
+from orthrus_fast.attention import triton as backend
+
+# Splits at 0, 64, 128, 256, 384 and 640, two tiles in the shortest; several row tiles a block.
+BANDS = ((64, 128), (128, 384), (256, None))
+TILES = backend.Tiles(rows=16, keys=32, num_warps=4, num_stages=2)
+CAPACITY = 768
+EDGES = [0, 1, 31, 32, 63, 64, 65, 127, 128, 255, 256, 257, 383, 384, 639, 640, 641]
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "compiles" in request.node.name:
+        yield
+        return
+    with interpreted(backend):
+        yield
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, causal: bool) -> Tensor:
+    return backend._attend(q, k, v, start, slot, causal, BANDS, TILES)
+
+
+def make_cache(
+    dtype: torch.dtype, n_kv_heads: int = 1, head_dim: int = 16, n_slots: int = 1
+) -> tuple[Tensor, Tensor]:
+    k = torch.randn(n_slots, n_kv_heads, CAPACITY, head_dim).to(dtype)
+    return k, torch.randn(k.shape).to(dtype)
+
+
+def error(
+    attend: Run, starts: list[int], width: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> float:
+    """Largest difference from the dense computation, both views, one block in a slot of its own."""
+    n_heads, n_kv_heads, head_dim = shape
+    torch.manual_seed(width)
+    k, v = make_cache(dtype, n_kv_heads, head_dim, len(starts) + 1)
+    q = torch.randn(len(starts), width, n_heads, head_dim).to(dtype)
+    start = torch.tensor(starts, dtype=torch.int32)
+    slot = torch.arange(len(starts), 0, -1)
+    worst = 0.0
+    for causal in (True, False):
+        got = attend(q, k, v, start, slot, causal)
+        assert got.dtype == dtype and got.is_contiguous()
+        for r, (begin, s) in enumerate(zip(starts, slot.tolist(), strict=True)):
+            wanted = dense(q[r].double(), k[s].double(), v[s].double(), begin, causal)
+            worst = max(worst, float((got[r].double() - wanted).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(
+    "starts, width, shape",
+    [
+        (EDGES, 1, (2, 2, 16)),
+        (EDGES[:9], 5, (3, 1, 16)),
+        (EDGES[9:], 5, (3, 1, 16)),
+        ([0, 120, 380], 16, (4, 2, 64)),
+        ([50, 620], 32, (2, 1, 16)),
+        ([0, 37, 400], 100, (6, 2, 16)),  # a long block: its keys are not split
+    ],
+)
+def test_matches_dense_attention(
+    starts: list[int], width: int, shape: tuple[int, int, int]
+) -> None:
+    assert error(run, starts, width, shape, torch.float32) < 2e-6
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("width", [5, 100])
+def test_matches_dense_attention_in_half_precision(
+    dtype: torch.dtype, bound: float, width: int
+) -> None:
+    assert error(run, [0, 61, 383], width, (3, 1, 64), dtype) < bound
+
+
+def test_its_own_tiles_and_splits_match_too() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, c: bool) -> Tensor:
+        return backend.attend(q, k, v, start, slot, causal=c)
+
+    for dtype, bound in [(torch.float32, 2e-6), (torch.bfloat16, 0.03)]:
+        for width in (3, 90):
+            assert error(attend, [0, 127, 600], width, (6, 2, 64), dtype) < bound
+
+
+def test_a_mask_one_wide_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_visible", lambda key, last: key[None, :] <= last[:, None] + 1)
+    assert error(run, [5, 300], 5, (2, 1, 16), torch.float32) > 1e-3
+
+
+def rows_at(attend: Run, position: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """The same query at the same position, from up to 6 rows of a block, alone and in a batch.
+
+    Neighbours, batchmates, and what the cache holds past the position are different every time.
+    """
+    torch.manual_seed(position)
+    k, v = make_cache(dtype)
+    query = torch.randn(2, 16).to(dtype)
+    rows = []
+    for i, t in enumerate(range(0, min(width, position + 1), -(-width // 6))):
+        n_blocks = 1 + i % 2
+        q = torch.randn(n_blocks, width, 2, 16).to(dtype)
+        q[-1, t] = query
+        start = torch.tensor([11 * t, position - t][-n_blocks:], dtype=torch.int32)
+        other_k, other_v = make_cache(dtype)
+        other_k[:, :, : position + 1], other_v[:, :, : position + 1] = (
+            k[:, :, : position + 1],
+            v[:, :, : position + 1],
+        )
+        k_cache, v_cache = torch.cat((k.flip(2), other_k)), torch.cat((v.flip(2), other_v))
+        slot = torch.tensor([0, 1][-n_blocks:])
+        rows.append(attend(q, k_cache, v_cache, start, slot, True)[-1, t])
+    return rows
+
+
+def all_equal(rows: list[Tensor]) -> bool:
+    return all(torch.equal(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", [0, 31, 33, 64, 66, 127, 130, 258, 383, 386, 642])
+def test_a_rows_bits_do_not_depend_on_its_block(position: int, dtype: torch.dtype) -> None:
+    assert all_equal(rows_at(run, position, 6, dtype))
+
+
+def test_a_rows_bits_do_not_depend_on_its_long_block() -> None:
+    for position in (150, 384):
+        assert all_equal(rows_at(run, position, 130, torch.float32))
+
+
+def test_splits_that_follow_the_length_would_be_noticed() -> None:
+    """Two splits of half the length each, in whole tiles: numbers as good, bits that move."""
+
+    def halves(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, c: bool) -> Tensor:
+        length = int(start[-1]) + q.shape[1]
+        bands = ((-(-length // 2 // 64) * 64, None),)
+        return backend._attend(q, k, v, start, slot, c, bands, TILES)
+
+    assert error(halves, [126], 6, (2, 1, 16), torch.float32) < 2e-6
+    assert not all_equal(rows_at(halves, 126, 6, torch.float32))
+    assert all_equal(rows_at(run, 126, 6, torch.float32))
+
+
+@pytest.mark.parametrize("bands", [backend.SPLITS, BANDS, ((64, None),)])
+@pytest.mark.parametrize("capacity", [64, 128, 192, 2048, 2112, 8192, 40960])
+def test_split_edges_are_those_of_the_kernels(bands: backend.Bands, capacity: int) -> None:
+    lines = backend._lines(bands)
+    edges = backend.split_edges(capacity, bands)
+    begins = [max(size * i - offset for size, offset in lines) for i in range(len(edges) + 1)]
+    assert begins[:-1] == edges and edges[0] == 0 and edges[-1] < capacity <= begins[-1]
+    for length in range(1, capacity + 1, 37):
+        n_splits = min(-(-(length + offset) // size) for size, offset in lines)
+        assert n_splits == sum(edge < length for edge in edges)
+
+
+EMBEDDED = read_config(Path(__file__).parents[1] / "model")
+SHAPES = {  # n_heads, n_kv_heads, head_dim, block
+    "1.7B": (16, 8, 128, 32),
+    "8B": (32, 8, 128, 32),  # and the 4B
+    "embedded": (EMBEDDED.n_heads, EMBEDDED.n_kv_heads, EMBEDDED.head_dim, EMBEDDED.block_size),
+}
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize(
+    "shape, dtype, causal, width",
+    [
+        ("8B", "bf16", True, None),
+        ("1.7B", "fp16", False, None),
+        ("8B", "bf16", True, 512),
+        ("embedded", "bf16", False, None),
+        ("embedded", "fp32", True, None),
+        ("1.7B", "fp32", True, None),
+    ],
+)
+def test_compiles_within_each_chips_shared_memory(
+    capability: int, shape: str, dtype: str, causal: bool, width: int | None
+) -> None:
+    n_heads, n_kv_heads, head_dim, block = SHAPES[shape]
+    width = width or block
+    n_rows = width * n_heads // n_kv_heads
+    itemsize = 4 if dtype == "fp32" else 2
+    tiles = backend.choose_tiles(itemsize, head_dim, n_rows, CHIPS[capability])
+    n_splits = 1 if n_rows > backend.LONG_BLOCK else 20
+    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out"], f"*{dtype}")
+    signature |= dict.fromkeys(["part_max", "part_sum", "part_acc"], "*fp32")
+    signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
+    names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
+    lines = backend._lines(backend.SPLITS)
+    values = (width, n_heads, n_kv_heads, head_dim, lines, n_splits, causal)
+    common = dict(zip(names, values, strict=True))
+    own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
+    kernel = backend._split_kernel
+    options = (capability, tiles.num_warps, tiles.num_stages)
+    split = compiled_for(kernel, signature, own, *options)
+    assert split.metadata.shared <= CHIPS[capability]
+    assert ("tf32" not in split.asm["ptx"]) and (dtype == "fp32" or "mma" in split.asm["ptx"])
+    if n_splits > 1:
+        joined = compiled_for(
+            backend._join_kernel, signature, common | {"BLOCK": 16}, capability, 2, 3
+        )
+        assert joined.metadata.shared <= CHIPS[capability]
