@@ -43,7 +43,7 @@ from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
 _log = logging.getLogger("orthrus_fast")
 # Bytes; benchmarks/README.md has what was seen.
-GPU_PASSES, GPU_PASSES_SLOT = 500_000_000, 100_000_000
+GPU_PASSES, GPU_PASSES_SLOT = 350_000_000, 160_000_000
 
 Prompt = str | list[int] | list[dict[str, Any]]
 Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]

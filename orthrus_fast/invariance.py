@@ -50,8 +50,8 @@ def secure(
 ) -> tuple[EagerRunner, Invariance]:
     """A runner prepared for ``width``, made invariant where there is a way to that.
 
-    A library's product that fails on its own gives way to a fixed-tile kernel before ``build`` is
-    called; if the whole pass fails nevertheless, every product does, and it is built once more.
+    A library's product that fails on its own gives way to a fixed-tile kernel before anything is
+    compiled; if the whole pass fails nevertheless, every product does, and it is built once more.
     """
     begin = time.perf_counter()
     runner = build()
@@ -164,9 +164,11 @@ class _Probe:
         n = min(N_REPLAYED, room - begin - 1)
         self._open(begin, n)
         expected = self._decode(n, None)
+        ended = bool(self.runner.state.done.all())
         self._open(begin, n)
         got = self._decode(n, self.runner.state.tokens.clone())
-        equal = all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        equal = ended and bool(self.runner.state.done.all())
+        equal = equal and all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
         return int(expected[0].sum()), equal
 
     def _open(self, begin: int, n: int) -> None:
@@ -189,19 +191,25 @@ class _Probe:
         """
         state, cache = self.runner.state, self.runner.cache
         begin = int(state.length[0])
-        logits = torch.zeros_like(self.runner.logits[:, :1]).repeat(1, n + self.width, 1)
+        shape = (len(state.slots), n + self.width, self.runner.model.config.vocab_size)
+        logits = torch.zeros(shape, dtype=cache.k[0].dtype, device=self.runner.device)
         state.drafting.fill_(known is not None)
-        while not bool(state.done.all()):
+        for _ in range(n):  # a cycle emits a token at least, or something is wrong
+            if bool(state.done.all()):
+                break
             before = (state.length - begin).tolist()
             if known is not None:
                 state.proposals.copy_(self._drafts(known))
             self.runner.verify(self.width)
             after = (state.length - begin).tolist()
             for slot, (first, end) in enumerate(zip(before, after, strict=True)):
-                logits[slot, first:end] = self.runner.logits[slot, : end - first]
+                n_new = min(end - first, self.width)
+                logits[slot, first : first + n_new] = self.runner.logits[slot, :n_new]
         emitted = state.length - begin
         kept = torch.arange(n, device=emitted.device) < emitted[:, None]  # [B, n]
-        rows = [t[:, :, begin : begin + n] * kept[:, None, :, None] for t in (*cache.k, *cache.v)]
+        past = ~kept[:, None, :, None]
+        both = (*cache.k, *cache.v)
+        rows = [t[:, :, begin : begin + n].masked_fill(past, 0) for t in both]
         ids = state.tokens[:, begin + 1 : begin + 1 + n] * kept
         return [emitted, ids, _bits(logits[:, :n]), *map(_bits, rows)]
 

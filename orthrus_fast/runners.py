@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -159,9 +160,11 @@ class CompiledRunner(EagerRunner):
     def _warm_up(self, width: int) -> None:
         """Run each step once, so that torch.compile does its work."""
         try:
-            if self._drafts_at(width):
-                EagerRunner.draft(self)
-            EagerRunner.verify(self, width)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
+                if self._drafts_at(width):
+                    EagerRunner.draft(self)
+                EagerRunner.verify(self, width)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             raise UnsupportedError(
                 f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"

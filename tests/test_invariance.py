@@ -1,0 +1,735 @@
+"""The invariance check on the CPU: it holds, it leaves no trace, and planted faults are caught."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import orthrus_fast
+from orthrus_fast import Decoder, invariance, steps
+from orthrus_fast.attention import Attend, edges, sdpa
+from orthrus_fast.invariance import Invariance, check, secure
+from orthrus_fast.model import Kernels, Transformer, qk_norm_rope_write
+from orthrus_fast.runners import EagerRunner
+from tests.checkpoints import write_checkpoint
+from tests.judge import Judge
+from tests.test_decoder import committed
+
+WIDTH = 16
+SLOTS = 2
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="orthrus_fast")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied: with tied embeddings the replay's text is one token, and hides what follows it."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    return write_checkpoint(directory, seed=8, tied=False, block_size=WIDTH, eos_token_id=[])
+
+
+def load(directory: Path, dtype: str = "float32", slots: int = SLOTS, **options: Any) -> Decoder:
+    """Skips the test where this machine's own products are not row-invariant."""
+    options = {"max_seq_len": 200} | options
+    decoder = orthrus_fast.load(directory, device="cpu", dtype=dtype, slots=slots, **options)
+    n_rows = slots * decoder._width
+    for weight in {p for p in decoder._runner.model.parameters() if p.dim() == 2}:
+        x = torch.randn(n_rows, weight.shape[1], dtype=weight.dtype)
+        out, turned, same = (y @ weight.T for y in (x, x.flip(0), x[:1].repeat(n_rows, 1)))
+        if not torch.equal(turned.flip(0), out) or not torch.equal(same, out[:1].expand_as(out)):
+            pytest.skip(f"this CPU's matrix products are not row-invariant at {n_rows} rows")
+    return decoder
+
+
+def found_in(decoder: Decoder) -> Invariance:
+    runner = decoder._runner
+    return check(runner, decoder._width, edges("sdpa", runner.cache.capacity))
+
+
+def ready(runner: EagerRunner) -> None:
+    """As a runner that compiles is when it comes to the check: it has run a pass."""
+    with torch.inference_mode():
+        runner.verify(runner.state.proposals.shape[1] + 1)
+
+
+# What an honest pass gives
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_an_honest_pass_holds(tiny: Path, dtype: str, slots: int) -> None:
+    found = found_in(load(tiny, dtype, slots))
+    assert found.holds, str(found)
+    assert (found.n_differing, found.replay_equal, found.replaced) == (0, True, ())
+    # A third of the block and a row later there are 10 of its 16 rows left; and AR's one, twice.
+    assert found.n_rows == slots * 4 * (10 + 1 + 1)  # at 64, 128, 192, 256 of 320 rows
+    assert found.n_replayed == slots * 64
+    assert found.seconds > 0
+
+
+def test_across_the_attentions_own_tile(tmp_path: Path) -> None:
+    """sdpa reads 512 keys at a time: the block at 512 begins in one tile and ends in the next."""
+    directory = write_checkpoint(
+        tmp_path / "model", seed=3, block_size=WIDTH, max_position_embeddings=1100, eos_token_id=[]
+    )
+    decoder = load(directory, max_seq_len=1100)
+    assert 512 in edges("sdpa", decoder._runner.cache.capacity)
+    assert found_in(decoder).holds
+
+
+def test_edges_outside_the_cache_are_passed_over(tiny: Path) -> None:
+    runner = load(tiny)._runner
+    assert runner.cache.capacity == 320
+    n_rows = []
+    ready(runner)
+    for places in ([64], [0, 7, 64, 300, 320, 10**6], [8], []):
+        found = check(runner, WIDTH, places)
+        assert found.holds
+        assert found.n_replayed == SLOTS * 64
+        n_rows.append(found.n_rows)
+    assert n_rows == [24, 24, 24, 0]
+
+
+def test_a_row_at_a_time_has_no_other_places(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", draft=False, eos_token_id=[])
+    decoder = load(directory)
+    ready(decoder._runner)
+    found = found_in(decoder)
+    assert (found.holds, found.n_rows, found.n_replayed) == (True, 0, SLOTS * 64)
+
+
+def test_the_smallest_cache(tiny: Path) -> None:
+    decoder = load(tiny, max_seq_len=2)
+    assert decoder._runner.cache.capacity == 128
+    found = found_in(decoder)
+    assert found.holds
+    assert found.n_rows == SLOTS * 12  # around 64
+    assert found.n_replayed == SLOTS * 64
+
+
+@pytest.mark.parametrize("ends", [range(272), range(0, 272, 3)])
+def test_the_replay_ends_where_a_text_ends(tmp_path: Path, ends: range) -> None:
+    """Rows past a slot's end are not its own, and differ as garbage does."""
+    directory = write_checkpoint(
+        tmp_path / "model", seed=8, tied=False, block_size=WIDTH, eos_token_id=list(ends)
+    )
+    found = found_in(load(directory))
+    assert SLOTS <= found.n_replayed < SLOTS * 64
+    assert found.holds, str(found)
+
+
+def test_the_check_leaves_no_trace(tiny: Path) -> None:
+    prompts = [[i + 1] * (1 + 17 * i % 70) for i in range(5)]
+    expected = [result.tokens for result in load(tiny).generate(prompts, 30)]
+    decoder = load(tiny)
+    runner = decoder._runner
+    assert [result.tokens for result in decoder.generate(prompts, 30)] == expected
+    random = torch.get_rng_state()
+    found = found_in(decoder)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    fresh = steps.State.create(SLOTS, runner.cache.capacity, WIDTH, runner.device)
+    for field in dataclasses.fields(steps.State):
+        assert torch.equal(getattr(runner.state, field.name), getattr(fresh, field.name)), field
+    assert runner.state.done.all()
+    assert not any(rows.any() for rows in (*runner.cache.k, *runner.cache.v))
+    assert runner.in_flight == 0
+    assert [result.tokens for result in decoder.generate(prompts, 30)] == expected
+    again = found_in(decoder)
+    assert dataclasses.replace(again, seconds=found.seconds) == found
+
+
+def test_what_the_caller_has_switched_on_changes_nothing(tiny: Path) -> None:
+    decoder = load(tiny)
+    found = found_in(decoder)
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        again = found_in(decoder)
+    assert dataclasses.replace(again, seconds=found.seconds) == found
+
+
+def test_only_a_decoder_with_graphs_is_checked(tiny: Path) -> None:
+    assert load(tiny).invariance is None
+
+
+def test_what_was_found_is_one_line() -> None:
+    found = Invariance(True, 48, 0, 64, True, (), 0.26)
+    assert str(found) == (
+        "48 rows in other places equal to the bit; 64 tokens replayed equal to the bit (0.3 s)"
+    )
+    found = Invariance(False, 48, 3, 64, False, ("32 × 48", "96 × 32"), 1.0)
+    assert str(found) == (
+        "48 rows in other places 3 differ; 64 tokens replayed differ; "
+        "own kernel in place of the library's: 32 × 48, 96 × 32 (1.0 s)"
+    )
+
+
+# Planted faults that it must catch
+
+
+def attend_by(runner: EagerRunner, attend: Attend) -> None:
+    runner.model.kernels = Kernels(attend, runner.model.kernels.qk_norm_rope_write)
+
+
+def adding(term: Callable[[Tensor], Tensor]) -> Attend:
+    """The honest backend, and on top ``term`` of the rows' start [R] -> [R or 1, T or 1, 1, 1]."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, **view: Any) -> Tensor:
+        return sdpa.attend(q, k, v, start, slot, **view) + term(start)
+
+    return attend
+
+
+def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
+    """Keys in splits, each with its own softmax, then combined: what a GPU kernel does.
+
+    ``boundaries`` of the visible length and the capacity: where splits begin, after 0.
+    """
+
+    def attend(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+    ) -> Tensor:
+        capacity, group = k_cache.shape[2], q.shape[2] // k_cache.shape[1]
+        rows = []
+        for r in range(len(q)):
+            k, v = (c[int(slot[r])].repeat_interleave(group, 0) for c in (k_cache, v_cache))
+            scores = torch.einsum("thd,hsd->hts", q[r], k) / math.sqrt(q.shape[-1])
+            visible = sdpa._visible_keys(start[r, None], q.shape[1], capacity, causal=causal)
+            scores = scores.masked_fill(~visible, -1e9)
+            begins = [0, *boundaries(int(start[r]) + q.shape[1], capacity), capacity]
+            parts = [scores[..., a:b] for a, b in zip(begins, begins[1:], strict=False)]
+            best = [part.amax(-1, keepdim=True) for part in parts]
+            weights = [(part - top).exp() for part, top in zip(parts, best, strict=True)]
+            highest = torch.stack(best).amax(0)
+            scales = [(top - highest).exp() for top in best]
+            total = sum(w.sum(-1, keepdim=True) * s for w, s in zip(weights, scales, strict=True))
+            places = zip(weights, scales, begins, begins[1:], strict=False)
+            mixed = sum((w @ v[:, a:b]) * s for w, s, a, b in places)
+            rows.append((mixed / total).transpose(0, 1))
+        return torch.stack(rows).contiguous()
+
+    return attend
+
+
+def split_at_fixed_places(length: int, capacity: int) -> list[int]:
+    return list(range(64, capacity, 64))
+
+
+def split_by_length(length: int, capacity: int) -> list[int]:
+    n_splits = 1 + length // 32
+    return [length * i // n_splits for i in range(1, n_splits)]
+
+
+def test_splits_at_fixed_places_hold(tiny: Path) -> None:
+    """The fault below is where the splits lie, not that there are some."""
+    decoder = load(tiny)
+    attend_by(decoder._runner, splitting(split_at_fixed_places))
+    assert found_in(decoder).holds
+
+
+def splits_follow_the_length(runner: EagerRunner, patch: Patch) -> None:
+    attend_by(runner, splitting(split_by_length))
+
+
+def visible_keys_follow_the_start(runner: EagerRunner, patch: Patch) -> None:
+    patch.setattr(sdpa, "VISIBLE_MULTIPLE", 1)
+
+
+def a_term_follows_the_start(runner: EagerRunner, patch: Patch) -> None:
+    attend_by(runner, adding(lambda start: 1e-7 * start[:, None, None, None]))
+
+
+def a_term_follows_the_row_in_the_block(runner: EagerRunner, patch: Patch) -> None:
+    attend_by(runner, adding(lambda start: 1e-6 * torch.arange(WIDTH)[None, :, None, None]))
+
+
+def two_launches_differ(runner: EagerRunner, patch: Patch) -> None:
+    launches = iter(range(10**6))
+    attend_by(runner, adding(lambda start: torch.tensor(1e-6 * (next(launches) % 7))))
+
+
+def seen_by(runner: EagerRunner, patch: Patch, extra: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Show rows more keys: ``extra`` of key [visible] and the row's own position [R, T, 1]."""
+    honest = sdpa._visible_keys
+
+    def visible_keys(start: Tensor, width: int, visible: int, *, causal: bool) -> Tensor:
+        own = start[:, None, None] + torch.arange(width)[:, None]
+        shown = honest(start, width, visible, causal=causal)
+        return shown | extra(torch.arange(visible), own)
+
+    patch.setattr(sdpa, "_visible_keys", visible_keys)
+
+
+def the_mask_is_one_wide(runner: EagerRunner, patch: Patch) -> None:
+    seen_by(runner, patch, lambda key, own: key == own + 1)
+
+
+def scratch_rows_are_read(runner: EagerRunner, patch: Patch) -> None:
+    """A row past the block, that an earlier and rejected block wrote."""
+    seen_by(runner, patch, lambda key, own: key == own + WIDTH)
+
+
+def the_caches_last_row_is_read(runner: EagerRunner, patch: Patch) -> None:
+    """Far from all edges: in the replay alone there is new garbage."""
+    last = runner.cache.capacity - 1
+    patch.setattr(sdpa, "VISIBLE_MULTIPLE", last + 1)
+    seen_by(runner, patch, lambda key, own: (key == last) & (own >= 0))
+
+
+def verification_looks_both_ways(runner: EagerRunner, patch: Patch) -> None:
+    def attend(*arguments: Tensor, causal: bool) -> Tensor:
+        return sdpa.attend(*arguments, causal=False)
+
+    attend_by(runner, attend)
+
+
+def every_slot_reads_the_first_ones_cache(runner: EagerRunner, patch: Patch) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, **view: Any) -> Tensor:
+        return sdpa.attend(q, k, v, start, torch.zeros_like(slot), **view)
+
+    attend_by(runner, attend)
+
+
+class Tampered(nn.Module):
+    """A product, and on top ``term`` of its result [R, T, N]."""
+
+    def __init__(self, linear: nn.Module, term: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.term = linear, term
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out + self.term(out)
+
+
+def by_row(out: Tensor) -> Tensor:
+    return 1e-6 * torch.arange(out.shape[1])[:, None].to(out.dtype)
+
+
+def a_product_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
+    layer: Any = runner.model.layers[1]
+    layer.down = Tampered(layer.down, by_row)
+
+
+def a_product_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> None:
+    layer: Any = runner.model.layers[0]
+    layer.gate_up = Tampered(layer.gate_up, lambda out: 1e-6 * out.mean(1, keepdim=True))
+
+
+def the_head_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
+    runner.model.lm_head = Tampered(runner.model.lm_head, by_row)  # type: ignore[assignment]
+
+
+def positions_restart_with_the_block(runner: EagerRunner, patch: Patch) -> None:
+    honest = runner.model.enter
+
+    def enter(tokens: Tensor, start: Tensor, slot: Tensor) -> Any:
+        x, places = honest(tokens, start, slot)
+        cos, sin = (t[: tokens.shape[1]] for t in (runner.model.rope_cos, runner.model.rope_sin))
+        return x, places._replace(cos=cos.expand_as(places.cos), sin=sin.expand_as(places.sin))
+
+    patch.setattr(runner.model, "enter", enter)
+
+
+def the_anchors_row_is_not_written(runner: EagerRunner, patch: Patch) -> None:
+    """What lies there stays: an earlier block's row, or a draft's."""
+
+    def write(qkv: Tensor, *rest: Any) -> Tensor:
+        *_, positions, slot, k_cache, v_cache = rest
+        first = positions[:, 0]
+        kept = k_cache[slot, :, first].clone(), v_cache[slot, :, first].clone()
+        q = qk_norm_rope_write(qkv, *rest)
+        k_cache[slot, :, first], v_cache[slot, :, first] = kept
+        return q
+
+    runner.model.kernels = Kernels(runner.model.kernels.attend, write)
+
+
+def the_start_is_the_last_cycles(runner: EagerRunner, patch: Patch) -> None:
+    """As from a graph that holds a copy of the length."""
+    honest, kept = steps.verify, runner.state.length.clone()
+
+    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+        out = honest(model, cache, dataclasses.replace(state, length=kept.clone()), block)
+        kept.copy_(state.length)
+        return out
+
+    patch.setattr(steps, "verify", verify)
+
+
+def one_too_many_is_accepted(runner: EagerRunner, patch: Patch) -> None:
+    honest = steps.accept
+
+    def accept(block: Tensor, target: Tensor) -> Tensor:
+        return (honest(block, target) + 1).clamp(max=WIDTH - 1)
+
+    patch.setattr(steps, "accept", accept)
+
+
+def length_after(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the length by ``change`` of n_new [B] where that is above 1 and the slot goes on."""
+    honest = steps.commit
+
+    def commit(state: steps.State, *rest: Tensor) -> Tensor:
+        n_new = honest(state, *rest)
+        state.length.add_(((n_new > 1) & ~state.done) * change(n_new))
+        return n_new
+
+    patch.setattr(steps, "commit", commit)
+
+
+def the_length_is_one_behind(runner: EagerRunner, patch: Patch) -> None:
+    length_after(patch, lambda n_new: torch.full_like(n_new, -1))
+
+
+def the_length_is_one_ahead(runner: EagerRunner, patch: Patch) -> None:
+    """A committed row that verification never wrote."""
+    length_after(patch, lambda n_new: (n_new < WIDTH).int())
+
+
+def the_anchor_is_the_last_proposal(runner: EagerRunner, patch: Patch) -> None:
+    honest = steps.commit
+
+    def commit(state: steps.State, target: Tensor, *rest: Tensor) -> Tensor:
+        n_new = honest(state, target, *rest)
+        before = target.gather(1, (n_new - 2).clamp(min=0)[:, None])[:, 0]
+        state.anchor.copy_(torch.where(n_new > 1, before, state.anchor))
+        return n_new
+
+    patch.setattr(steps, "commit", commit)
+
+
+Plant = Callable[[EagerRunner, Patch], None]
+BY_ROWS_OR_REPLAY: list[Plant] = [
+    splits_follow_the_length,
+    visible_keys_follow_the_start,
+    a_term_follows_the_start,
+    a_term_follows_the_row_in_the_block,
+    two_launches_differ,
+    the_mask_is_one_wide,
+    scratch_rows_are_read,
+    the_caches_last_row_is_read,
+    verification_looks_both_ways,
+    every_slot_reads_the_first_ones_cache,
+    a_product_follows_the_row,
+    a_product_follows_the_neighbours,
+    the_head_follows_the_row,
+    positions_restart_with_the_block,
+    the_anchors_row_is_not_written,
+    the_start_is_the_last_cycles,
+]
+IN_THE_REPLAY: list[Plant] = [
+    one_too_many_is_accepted,
+    the_length_is_one_behind,
+    the_length_is_one_ahead,
+    the_anchor_is_the_last_proposal,
+]
+
+
+@pytest.mark.parametrize("plant", BY_ROWS_OR_REPLAY, ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> None:
+    decoder = load(tiny, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        plant(decoder._runner, patch)
+        found = found_in(decoder)
+    assert not found.holds, str(found)
+
+
+@pytest.mark.parametrize("plant", IN_THE_REPLAY, ids=lambda plant: plant.__name__)
+def test_a_fault_between_passes_shows_in_the_replay(tiny: Path, plant: Plant) -> None:
+    """Rows are alike then, so it is the replay that differs."""
+    decoder = load(tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        plant(decoder._runner, patch)
+        found = found_in(decoder)
+    assert (found.holds, found.n_differing, found.replay_equal) == (False, 0, False)
+
+
+def test_a_commit_that_never_advances_is_caught(tiny: Path, monkeypatch: Patch) -> None:
+    """And does not keep the check waiting for an end."""
+    decoder = load(tiny)
+    runner, n_passes = decoder._runner, 0
+    verify = runner.verify
+
+    def counted(width: int) -> Tensor:
+        nonlocal n_passes
+        n_passes += 1
+        assert n_passes < 1000
+        return verify(width)
+
+    monkeypatch.setattr(runner, "verify", counted)
+    monkeypatch.setattr(steps, "commit", lambda state, *_: torch.zeros_like(state.length))
+    assert not found_in(decoder).holds
+
+
+# Faults that the check does not see, because they are the same in all rows and both modes, or
+# because it never drafts. They show where texts are held against the judge and one mode's rows
+# against the other's, as test_decoder.py does for the honest decoder.
+
+
+def test_a_mask_one_narrow_everywhere_shows_against_the_judge(tiny: Path) -> None:
+    def visible_keys(start: Tensor, width: int, visible: int, *, causal: bool) -> Tensor:
+        """No row sees itself, but for the first one of all."""
+        key, own = torch.arange(visible), start[:, None, None] + torch.arange(width)[:, None]
+        return (key < own) | ((key == 0) & (own == 0))
+
+    expected, _ = Judge(tiny).generate([1, 2, 3], 30, ())
+    decoder = load(tiny, "float64")
+    assert decoder.generate([1, 2, 3], 30, mode="ar").tokens == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "_visible_keys", visible_keys)
+        assert found_in(decoder).holds
+        assert decoder.generate([1, 2, 3], 30, mode="ar").tokens != expected
+
+
+def test_a_start_one_early_everywhere_shows_against_the_judge(tiny: Path) -> None:
+    """The check may see this one, by a scratch row that it takes for the last committed one."""
+    honest = steps.verify
+
+    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+        return honest(model, cache, dataclasses.replace(state, length=state.length - 1), block)
+
+    expected, _ = Judge(tiny).generate([1, 2, 3], 30, ())
+    decoder = load(tiny, "float64", slots=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "verify", verify)
+        assert decoder.generate([1, 2, 3], 30, mode="ar").tokens != expected
+    assert decoder.generate([1, 2, 3], 30, mode="ar").tokens == expected
+
+
+def test_a_draft_over_a_committed_row_shows_between_the_modes(tiny: Path) -> None:
+    decoder = load(tiny, slots=1)
+    honest = steps.draft
+
+    def one_early(model: Transformer, cache: Any, state: steps.State, mask: int) -> None:
+        honest(model, cache, dataclasses.replace(state, length=state.length - 1), mask)
+
+    def rows_of(mode: str) -> list[Tensor]:
+        decoder.generate([1, 2, 3], 60, mode=mode)
+        return [tensor.clone() for layer in range(2) for tensor in committed(decoder, layer)]
+
+    expected = rows_of("ar")
+    assert all(map(torch.equal, rows_of("diffusion"), expected))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "draft", one_early)
+        assert found_in(decoder).holds
+        got = rows_of("diffusion")
+    assert not all(map(torch.equal, got, expected))
+
+
+# secure: what is done about a pass that is not invariant
+
+SHAPES = {  # of the products of a verify pass, [N, K] by name
+    "qkv": (128, 32),
+    "o": (32, 64),
+    "gate_up": (96, 32),
+    "down": (32, 48),
+    "lm_head": (272, 32),
+}
+
+
+class Workshop:
+    """Stands in for what looks at products and replaces them, and notes what is done, in order.
+
+    ``failing`` are the products that fail on their own; ``remedy`` undoes the planted fault once
+    all the shapes that it ``needs`` were replaced, as fixed-tile kernels would.
+    """
+
+    def __init__(self, decoder: Decoder, patch: Patch, failing: tuple[str, ...] = ()) -> None:
+        self.runner = decoder._runner
+        self.model = self.runner.model
+        self.failing = {SHAPES[name] for name in failing}
+        self.needs: set[tuple[int, int]] = set()
+        self.remedy: Callable[[], None] = lambda: None
+        self.done: list[str] = []
+        self.rows_looked_at = 0
+        patch.setattr(invariance, "variant_products", self.variant_products)
+        patch.setattr(invariance, "replace_products", self.replace_products)
+
+    def variant_products(self, model: Transformer, n_rows: int) -> set[tuple[int, int]]:
+        assert model is self.model
+        self.rows_looked_at = n_rows
+        return set(self.failing)
+
+    def replace_products(self, model: Transformer, shapes: set[tuple[int, int]]) -> None:
+        assert model is self.model
+        if shapes:
+            self.done.append(f"replace {len(shapes)}")
+        if shapes and shapes >= self.needs:
+            self.remedy()
+
+    def build(self) -> EagerRunner:
+        workshop = self
+
+        class Noted(EagerRunner):
+            def prepare(self, width: int) -> None:
+                workshop.done.append(f"prepare {width}")
+
+        self.runner = Noted(self.model, self.runner.state, self.runner.cache)
+        return self.runner
+
+    def secure(self) -> Invariance:
+        runner, found = secure(self.model, self.build, WIDTH, [64])
+        assert runner is self.runner
+        return found
+
+
+def plant_in(workshop: Workshop, name: str, needs: set[tuple[int, int]]) -> None:
+    layer: Any = workshop.model.layers[0]
+    honest = getattr(layer, name)
+    setattr(layer, name, Tampered(honest, by_row))
+    workshop.needs, workshop.remedy = needs, lambda: setattr(layer, name, honest)
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.levelname for record in caplog.records if record.name == "orthrus_fast"]
+
+
+def test_secure_with_nothing_to_do(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop = Workshop(load(tiny), monkeypatch)
+    found = workshop.secure()
+    assert (found.holds, found.replaced) == (True, ())
+    assert workshop.done == [f"prepare {WIDTH}"]
+    assert workshop.rows_looked_at == SLOTS * WIDTH
+    assert levels(caplog) == ["INFO"]
+    assert caplog.messages[-1] == f"row invariance holds: {found}"
+
+
+def test_a_failing_product_is_replaced_before_anything_is_compiled(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop = Workshop(load(tiny), monkeypatch, failing=("down", "qkv"))
+    plant_in(workshop, "down", needs={SHAPES["down"]})
+    found = workshop.secure()
+    assert (found.holds, found.replaced) == (True, ("32 × 48", "128 × 32"))
+    assert workshop.done == ["replace 2", f"prepare {WIDTH}"]
+    assert levels(caplog) == ["INFO"]
+    assert "own kernel in place of the library's: 32 × 48, 128 × 32" in caplog.messages[-1]
+
+
+def test_a_failing_pass_has_all_its_products_replaced(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each product passes alone, the pass does not."""
+    every = set(SHAPES.values())
+    workshop = Workshop(load(tiny), monkeypatch)
+    plant_in(workshop, "gate_up", needs=every)
+    found = workshop.secure()
+    assert found.holds
+    assert found.replaced == tuple(f"{n} × {k}" for n, k in sorted(every))
+    assert workshop.done == [f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
+    assert levels(caplog) == ["WARNING", "INFO"]
+    assert "not row-invariant with the library's products" in caplog.messages[0]
+
+
+def test_a_pass_that_still_fails_is_said_to(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop = Workshop(load(tiny), monkeypatch, failing=("o",))
+    a_term_follows_the_start(workshop.runner, monkeypatch)
+    found = workshop.secure()
+    assert not found.holds
+    assert found.n_differing > 0
+    assert len(found.replaced) == len(SHAPES)
+    assert workshop.done == ["replace 1", f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
+    assert levels(caplog) == ["WARNING", "WARNING"]
+    assert "row invariance DOES NOT HOLD" in caplog.messages[-1]
+
+
+def test_there_is_no_second_try_without_another_way(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workshop = Workshop(load(tiny), monkeypatch, failing=tuple(SHAPES))
+    a_term_follows_the_start(workshop.runner, monkeypatch)
+    assert not workshop.secure().holds
+    assert workshop.done == ["replace 5", f"prepare {WIDTH}"]
+    assert levels(caplog) == ["WARNING"]
+
+
+def test_secure_leaves_state_and_cache_as_new(tiny: Path, monkeypatch: Patch) -> None:
+    decoder = load(tiny)
+    expected = decoder.generate([1, 2, 3], 40).tokens
+    workshop = Workshop(decoder, monkeypatch)
+    plant_in(workshop, "down", needs=set(SHAPES.values()))
+    assert workshop.secure().holds
+    assert workshop.runner.state.done.all()
+    assert not any(rows.any() for rows in (*workshop.runner.cache.k, *workshop.runner.cache.v))
+    decoder._runner = workshop.runner
+    assert decoder.generate([1, 2, 3], 40).tokens == expected
+
+
+def test_the_time_on_products_counts(tiny: Path, monkeypatch: Patch) -> None:
+    workshop = Workshop(load(tiny), monkeypatch)
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    assert workshop.secure().seconds == 20.0
+
+
+# The products themselves
+
+
+def test_which_products_fail_on_their_own(tiny: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    model = load(tiny)._runner.model
+    n_rows = SLOTS * WIDTH
+    assert invariance.variant_products(model, n_rows) == set()
+    layer: Any = model.layers[0]
+    last: Any = model.layers[1]
+    for name in ("qkv", "o"):
+        honest = getattr(last.attention, name)
+        setattr(last.attention, name, TamperedRows(honest))
+        assert invariance.variant_products(model, n_rows) == {SHAPES[name]}
+        setattr(last.attention, name, honest)
+    last.down = TamperedRows(last.down)
+    model.lm_head = TamperedRows(model.lm_head)  # type: ignore[assignment]
+    assert invariance.variant_products(model, n_rows) == {SHAPES["down"], SHAPES["lm_head"]}
+    assert layer.down is not last.down
+
+
+class TamperedRows(nn.Module):
+    """A product of x [M, K] that follows the row's index."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.weight = linear, linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x)
+        return out + 1e-6 * torch.arange(len(x))[:, None]
+
+
+def test_all_products_of_those_shapes_are_replaced(tiny: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    from orthrus_fast.kernels.product import FixedTileLinear
+
+    model = load(tiny)._runner.model
+    weights = {id(p) for p in model.parameters()}
+    invariance.replace_products(model, set())
+    assert not any(isinstance(module, FixedTileLinear) for module in model.modules())
+    invariance.replace_products(model, {SHAPES["down"], SHAPES["lm_head"]})
+    for layer in model.layers:
+        assert isinstance(layer.down, FixedTileLinear)
+        assert isinstance(layer.gate_up, nn.Linear)
+    assert isinstance(model.lm_head, FixedTileLinear)
+    assert {id(p) for p in model.parameters()} == weights
+    invariance.replace_products(model, set(SHAPES.values()))
+    # The draft view's own, of the same shapes, go along.
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    assert set(invariance._products(model)) == set(SHAPES.values())

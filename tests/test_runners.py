@@ -1,0 +1,826 @@
+"""Runners on the CPU: the compiled one against the eager one, what they refuse, cycles in flight.
+
+torch.compile's work is shared by all decoders of the same shapes in a process, so the tests keep to
+a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the C++ compiler out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import orthrus_fast
+from orthrus_fast import Decoder, runners, steps
+from orthrus_fast.attention import edges
+from orthrus_fast.checkpoint import open_checkpoint
+from orthrus_fast.decoder import GPU_PASSES, GPU_PASSES_SLOT, Generation, memory_needed
+from orthrus_fast.errors import RequestError, UnsupportedError
+from orthrus_fast.invariance import check
+from orthrus_fast.runners import COMPILE_MODES, RUNNERS, check_runner
+from tests.checkpoints import write_checkpoint
+from tests.judge import Judge
+from tests.test_decoder import committed, rows_are_alike
+from tests.test_embedded import HELD_OUT, MODEL, prompt_of
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ENDS = [270, 271]  # ids past the tokenizer's: texts hardly ever end, but may
+PROMPTS = [[i + 1] * (1 + 17 * i % 70) for i in range(7)]  # more than slots, lengths apart
+SHAPES = [("float64", 1), ("float32", 4)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied": {"tied": True},
+    "untied": {"tied": False},
+    "drafts that copy": {"agreement": 1.0, "tied": False},
+    "drafts at random": {"agreement": 0.0},
+}
+
+
+def load(directory: Path, dtype: str = "float32", **options: Any) -> Decoder:
+    return orthrus_fast.load(directory, **{"device": "cpu", "dtype": dtype, **options})
+
+
+def both(directory: Path, dtype: str = "float32", **options: Any) -> tuple[Decoder, Decoder]:
+    """The same checkpoint, eager and compiled."""
+    eager, compiled = (load(directory, dtype, runner=r, **options) for r in ("eager", "compiled"))
+    return eager, compiled
+
+
+def n_graphs() -> int:
+    """Graphs compiled in this process so far."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("variants")
+    common: dict[str, Any] = {"seed": 3, "block_size": 16, "eos_token_id": ENDS}
+    return {n: write_checkpoint(base / n, **common, **fields) for n, fields in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def tiny(variants: dict[str, Path]) -> Path:
+    return variants["tied"]
+
+
+@pytest.fixture
+def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile as it is, but dynamo's graphs run as they stand: no C++ compiler."""
+    compile = torch.compile
+
+    def traced(function: Any, *, options: dict[str, Any], **settings: Any) -> Any:
+        return compile(function, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", traced)
+
+
+# The compiled runner decodes what the eager one does
+
+
+@pytest.mark.parametrize("dtype, slots", SHAPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_decodes_what_eager_and_the_judge_decode(
+    variants: dict[str, Path], variant: str, dtype: str, slots: int
+) -> None:
+    eager, compiled = both(variants[variant], dtype, slots=slots)
+    expected = [result.tokens for result in eager.generate(PROMPTS, 30, mode="ar")]
+    for mode in ("ar", "diffusion"):
+        results = compiled.generate(PROMPTS, 30, mode=mode)
+        assert [result.tokens for result in results] == expected, mode
+        assert [r.stats.cycles for r in results] == [
+            r.stats.cycles for r in eager.generate(PROMPTS, 30, mode=mode)
+        ]
+    if dtype == "float64":
+        judge = Judge(variants[variant])
+        assert expected == [judge.generate(p, 30, tuple(ENDS))[0] for p in PROMPTS]
+
+
+@pytest.mark.parametrize("dtype, slots", SHAPES)
+def test_compiled_ends_where_eager_ends(tiny: Path, tmp_path: Path, dtype: str, slots: int) -> None:
+    free = [result.tokens for result in load(tiny, "float64").generate(PROMPTS, 30)]
+    ends = [free[1][10], free[4][3]]
+    directory = write_checkpoint(tmp_path / "model", seed=3, block_size=16, eos_token_id=ends)
+    eager, compiled = both(directory, dtype, slots=slots)
+    judge = Judge(directory)
+    expected = [judge.generate(prompt, 30, tuple(ends))[0] for prompt in PROMPTS]
+    assert min(map(len, expected)) < 30
+    for mode in ("ar", "diffusion"):
+        for decoder in (eager, compiled):
+            results = decoder.generate(PROMPTS, 30, mode=mode)
+            assert [result.tokens for result in results] == expected
+            assert [result.finish_reason for result in results] == [
+                "eos" if tokens[-1] in ends else "length" for tokens in expected
+            ]
+
+
+def test_a_plain_qwen3_compiled(tmp_path: Path) -> None:
+    """No draft view and one row a pass, so generate_one_row is what mode ar already runs."""
+    directory = write_checkpoint(tmp_path / "model", draft=False, tied=False, eos_token_id=ENDS)
+    compiled = load(directory, runner="compiled", slots=2)
+    expected = [r.tokens for r in load(directory, slots=2).generate(PROMPTS, 30, mode="ar")]
+    before = n_graphs()
+    assert [r.tokens for r in compiled.generate(PROMPTS, 30, mode="ar")] == expected
+    assert compiled.generate_one_row(PROMPTS[3], 30).tokens == expected[3]
+    assert n_graphs() == before
+    with pytest.raises(UnsupportedError, match="plain Qwen3"):
+        compiled.generate([1, 2], 10)
+
+
+def test_the_embedded_checkpoint_compiled() -> None:
+    eager, compiled = both(MODEL, max_seq_len=1024)
+    for example in (HELD_OUT[0], HELD_OUT[-1]):
+        prompt = prompt_of(example)
+        expected = eager.generate(prompt, 48)
+        for mode in ("ar", "diffusion"):
+            result = compiled.generate(prompt, 48, mode=mode)
+            assert (result.tokens, result.text) == (expected.tokens, expected.text)
+        assert expected.stats.tokens_per_cycle > 1
+
+
+def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
+    compiled = load(tiny, runner="compiled", slots=4)
+    if not rows_are_alike(compiled):
+        pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
+    rows = []
+    for mode in ("ar", "diffusion"):
+        compiled.generate([1, 2, 3], 150, mode=mode)
+        rows.append([tensor.clone() for layer in range(2) for tensor in committed(compiled, layer)])
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("dtype, slots", SHAPES)
+def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: int) -> None:
+    runner = load(tiny, dtype, slots=slots, runner="compiled")._runner
+    weight = runner.model.layers[0].down.weight
+    rows = torch.randn(slots * 16, weight.shape[1], dtype=weight.dtype)
+    if not torch.equal((rows @ weight.T).flip(0), rows.flip(0) @ weight.T):
+        pytest.skip("this CPU's matrix products are not row-invariant at these rows")
+    found = check(runner, 16, edges("sdpa", runner.cache.capacity))
+    assert found.holds, str(found)
+
+
+def test_startup_and_configuration_say_what_was_compiled(tiny: Path) -> None:
+    eager, compiled = both(tiny, slots=4)
+    assert set(eager.startup) == {"load"}
+    assert set(compiled.startup) == {"load", "compile"}
+    assert eager.configuration["compile_mode"] is None
+    assert compiled.configuration["compile_mode"] == "default"
+    assert compiled.configuration["runner"] == "compiled"
+    assert compiled.invariance is eager.invariance is None
+
+
+# What is compiled, and when
+
+
+def test_nothing_is_compiled_after_load(tiny: Path) -> None:
+    compiled = load(tiny, runner="compiled", slots=4)
+    prompts = [[7] * n for n in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 300)]
+    expected = [result.tokens for result in compiled.generate(prompts, 20, mode="ar")]
+    before = n_graphs()
+    surroundings: list[Callable[[], Any]] = [
+        contextlib.nullcontext,
+        torch.enable_grad,
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ]
+    for surrounding in surroundings:
+        for mode in ("ar", "diffusion"):
+            with surrounding():
+                results = compiled.generate(prompts, 20, mode=mode)
+            assert [result.tokens for result in results] == expected
+    assert compiled.generate(prompts[3], 7).tokens == expected[3][:7]
+    stream = compiled.stream(prompts[5], 60)
+    next(stream), next(stream)
+    stream.close()
+    compiled.next_logits(prompts[4])
+    assert n_graphs() == before
+
+
+def test_one_row_ar_is_compiled_once_when_first_asked_for(
+    tmp_path: Path, plain_compile: None
+) -> None:
+    directory = write_checkpoint(tmp_path / "model", hidden_size=16, eos_token_id=[])
+    eager, compiled = both(directory, "float64")
+    before = n_graphs()
+    expected = eager.generate([1, 2, 3], 20).tokens
+    assert compiled.generate_one_row([1, 2, 3], 20).tokens == expected
+    first = n_graphs()
+    assert first > before
+    assert compiled.generate_one_row([4], 20).tokens == eager.generate([4], 20).tokens
+    assert compiled.generate([1, 2, 3], 20).tokens == expected
+    assert n_graphs() == first
+
+
+def test_another_default_dtype_changes_no_text_and_compiles_once(
+    tmp_path: Path, plain_compile: None
+) -> None:
+    """torch guards every artifact on the process's default dtype: one more set for a new one."""
+    directory = write_checkpoint(tmp_path / "model", hidden_size=56, eos_token_id=[])
+    compiled = load(directory, runner="compiled", slots=3)
+    expected = [result.tokens for result in compiled.generate(PROMPTS, 20)]
+    n_loaded = n_graphs()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for _ in range(2):
+            assert [result.tokens for result in compiled.generate(PROMPTS, 20)] == expected
+            n_more = n_graphs() - n_loaded
+            assert n_more in (0, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [result.tokens for result in compiled.generate(PROMPTS, 20)] == expected
+    assert n_graphs() == n_loaded + n_more
+
+
+def test_one_layers_code_serves_all_layers(tmp_path: Path, plain_compile: None) -> None:
+    n_new = []
+    for n_layers, hidden_size in ((1, 24), (2, 40), (7, 48)):  # other shapes: nothing is shared
+        directory = write_checkpoint(
+            tmp_path / f"{n_layers}",
+            num_hidden_layers=n_layers,
+            hidden_size=hidden_size,
+            vocab_size=300 + hidden_size,
+        )
+        before = n_graphs()
+        load(directory, runner="compiled")
+        n_new.append(n_graphs() - before)
+    assert n_new[0] > 0
+    assert len(set(n_new)) == 1
+
+
+def test_a_second_decoder_of_the_same_shapes_compiles_nothing(variants: dict[str, Path]) -> None:
+    load(variants["tied"], runner="compiled", slots=4)
+    before = n_graphs()
+    load(variants["untied"], runner="compiled", slots=4)
+    assert n_graphs() == before
+
+
+def test_more_decoders_than_torchs_limit(
+    tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes all different, so that each needs artifacts of its own for the same functions."""
+    n_decoders = 11
+    assert n_decoders > torch._dynamo.config.recompile_limit
+    directory = write_checkpoint(tmp_path / "model", draft=False, num_hidden_layers=1)
+    expected = load(directory, "float64").generate([1, 2], 9, mode="ar").tokens
+    compiled = [
+        load(directory, "float64", slots=5 + i, runner="compiled") for i in range(n_decoders)
+    ]
+    before = n_graphs()
+    for decoder in compiled:  # the first ones, too, still have their own
+        assert decoder.generate([1, 2], 9, mode="ar").tokens == expected
+    assert n_graphs() == before
+    monkeypatch.setattr(runners, "_compiler_limits", contextlib.nullcontext)
+    refused = (UnsupportedError, torch._dynamo.exc.FailOnRecompileLimitHit)
+    with pytest.raises(refused, match="Hard failure|torch.compile failed"):
+        load(directory, "float64", slots=5 + n_decoders, runner="compiled")
+
+
+def test_compiled_decoders_in_two_threads(tmp_path: Path, plain_compile: None) -> None:
+    """Each loads, and so compiles, while the other does."""
+    directory = write_checkpoint(tmp_path / "model", hidden_size=44, eos_token_id=[])
+    expected = load(directory).generate([1, 2], 40).tokens
+    before = torch._dynamo.config.recompile_limit
+
+    def decode(slots: int) -> list[int]:
+        decoder = load(directory, slots=slots, runner="compiled")
+        assert torch._dynamo.config.recompile_limit == before
+        return decoder.generate([1, 2], 40).tokens
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(decode, (1, 2))) == [expected, expected]
+    assert torch._dynamo.config.recompile_limit == before
+
+
+# torch's own settings
+
+
+def torchs_settings() -> dict[str, Any]:
+    backends = torch.backends
+    precisions = (torch.backends, backends.cuda.matmul, backends.mkldnn.matmul)
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it refuses where the newer settings were used
+        legacy = "refused"
+    return {
+        "dynamo": torch._dynamo.config.get_config_copy(),
+        "inductor": torch._inductor.config.get_config_copy(),
+        "functorch": torch._functorch.config.get_config_copy(),
+        "precisions": [backend.fp32_precision for backend in precisions],
+        "legacy precision": legacy,
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic),
+        "threads": torch.get_num_threads(),
+        "random": torch.get_rng_state().tolist(),
+        "python's random": random.getstate(),
+    }
+
+
+@pytest.fixture
+def restored_precisions() -> Iterator[None]:
+    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    for backend, precision in zip(backends, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("switched", ["nothing", "legacy", "tf32"])
+def test_compiling_and_decoding_leave_torch_as_they_found_it(
+    tmp_path: Path, switched: str, restored_precisions: None
+) -> None:
+    """With the real compiler, on a shape of this test's own."""
+    directory = write_checkpoint(
+        tmp_path / "model", draft=False, num_hidden_layers=1, hidden_size=8
+    )
+    torch.manual_seed(11)
+    if switched == "legacy":
+        torch.set_float32_matmul_precision("high")
+    elif switched == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = torchs_settings()
+    compiled = load(directory, runner="compiled")
+    assert torchs_settings() == before
+    expected = load(directory).generate([1, 2], 5, mode="ar").tokens
+    tokens = []
+    for chunk in compiled.stream([1, 2], 5, mode="ar"):
+        assert torchs_settings() == before
+        tokens += chunk.tokens
+    assert tokens == expected
+    assert torchs_settings() == before
+
+
+def test_a_failed_load_leaves_torch_as_it_found_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torchs_settings()
+    monkeypatch.setattr(torch, "compile", failing(BACKEND_FAILED))
+    with pytest.raises(UnsupportedError):
+        load(tiny, runner="compiled")
+    assert torchs_settings() == before
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, torch.device("cuda", 1)])
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+@pytest.mark.parametrize("runner", ["auto", *RUNNERS])
+def test_every_runner_and_compile_mode(runner: str, mode: str, device: torch.device) -> None:
+    if runner == "graph" and device.type == "cpu":
+        with pytest.raises(UnsupportedError, match="'graph' needs a CUDA device, not cpu; use 'ea"):
+            check_runner(runner, mode, device)
+    elif mode == "default":
+        automatic = "graph" if device.type == "cuda" else "eager"
+        assert check_runner(runner, mode, device) == (automatic if runner == "auto" else runner)
+    else:
+        reason = "by timing" if "autotune" in mode else "use runner 'graph'"
+        if mode == "reduce-overhead" and device.type == "cpu":
+            reason = ""
+        with pytest.raises(UnsupportedError, match=f"compile_mode '{mode}': .*{reason}") as caught:
+            check_runner(runner, mode, device)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("runner", ["", "Eager", "cudagraph", None, 3])
+def test_a_runner_that_is_none(runner: Any) -> None:
+    with pytest.raises(RequestError, match="runner: .* is not 'auto', 'eager', 'compiled' or 'gr"):
+        check_runner(runner, "default", CPU)
+
+
+@pytest.mark.parametrize("mode", ["", "Default", "max", None, 3])
+def test_a_compile_mode_that_is_none(mode: Any) -> None:
+    with pytest.raises(RequestError, match="compile_mode: .* is not one of"):
+        check_runner("auto", mode, CPU)
+
+
+def test_the_graph_runner_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="runner 'graph' needs a CUDA device"):
+        load(tmp_path / "absent", runner="graph")
+
+
+LONG = "first line\n  second line\n" + "x" * 5000
+BACKEND_FAILED = torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError(LONG), None)
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    """A torch.compile whose work fails, as it does: in the first call of what it returns."""
+
+    def compile(function: Any, **_: Any) -> Any:
+        def call(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return call
+
+    return compile
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BACKEND_FAILED,
+        torch._inductor.exc.InductorError(RuntimeError(LONG), None),
+        torch._dynamo.exc.Unsupported(LONG),
+        torch._dynamo.exc.InternalTorchDynamoError(LONG),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failing_compiler_is_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(torch, "compile", failing(error))
+    with pytest.raises(UnsupportedError, match="torch.compile failed .*first line.*use runner 'ea"):
+        load(tiny, runner="compiled")
+    try:
+        load(tiny, runner="compiled")
+    except UnsupportedError as refusal:
+        assert "\n" not in str(refusal)
+        assert len(str(refusal)) < 1200
+        assert refusal.__cause__ is error
+
+
+def test_no_cpp_compiler_is_one_line(tmp_path: Path) -> None:
+    """With the real torch.compile, on a shape that nothing has compiled yet."""
+    directory = write_checkpoint(tmp_path / "model", draft=False, hidden_size=12)
+    absent = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/g++",)})
+    with absent, pytest.raises(UnsupportedError, match="No working C.. compiler.*use runner 'eage"):
+        load(directory, runner="compiled")
+    assert load(directory).generate([1], 3, mode="ar").tokens
+
+
+# Without the draft view
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_without_the_draft_view_its_weights_are_not_read(
+    tmp_path: Path, tied: bool, n_shards: int
+) -> None:
+    directory = write_checkpoint(
+        tmp_path / "model", seed=3, tied=tied, n_shards=n_shards, block_size=16, eos_token_id=ENDS
+    )
+    calls: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    decoders = {}
+    for view in (True, False):
+        seen = calls[view]
+        decoders[view] = load(
+            directory,
+            draft_view=view,
+            progress=lambda done, total, seen=seen: seen.append((done, total)),  # type: ignore[misc]
+        )
+    hidden, head_dim, n_heads, n_kv_heads, n_layers = 32, 16, 4, 2, 2
+    projections = hidden * head_dim * (2 * n_heads + 2 * n_kv_heads)  # q, o; k, v
+    n_draft = n_layers * (projections + 2 * head_dim)  # and the two norms
+    sizes = {v: sum(p.numel() for p in d._runner.model.parameters()) for v, d in decoders.items()}
+    assert sizes[True] - sizes[False] == n_draft
+    config = decoders[True].config
+    assert (config.n_weights, config.n_draft_weights) == (sizes[True], n_draft)
+    assert len(calls[True]) - len(calls[False]) == n_layers * 6
+    for view in (True, False):
+        n_bytes = 4 * sizes[view]
+        assert calls[view][-1] == (n_bytes, n_bytes)
+        assert {total for _, total in calls[view]} == {n_bytes}
+        assert [done for done, _ in calls[view]] == sorted({done for done, _ in calls[view]})
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.draft_bytes == 4 * n_draft
+    assert checkpoint.weight_bytes == 4 * sizes[True]
+    for prompt in PROMPTS:
+        expected = decoders[True].generate(prompt, 20, mode="ar").tokens
+        assert decoders[False].generate(prompt, 20, mode="ar").tokens == expected
+        assert decoders[False].generate_one_row(prompt, 20).tokens[0] == expected[0]
+
+
+def test_without_the_draft_view_no_drafting(tiny: Path, variants: dict[str, Path]) -> None:
+    for runner in ("eager", "compiled"):
+        half = load(tiny, "float64", draft_view=False, runner=runner)
+        whole = load(tiny, "float64")
+        assert half.config == whole.config
+        with pytest.raises(UnsupportedError, match="'diffusion': loaded with draft_view=False"):
+            half.generate([1, 2], 10)
+        with pytest.raises(UnsupportedError, match="draft_view=False"):
+            half.stream([1, 2], 10)
+        with pytest.raises(UnsupportedError, match="draft_view=False"):
+            half.generate([[1, 2]], 10)
+        expected = whole.generate([1, 2], 30, mode="ar").tokens
+        assert half.generate([1, 2], 30, mode="ar").tokens == expected
+
+
+def test_a_plain_qwen3_takes_either_setting_of_draft_view(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", draft=False)
+    assert open_checkpoint(directory).draft_bytes == 0
+    texts = [
+        load(directory, draft_view=view).generate([5], 9, mode="ar").tokens for view in (True, 0)
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(UnsupportedError, match="plain Qwen3"):
+        load(directory, draft_view=False).generate([5], 9)
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2), ("float64", 8)])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_memory_by_hand(tiny: Path, dtype: str, size: int, slots: int) -> None:
+    config = open_checkpoint(tiny).config
+    torch_dtype = getattr(torch, dtype)
+    attention = 32 * 16 * (4 + 2 + 2 + 4) + 2 * 16
+    layer = attention + 3 * 32 * 48 + 2 * 32
+    n_autoregressive = 272 * 32 + 2 * layer + 32
+    rows = 320  # 200 tokens and a padded chunk of 64, rounded up to a multiple of 64
+    cache = slots * rows * 2 * 2 * 2 * 16  # k and v, layers, heads, head_dim
+    for view, n_weights in ((True, n_autoregressive + 2 * attention), (False, n_autoregressive)):
+        memory = memory_needed(config, torch_dtype, CPU, 200, slots, view)
+        assert memory == (n_weights * size, cache * size, 0)
+        on_gpu = memory_needed(config, torch_dtype, CUDA, 200, slots, view)
+        assert on_gpu == (*memory[:2], GPU_PASSES + slots * GPU_PASSES_SLOT)
+        decoder = load(tiny, dtype, max_seq_len=200, slots=slots, draft_view=view)
+        runner = decoder._runner
+        weights = sum(p.nbytes for p in runner.model.parameters())
+        caches = sum(rows.nbytes for rows in (*runner.cache.k, *runner.cache.v))
+        assert (weights, caches) == memory[:2]
+
+
+def test_memory_spelled_out() -> None:
+    memory = orthrus_fast.decoder.Memory(1_500_000_000, 250_000_000, 0)
+    assert str(memory) == "weights 1.50 GB + KV cache 0.25 GB = 1.75 GB"
+    memory = memory._replace(passes=600_000_000)
+    assert str(memory) == "weights 1.50 GB + KV cache 0.25 GB + passes 0.60 GB = 2.35 GB"
+
+
+def test_one_slot_on_a_gpu_takes_at_most_the_issues_share() -> None:
+    assert GPU_PASSES + GPU_PASSES_SLOT <= 600_000_000
+
+
+# A cycle ahead of the reader, as the graph runner is
+
+
+def runs_ahead(decoder: Decoder) -> Decoder:
+    decoder._runner.ahead = 1  # type: ignore[misc]
+    return decoder
+
+
+def facts(result: Generation) -> tuple[Any, ...]:
+    """All of a result that does not come from the clock."""
+    stats = result.stats
+    assert stats is not None
+    return result.text, result.tokens, result.finish_reason, stats.cycles, stats.accepted
+
+
+def in_flight(decoder: Decoder) -> int:
+    return decoder._runner.in_flight
+
+
+@pytest.mark.parametrize("slots", [1, 3, 4, 9])
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_a_cycle_ahead_gives_the_same_results(
+    tiny: Path, tmp_path: Path, slots: int, mode: str
+) -> None:
+    free = [result.tokens for result in load(tiny).generate(PROMPTS, 30)]
+    ends = [free[1][10], free[4][3]]
+    directory = write_checkpoint(
+        tmp_path / "model", seed=3, block_size=16, eos_token_id=ends, tokenizer=True
+    )
+    plain, ahead = load(directory, slots=slots), runs_ahead(load(directory, slots=slots))
+    for budget in (1, 2, 3, 40):
+        expected = [facts(result) for result in plain.generate(PROMPTS, budget, mode=mode)]
+        got = [facts(result) for result in ahead.generate(PROMPTS, budget, mode=mode)]
+        assert got == expected
+        assert in_flight(ahead) == 0
+    reasons = {reason for _, _, reason, *_ in expected}
+    assert reasons == {"eos", "length"}
+
+
+def test_a_cycle_ahead_streams_the_same_chunks(tiny: Path) -> None:
+    plain, ahead = load(tiny, slots=2), runs_ahead(load(tiny, slots=2))
+    for prompt in PROMPTS:
+        for mode in ("ar", "diffusion"):
+            expected = list(plain.stream(prompt, 25, mode=mode))
+            assert list(ahead.stream(prompt, 25, mode=mode)) == expected
+            assert in_flight(ahead) == 0
+    expected_row = facts(plain.generate_one_row(PROMPTS[2], 25))
+    assert facts(ahead.generate_one_row(PROMPTS[2], 25)) == expected_row
+    assert in_flight(ahead) == 0
+
+
+def test_a_second_cycle_is_launched_before_the_first_is_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = ""
+    decoder = runs_ahead(load(tiny))
+    launch, read = decoder._runner.launch, decoder._runner.read
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal events
+            events += name
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(decoder._runner, "launch", noted("L", launch))
+    monkeypatch.setattr(decoder._runner, "read", noted("R", read))
+    cycles = decoder.generate([1, 2], 5, mode="ar").stats.cycles
+    assert cycles == 4
+    assert events == "L" + "LR" * cycles  # one launched in vain
+    decoder._runner.ahead = 0  # type: ignore[misc]
+    events = ""
+    decoder.generate([1, 2], 5, mode="ar")
+    assert events == "LR" * cycles
+
+
+@pytest.mark.parametrize("n_read", [0, 1, 2, 5])
+@pytest.mark.parametrize("leave", ["close", "del"])
+def test_a_stream_dropped_half_way_leaves_nothing_in_flight(
+    tiny: Path, n_read: int, leave: str
+) -> None:
+    plain, ahead = load(tiny, slots=2), runs_ahead(load(tiny, slots=2))
+    expected = [facts(result) for result in plain.generate(PROMPTS, 20)]
+    stream = ahead.stream([1, 2], 60)
+    for _ in range(n_read):
+        next(stream)
+    assert in_flight(ahead) == (1 if n_read > 1 else 0)
+    partial = stream.result.tokens
+    if leave == "close":
+        stream.close()
+        assert stream.result.tokens == partial
+    del stream
+    assert in_flight(ahead) == 0
+    assert [facts(result) for result in ahead.generate(PROMPTS, 20)] == expected
+    assert [facts(ahead.generate(prompt, 20, mode="ar"))[1] for prompt in PROMPTS] == [
+        tokens for _, tokens, *_ in expected
+    ]
+
+
+@pytest.mark.parametrize("where", ["read", "launch", "prefill"])
+def test_an_interrupted_call_leaves_nothing_in_flight(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    decoder = runs_ahead(load(tiny, slots=2))
+    expected = [facts(result) for result in decoder.generate(PROMPTS, 20)]
+    runner, n_calls = decoder._runner, 0
+    function = getattr(runner, where)
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.generate(PROMPTS, 20)
+    assert in_flight(decoder) == 0
+    assert [facts(result) for result in decoder.generate(PROMPTS, 20)] == expected
+
+
+def contents(state: steps.State) -> list[Tensor]:
+    return [state.length.clone(), state.anchor.clone(), state.tokens.clone(), state.done.clone()]
+
+
+@pytest.mark.parametrize("runner", ["eager", "compiled"])
+@pytest.mark.parametrize("drafting", [True, False])
+def test_a_cycle_past_the_end_changes_nothing(
+    tiny: Path, tmp_path: Path, runner: str, drafting: bool
+) -> None:
+    free = [result.tokens for result in load(tiny).generate(PROMPTS[:4], 12)]
+    ends = [free[1][5], free[3][7]]
+    directory = write_checkpoint(tmp_path / "model", seed=3, block_size=16, eos_token_id=ends)
+    decoder = load(directory, slots=4, runner=runner)
+    results = decoder.generate(PROMPTS[:4], 12)
+    assert {result.finish_reason for result in results} == {"eos", "length"}
+    one = decoder._runner
+    before = contents(one.state)
+    assert before[0].tolist() == [  # though a text that ended early has room left
+        len(prompt) + len(result.tokens) - 1
+        for prompt, result in zip(PROMPTS, results, strict=False)
+    ]
+    assert before[-1].all()
+    rows = [tensor.clone() for layer in range(2) for tensor in committed(decoder, layer)]
+    for _ in range(3):
+        one.launch(drafting, 16)
+    for _ in range(3):
+        cycle = one.read()
+        assert cycle.tokens == [[]] * 4
+        assert cycle.n_accepted == [0] * 4
+        assert cycle.done == [True] * 4
+    assert all(map(torch.equal, contents(one.state), before))
+    after = [tensor for layer in range(2) for tensor in committed(decoder, layer)]
+    assert all(map(torch.equal, after, rows))
+
+
+def test_a_cycle_past_the_end_at_full_capacity(tiny: Path) -> None:
+    """The last block reaches past max_seq_len: there are rows for it, and it commits none."""
+    decoder = runs_ahead(load(tiny, max_seq_len=112))
+    roomy = load(tiny, max_seq_len=300)
+    for n_tokens in (100, 111):
+        prompt = list(range(n_tokens))
+        result = decoder.generate(prompt, 112 - n_tokens)
+        assert facts(result) == facts(roomy.generate(prompt, 112 - n_tokens))
+        assert int(decoder._runner.state.length[0]) == 111
+
+
+# The mailbox
+
+
+def report(number: int, n_slots: int = 2) -> Tensor:
+    return torch.full((n_slots, 5), number, dtype=torch.int64)
+
+
+def test_the_mailbox_keeps_the_order() -> None:
+    mailbox = runners._Mailbox(CPU)
+    assert len(mailbox) == 0
+    for round_ in range(3):
+        for number in range(3):
+            mailbox.send(report(10 * round_ + number))
+        assert len(mailbox) == 3
+        for number in range(3):
+            assert mailbox.receive() == report(10 * round_ + number).tolist()
+        assert len(mailbox) == 0
+    with pytest.raises(IndexError):
+        mailbox.receive()
+
+
+class Event:
+    """What the mailbox asks of a torch.cuda.Event; waiting for it may be interrupted."""
+
+    n_waits = 0
+    interrupt = False
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def record(self, stream: object) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+        Event.n_waits += 1
+        if Event.interrupt:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def mailbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One that takes itself for a GPU's: the ring is there, only neither pinned nor awaited."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Event, "n_waits", 0)
+    monkeypatch.setattr(Event, "interrupt", False)
+    yield runners._Mailbox(CUDA)
+
+
+def test_a_ring_of_two_serves_any_number(mailbox: Any) -> None:
+    mailbox.send(report(0))
+    static = report(0)  # as a graph's output: the next replay overwrites it
+    for number in range(1, 9):
+        static.fill_(number)
+        mailbox.send(static)
+        assert len(mailbox) == 2
+        assert mailbox.receive() == report(number - 1).tolist()
+    static.fill_(99)
+    assert mailbox.receive() == report(8).tolist()
+    assert len(mailbox) == 0
+    assert Event.n_waits == 9
+    assert len(mailbox._ring) == 2
+
+
+def test_at_most_two_are_unread_on_a_device(mailbox: Any) -> None:
+    mailbox.send(report(0))
+    mailbox.send(report(1))
+    with pytest.raises(AssertionError):
+        mailbox.send(report(2))
+    assert [mailbox.receive(), mailbox.receive()] == [report(0).tolist(), report(1).tolist()]
+
+
+def test_a_ring_is_made_anew_for_reports_of_another_shape(mailbox: Any) -> None:
+    mailbox.send(report(0))
+    mailbox.send(report(1, n_slots=3))
+    assert mailbox.receive() == report(0).tolist()
+    mailbox.send(report(2, n_slots=3))
+    assert mailbox.receive() == report(1, n_slots=3).tolist()
+    assert mailbox.receive() == report(2, n_slots=3).tolist()
+
+
+def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> None:
+    mailbox.send(report(4))
+    Event.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        mailbox.receive()
+    assert len(mailbox) == 1
+    Event.interrupt = False
+    assert mailbox.receive() == report(4).tolist()
