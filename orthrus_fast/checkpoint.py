@@ -121,7 +121,7 @@ def load_model(
     """
     done = 0
     try:
-        model = _allocate(checkpoint.config, kernels, device, dtype, draft_view)
+        model = allocate(checkpoint.config, kernels, device, dtype, draft_view)
         views = tensor_views(model)
         total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
         for name, tensor in _read_tensors(checkpoint, device, draft_view):
@@ -195,13 +195,14 @@ def _build_on_meta(config: ModelConfig, kernels: Kernels, draft_view: bool) -> T
         return Transformer(config, kernels, draft_view).requires_grad_(False).eval()
 
 
-def _allocate(
+def allocate(
     config: ModelConfig,
     kernels: Kernels,
     device: torch.device,
     dtype: torch.dtype,
     draft_view: bool,
 ) -> Transformer:
+    """A model on the device, its weights uninitialised, the output head tied where it is to be."""
     model = _build_on_meta(config, kernels, draft_view)
     if config.tie_word_embeddings:
         model.lm_head.register_parameter("weight", None)  # to_empty would give it its own memory

@@ -334,8 +334,10 @@ class Decoder:
         try:
             yield
         finally:
-            self._runner.drain()
-            self._lock.release()
+            try:
+                self._runner.drain()
+            finally:  # a second Ctrl-C must not leave the decoder busy for ever
+                self._lock.release()
 
 
 class Stream:
@@ -450,14 +452,14 @@ def load(
     as they were.
     """
     begin = time.perf_counter()
-    torch_device = _parse_device(device)
+    torch_device = parse_device(device)
     runner = check_runner(runner, compile_mode, torch_device)
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
         raise RequestError(f"slots: {slots!r} is not an integer of at least 1")
-    parsed_dtype = _parse_dtype(dtype)
+    parsed_dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
     config = checkpoint.config
-    torch_dtype = parsed_dtype or _default_dtype(config, torch_device)
+    torch_dtype = parsed_dtype or default_dtype(config, torch_device)
     attention, kernels = find_kernels(attention, torch_device, torch_dtype, config.head_dim)
     max_seq_len = check_max_seq_len(max_seq_len, config)
     check_memory(
@@ -540,7 +542,8 @@ def check_memory(memory: Memory, device: torch.device) -> None:
         )
 
 
-def _parse_device(device: str | torch.device | None) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device to use; None: CUDA where there is one. Raises RequestError, UnsupportedError."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -562,7 +565,8 @@ def _parse_device(device: str | torch.device | None) -> torch.device:
     return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that was asked for, None where none was. Raises RequestError."""
     known = {
         "float32": torch.float32,
         "bfloat16": torch.bfloat16,
@@ -576,8 +580,9 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return known[dtype]
 
 
-def _default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    dtype = None if device.type == "cpu" else _parse_dtype(config.dtype)
+def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """float32 on the CPU, elsewhere the config's own."""
+    dtype = None if device.type == "cpu" else parse_dtype(config.dtype)
     return dtype or torch.float32
 
 

@@ -148,7 +148,7 @@ class _Probe:
                 )
             for expected, got in compared:
                 n = expected.shape[1]
-                differing.append((_bits(expected) != _bits(got[:, :n])).any(-1).sum())
+                differing.append((bits_of(expected) != bits_of(got[:, :n])).any(-1).sum())
                 n_rows += n * len(self.text)
         return n_rows, int(torch.stack(differing).sum()) if differing else 0
 
@@ -211,7 +211,7 @@ class _Probe:
         both = (*cache.k, *cache.v)
         rows = [t[:, :, begin : begin + n].masked_fill(past, 0) for t in both]
         ids = state.tokens[:, begin + 1 : begin + 1 + n] * kept
-        return [emitted, ids, _bits(logits[:, :n]), *map(_bits, rows)]
+        return [emitted, ids, bits_of(logits[:, :n]), *map(bits_of, rows)]
 
     def _drafts(self, known: Tensor) -> Tensor:
         """Proposals [B, K-1] after each slot's anchor, 85% of them the known tokens."""
@@ -251,6 +251,6 @@ def _products(model: Transformer) -> dict[tuple[int, int], nn.Module]:
     return {tuple(product.weight.shape): product for product in products}
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits_of(x: Tensor) -> Tensor:
     """x as integers: equal only where sign and payload are, too."""
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

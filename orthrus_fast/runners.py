@@ -153,7 +153,7 @@ class CompiledRunner(EagerRunner):
         if width in self._widths:
             return
         _log.info("compiling for blocks of %d", width)
-        with self._timed("compile"), _compiler_limits(), plain_arithmetic(self.device):
+        with self._timed("compile"), compiler_limits(), plain_arithmetic(self.device):
             self._warm_up(width)
         self._widths.add(width)
 
@@ -175,7 +175,7 @@ class CompiledRunner(EagerRunner):
 
     @torch.inference_mode()
     def launch(self, drafting: bool, width: int) -> None:
-        with _compiler_limits():  # torch compiles anew where its global settings have changed
+        with compiler_limits():  # torch compiles anew where its global settings have changed
             super().launch(drafting, width)
 
     @contextlib.contextmanager
@@ -342,7 +342,7 @@ def make_runner(
     return make(model, state, cache, opaque(attention, model.kernels))
 
 
-def _compiler_limits() -> Any:
+def compiler_limits() -> Any:
     """Room for the artifacts of many decoders in one process; torch's own limit is 8."""
     return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096)
 

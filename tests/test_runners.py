@@ -277,7 +277,7 @@ def test_more_decoders_than_torchs_limit(
     for decoder in compiled:  # the first ones, too, still have their own
         assert decoder.generate([1, 2], 9, mode="ar").tokens == expected
     assert n_graphs() == before
-    monkeypatch.setattr(runners, "_compiler_limits", contextlib.nullcontext)
+    monkeypatch.setattr(runners, "compiler_limits", contextlib.nullcontext)
     refused = (UnsupportedError, torch._dynamo.exc.FailOnRecompileLimitHit)
     with pytest.raises(refused, match="Hard failure|torch.compile failed"):
         load(directory, "float64", slots=5 + n_decoders, runner="compiled")
