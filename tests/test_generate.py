@@ -95,8 +95,24 @@ def test_text_goes_out_and_one_line_of_facts_to_standard_error(
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
-    "required": ["text", "tokens", "finish_reason", "seed", "stats", "configuration", "check"],
+    "required": [
+        "text",
+        "tokens",
+        "finish_reason",
+        "seed",
+        "stats",
+        "configuration",
+        "startup",
+        "invariance",
+        "check",
+    ],
     "properties": {
+        "startup": {
+            "type": "object",
+            "required": ["load"],
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+        },
+        "invariance": {"type": ["object", "null"], "required": ["holds", "replaced"]},
         "text": {"type": "string"},
         "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "finish_reason": {"enum": ["eos", "length", "stop", "error", None]},
