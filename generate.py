@@ -22,10 +22,13 @@ from orthrus_fast.errors import CheckpointError, OrthrusError, PromptError, Requ
 
 if TYPE_CHECKING:
     from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
+    from orthrus_fast.batch import PromptLine, Results
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
 PATIENCE = 3.0  # seconds for a pipe to send something
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+FILTERS = ("top_k", "top_p", "min_p")
+SAMPLING = ("temperature", *FILTERS, "seed", "stop")
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,13 +57,22 @@ def build_parser() -> Parser:
     thinking = "ask the template to let the model think, or not (its default: not given)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=None, help=thinking)
     add("--interactive", action="store_true", help="a chat of several turns")
+    lines = 'JSON Lines: objects with "prompt", "messages" or "ids"; "id" and settings optional'
+    add("--prompts-file", metavar="FILE", help=lines)
+    results = "its results, a line as each ends; a killed run goes on from there; '-': printed"
+    add("--output", metavar="FILE", help=results)
+    add("--slots", type=int, default=1, metavar="B", help="prompts decoded at once (default: 1)")
     add("--max-new-tokens", type=int, default=256, metavar="N", help="budget (default: 256)")
     add("--max-seq-len", type=int, metavar="N", help="prompt plus new tokens (default: 4096)")
     add("--mode", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
-    add("--temperature", type=float, default=0.0, metavar="T", help="only 0 (greedy) so far")
-    add("--top-k", type=int, metavar="K", help="not implemented yet")
-    add("--top-p", type=float, metavar="P", help="not implemented yet")
-    add("--seed", type=int, metavar="S", help="reported; greedy decoding draws nothing")
+    settings = "greedy (the default), or generation_config.json's, under the flags given here"
+    add("--sampling", choices=("checkpoint", "greedy"), help=settings)
+    add("--temperature", type=float, metavar="T", help="above 0 samples (default: 0, greedy)")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="among the likeliest that sum up to P")
+    add("--min-p", type=float, metavar="P", help="those at least P times as likely as the best")
+    add("--seed", type=int, metavar="S", help="of the noise: the same gives the same text")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
     add("--runner", choices=("auto", "eager", "compiled", "graph"), default="auto")
@@ -73,7 +85,10 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: nobody reads."""
+    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: nobody reads.
+
+    With --prompts-file a prompt that failed is a result like any other: 0.
+    """
     prepare_streams()
     try:
         return run(build_parser().parse_args(arguments))
@@ -118,12 +133,15 @@ def run(args: argparse.Namespace) -> int:
     check_flags(args)
     if args.info:
         return show_info(args)
+    sampling(args)  # refuses what is out of range, before anything is loaded
+    if args.prompts_file is not None:
+        return run_batch(args)
     demo = choose_demo(args)
     prompt = "" if args.interactive or demo else read_prompt(args)
-    sampling(args).check_implemented()
     decoder = load_decoder(args)
     if args.interactive:
         return chat(decoder, args)
+    check_template_flags(decoder, args)
     if args.check and not decoder.config.has_draft_view:
         raise RequestError(f"--check: {decoder.name} has one mode only, ar")
     ids = encode(decoder, args, demo or {"text": prompt})
@@ -147,7 +165,9 @@ def check_flags(args: argparse.Namespace) -> None:
     parser = build_parser()
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     chat_flags = ("system", "thinking")
+    one_text = ("prompt", "demo", "interactive", "json", "check", "show_blocks", "info")
     refused: dict[str, tuple[str, ...]] = {
+        "prompts_file": one_text,
         "interactive": ("prompt", "json", "check", "raw", "demo", "info"),
         "demo": ("prompt", "checkpoint", "raw", "info", *chat_flags),
         "raw": chat_flags,
@@ -160,6 +180,22 @@ def check_flags(args: argparse.Namespace) -> None:
                 raise RequestError(f"{spelled(flag, args)} does not go with {spelled(other, args)}")
     if args.max_new_tokens < 1:
         raise RequestError(f"max_new_tokens: {args.max_new_tokens} is below 1")
+    for flag, other in (("prompts_file", "output"), ("output", "prompts_file")):
+        if getattr(args, flag) is not None and getattr(args, other) is None:
+            raise RequestError(f"{spelled(flag, args)} needs {spelled(other, args)}")
+    check_sampling_flags(args)
+
+
+def check_sampling_flags(args: argparse.Namespace) -> None:
+    """Refuse filters where nothing samples; the lines of a prompts file may still ask for that."""
+    if args.sampling == "greedy" and args.temperature:
+        raise RequestError("--sampling greedy does not go with --temperature")
+    samples = args.temperature or (args.temperature is None and args.sampling == "checkpoint")
+    if not samples and args.prompts_file is None:
+        for flag in FILTERS:
+            if getattr(args, flag) is not None:
+                needs = "--temperature above 0, or --sampling checkpoint"
+                raise RequestError(f"{spelled(flag, args)} needs {needs}")
 
 
 def spelled(name: str, args: argparse.Namespace) -> str:
@@ -234,6 +270,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             max_seq_len=args.max_seq_len,
             runner=args.runner,
             attention=args.attention,
+            slots=args.slots,
             revision=args.revision,
             draft_view=args.mode == "diffusion" or args.check,
             progress=progress,
@@ -271,26 +308,44 @@ def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -
     ``--raw``, and a demonstration of raw text, complete the text as it stands.
     """
     if "messages" in prompt:
-        return encode_chat(decoder, args, [*system_message(args), *prompt["messages"]])
-    text, tokenizer = prompt["text"], decoder.tokenizer
-    if tokenizer is not None and tokenizer.has_chat_template and not args.raw and not args.demo:
-        return encode_chat(decoder, args, [*system_message(args), message("user", text)])
-    for flag in ("system", "thinking"):
-        if getattr(args, flag) is not None:
-            name = decoder.name
-            raise RequestError(f"{spelled(flag, args)}: {name} has no chat template")
-    return decoder.encode(text)
+        return encode_chat(decoder, args, prompt["messages"])
+    if has_template(decoder) and not args.raw and not args.demo:
+        return encode_chat(decoder, args, [message("user", prompt["text"])])
+    return decoder.encode(prompt["text"])
 
 
 def encode_chat(
     decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
 ) -> list[int]:
+    """Ids of a chat, after --system's message where it has none of its own."""
+    if decoder.tokenizer is None:
+        return decoder.encode(messages)  # which says what is missing
+    if messages and messages[0].get("role") != "system":
+        messages = [*system_message(args), *messages]
+    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+
+
+def has_template(decoder: Decoder) -> bool:
+    return decoder.tokenizer is not None and decoder.tokenizer.has_chat_template
+
+
+def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
+    """Refuse what the checkpoint's template cannot serve; warn of greedy decoding with thinking."""
+    for flag in ("system", "thinking"):
+        if getattr(args, flag) is not None and not has_template(decoder):
+            raise RequestError(f"{spelled(flag, args)}: {decoder.name} has no chat template")
+    if args.thinking is None:
+        return
     assert decoder.tokenizer is not None
-    template = decoder.tokenizer.chat_template
-    if args.thinking is not None and not template.mentions("enable_thinking"):
+    if not decoder.tokenizer.chat_template.mentions("enable_thinking"):
         flag = spelled("thinking", args)
         raise RequestError(f"{flag}: the template of {decoder.name} has no such mode")
-    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+    if args.thinking and resolved(decoder, sampling(args)).temperature == 0:
+        print(
+            "warning: Qwen advises against greedy decoding in thinking mode; "
+            "--sampling checkpoint takes the checkpoint's own settings",
+            file=sys.stderr,
+        )
 
 
 def message(role: str, content: str) -> dict[str, Any]:
@@ -301,12 +356,20 @@ def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [] if args.system is None else [message("system", args.system)]
 
 
-def sampling(args: argparse.Namespace) -> SamplingParams:
+def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
+    """What the flags ask for, and ``instead`` where it says otherwise."""
     from orthrus_fast import SamplingParams
 
-    return SamplingParams(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
-    )
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    given |= {"stop": tuple(given.get("stop", ()))} | instead
+    if args.sampling == "checkpoint":
+        return SamplingParams.from_checkpoint(**given)
+    return SamplingParams(**given)
+
+
+def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
+    """With the checkpoint's values where --sampling checkpoint leaves them to it."""
+    return params.resolved(dict(decoder.config.sampling_defaults))
 
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
@@ -363,6 +426,8 @@ def report(
     parts.append(f"first token after {stats.time_to_first_token:.3f} s")
     settings = decoder.configuration
     parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
+    if result.seed is not None:
+        parts.append(f"seed {result.seed}")
     print(" · ".join(parts), file=sys.stderr)
     if interrupted:
         print("interrupted: the text above is what was written so far", file=sys.stderr)
@@ -377,13 +442,15 @@ def check(
     """Decode in the other mode, too; say where the two first differ, or what drafting gained."""
     other = "ar" if args.mode == "diffusion" else "diffusion"
     print(f"check: decoding in {other} mode …", file=sys.stderr)
-    second = decoder.generate(ids, args.max_new_tokens, sampling(args), other)
+    params = sampling(args, seed=result.seed)  # which may have been drawn
+    second = decoder.generate(ids, args.max_new_tokens, params, other)
     results = {args.mode: result, other: second}
     if results["ar"].tokens != results["diffusion"].tokens:
         return show_difference(decoder, ids, results["ar"].tokens, results["diffusion"].tokens)
     n_tokens = len(result.tokens)
     print(f"check: identical, {n_tokens} tokens in both modes", file=sys.stderr)
-    show_speeds(results, decoder.generate_one_row(ids, args.max_new_tokens))
+    single = "AR by one row" + (", greedy" if resolved(decoder, params).temperature else "")
+    show_speeds(results, decoder.generate_one_row(ids, args.max_new_tokens), single)
     return {"identical": True}
 
 
@@ -403,7 +470,7 @@ def show_difference(
     return {"identical": False, "first_difference": index, "tokens": got, "logit_gap": gap}
 
 
-def show_speeds(results: dict[str, Generation], one_row: Generation) -> None:
+def show_speeds(results: dict[str, Generation], one_row: Generation, name: str) -> None:
     """Tokens/s of this one run; the gain over the faster AR, never over the slower."""
     stats = (results["diffusion"].stats, results["ar"].stats, one_row.stats)
     rates = [s.tokens_per_second for s in stats if s is not None and s.tokens_per_second]
@@ -411,7 +478,7 @@ def show_speeds(results: dict[str, Generation], one_row: Generation) -> None:
         diffusion, padded, single = rates
         print(
             f"tokens/s, one run each: diffusion {diffusion:.1f}, AR by the same pass {padded:.1f}, "
-            f"AR by one row {single:.1f}; {diffusion / max(padded, single):.2f} times the faster",
+            f"{name} {single:.1f}; {diffusion / max(padded, single):.2f} times the faster",
             file=sys.stderr,
         )
 
@@ -436,11 +503,12 @@ def as_json(
 
 def chat(decoder: Decoder, args: argparse.Namespace) -> int:
     """Turns of a chat until end of input; Ctrl-C ends an answer, or at the prompt the chat."""
-    if decoder.tokenizer is None or not decoder.tokenizer.has_chat_template:
+    if not has_template(decoder):
         raise RequestError(f"--interactive: {decoder.name} has no chat template")
     if sys.stdin is None:
         raise RequestError("standard input: closed; --interactive reads it")
-    messages = system_message(args)
+    check_template_flags(decoder, args)
+    messages: list[dict[str, Any]] = []
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -458,6 +526,105 @@ def chat(decoder: Decoder, args: argparse.Namespace) -> int:
             continue
         report(decoder, args, result, interrupted)
         messages = [*turn, message("assistant", result.text)]
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    """--prompts-file to --output; what is there already is not done again."""
+    from orthrus_fast import batch
+    from orthrus_fast.checkpoint import open_checkpoint
+
+    lines = batch.read_prompts(args.prompts_file)
+    asked = batch.parameters(lines, lambda own: sampling(args, **{"seed": None, **own}))
+    with batch.Results(args.output) as results:
+        decoder = load_decoder(args)
+        check_template_flags(decoder, args)
+        params = [resolved(decoder, one) for one in asked]
+        path = args.checkpoint if args.checkpoint is not None else EMBEDDED
+        checkpoint = open_checkpoint(path, revision=decoder.configuration["commit"])
+        settings = batch_settings(args, resolved(decoder, sampling(args)))
+        header = batch.make_header(decoder, checkpoint, lines, settings, args.seed)
+        drawing = any(one.temperature > 0 and one.seed is None for one in params)
+        seed = results.begin(header, lines, draw_seed=drawing)
+        params = batch.seeded(params, seed)
+        todo = [line for line in lines if line.index not in results.done]
+        done = batch.decode(
+            decoder,
+            todo,
+            [params[line.index] for line in todo],
+            lambda line: encode_line(decoder, args, line),
+            args.max_new_tokens,
+            args.mode,
+        )
+        return write_results(results, done, len(lines), seed)
+
+
+def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+    """What decides the texts beside the decoder's configuration."""
+    from orthrus_fast.batch import sampling_settings
+
+    names = ("mode", "max_new_tokens", "raw", "system", "thinking")
+    return {name: getattr(args, name) for name in names} | {"sampling": sampling_settings(params)}
+
+
+def encode_line(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> list[int]:
+    """Ids of a prompt of a file. Raises PromptError or TemplateError: it alone fails."""
+    if line.kind == "ids":
+        return list(line.prompt)
+    if not line.prompt:
+        raise PromptError(f"{line.kind}: empty; it needs at least one token")
+    return encode(decoder, args, {"text" if line.kind == "prompt" else line.kind: line.prompt})
+
+
+def write_results(
+    results: Results,
+    done: Iterator[tuple[PromptLine, Generation]],
+    n_prompts: int,
+    seed: int | None,
+) -> int:
+    """Write what comes, as it comes; a line of facts at the end. Returns the exit code.
+
+    That is 0 with failed prompts, too: they have results, which say what was wrong.
+    """
+    import time
+
+    before, n_tokens, n_failed = len(results.done), 0, 0
+    begun = time.perf_counter()
+    try:
+        with batch_bar(n_prompts, before) as show:
+            for line, generation in done:
+                results.write(line, generation)
+                n_tokens += len(generation.tokens)
+                n_failed += generation.error is not None
+                show(len(results.done), n_tokens / (time.perf_counter() - begun))
+    except KeyboardInterrupt:
+        more = "; the same command does the rest" if results.resumable else ""
+        there = f"{len(results.done)} of {n_prompts} prompts are done{more}"
+        print(f"interrupted: {there}", file=sys.stderr)
+        return 130
+    rate = n_tokens / (time.perf_counter() - begun)
+    parts = [f"{n_prompts - before} prompts", f"{n_tokens} tokens", f"{rate:.1f} tokens/s"]
+    parts.append(f"{n_failed} failed" + (", as their results say" if n_failed else ""))
+    parts += [f"{before} were done before"] if before else []
+    parts += [f"seed {seed}"] if seed is not None else []
+    print(" · ".join(parts), file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], None]]:
+    """Prompts done and tokens/s on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    rate = TextColumn("{task.fields[rate]:.1f} tokens/s")
+    console = Console(stderr=True)
+    bar = Progress("prompts", BarColumn(), MofNCompleteColumn(), rate, console=console)
+    task = bar.add_task("", total=n_prompts, completed=before, rate=0.0)
+    if not sys.stderr.isatty():
+        yield lambda done, rate: None
+        return
+    with bar:
+        yield lambda done, rate: bar.update(task, completed=done, rate=rate)
 
 
 def show_info(args: argparse.Namespace) -> int:

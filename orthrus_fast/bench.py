@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from orthrus_fast.decoder import Decoder
     from orthrus_fast.model import Kernels, Transformer, View
-    from orthrus_fast.runners import EagerRunner
+    from orthrus_fast.runners import EagerRunner, First
+    from orthrus_fast.sampling import SamplingParams
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = REPOSITORY / "model"
@@ -563,11 +564,11 @@ class Replay:
         wrong = (tokens + shift) % self.vocab_size
         self.drafts[slot, : len(tokens)] = torch.where(draw < self.accept, tokens, wrong)
 
-    def draft(self) -> None:
+    def draft(self, sampling: bool = False) -> None:
         """The runner's draft pass, and then other proposals; nothing is read on the host."""
         import torch
 
-        type(self.runner).draft(self.runner)
+        type(self.runner).draft(self.runner, sampling)
         state = self.runner.state
         at = state.length[:, None] + self.offset  # the anchor sits at position length
         torch.gather(self.drafts, 1, at, out=state.proposals)
@@ -728,9 +729,9 @@ class Recorder:
         self.kept: dict[int, Kept] = {}
         self.verdicts: dict[int, Result] = {}
 
-    def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
+    def prefill(self, prompt: list[int], slot: int, limit: int, params: SamplingParams) -> First:
         self._keep(slot)
-        first = type(self.runner).prefill(self.runner, prompt, slot, limit)
+        first = type(self.runner).prefill(self.runner, prompt, slot, limit, params)
         self.owners[slot] = self.n_opened
         self.n_prompt[slot] = len(prompt)
         if self.replay is not None:
@@ -738,10 +739,10 @@ class Recorder:
         self.n_opened += 1
         return first
 
-    def verify(self, width: int) -> Tensor:
+    def verify(self, width: int, sampling: bool = False) -> Tensor:
         state = self.runner.state
         at = (state.length - self.n_prompt)[:, None] + self.offset[:width]
-        report = type(self.runner).verify(self.runner, width)
+        report = type(self.runner).verify(self.runner, width, sampling)
         self.rows[state.slots[:, None], at] = self.runner.logits
         return report
 

@@ -359,4 +359,8 @@ def _parse_eos(reader: _Reader, generation: _Reader, vocab_size: int) -> tuple[i
 def _parse_sampling(generation: _Reader) -> tuple[tuple[str, float], ...]:
     names = ("min_p", "temperature", "top_k", "top_p")
     present = [name for name in names if generation.fields.get(name) is not None]
-    return tuple((name, generation.number(name, -1e9, 1e9)) for name in present)
+    defaults = [(name, generation.number(name, -1e9, 1e9)) for name in present]
+    do_sample = generation.fields.get("do_sample")
+    if isinstance(do_sample, bool):
+        defaults.append(("do_sample", do_sample))
+    return tuple(sorted(defaults))

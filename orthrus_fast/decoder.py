@@ -10,11 +10,12 @@ import inspect
 import logging
 import os
 import platform
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, cast, overload
@@ -36,7 +37,7 @@ from orthrus_fast.errors import (
 )
 from orthrus_fast.invariance import Invariance, secure
 from orthrus_fast.model import Transformer
-from orthrus_fast.runners import EagerRunner, check_runner, find_kernels, make_runner
+from orthrus_fast.runners import EagerRunner, Emitted, check_runner, find_kernels, make_runner
 from orthrus_fast.sampling import SamplingParams
 from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 
@@ -46,6 +47,7 @@ _log = logging.getLogger("orthrus_fast")
 GPU_PASSES, GPU_PASSES_SLOT = 350_000_000, 160_000_000
 
 Prompt = str | list[int] | list[dict[str, Any]]
+Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]
 
 
@@ -72,6 +74,7 @@ class Generation:
     seed: int | None
     stats: Stats | None  # None where nothing came: an error, or a stream left at once
     error: str | None = None
+    logprobs: list[float] | None = None  # of the tokens, where SamplingParams asked for them
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class Decoder:
         self,
         prompt: Prompts,
         max_new_tokens: int = ...,
-        sampling: SamplingParams | None = ...,
+        sampling: Sampling = ...,
         mode: str = ...,
     ) -> list[Generation]: ...
 
@@ -174,33 +177,64 @@ class Decoder:
         self,
         prompt: Prompt | Prompts,
         max_new_tokens: int = 256,
-        sampling: SamplingParams | None = None,
+        sampling: Sampling = None,
         mode: str = "diffusion",
     ) -> Generation | list[Generation]:
         """Decode a prompt to its end or ``max_new_tokens``: a Generation, or a list of them.
 
-        ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these. Raises
-        PromptError, RequestError, BusyError; in a list, a bad prompt fails alone, in its result.
+        ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these; ``sampling``
+        is for all of a list, or a list with one for each. Raises PromptError, RequestError,
+        BusyError; in a list, a bad prompt fails alone, in its result.
         """
-        if not _is_batch(prompt):
-            stream = self.stream(cast(Prompt, prompt), max_new_tokens, sampling, mode)
-            for _ in stream:
-                pass
-            return stream.result
-        drafting = self._check(max_new_tokens, sampling, mode)
-        results: list[Generation | None] = []
-        requests: list[_Request] = []
-        for one in cast(list[Prompt], prompt):
-            try:
-                requests.append(self._request(one, max_new_tokens, sampling))
-                results.append(None)
-            except (PromptError, TemplateError) as error:
-                seed = sampling.seed if sampling else None
-                results.append(Generation("", [], "error", seed, None, str(error)))
-        for _ in self._run(requests, drafting, self._width):
+        if _is_batch(prompt):
+            done = dict(self.as_completed(cast(Prompts, prompt), max_new_tokens, sampling, mode))
+            return [done[index] for index in range(len(done))]
+        if isinstance(sampling, Sequence):
+            raise RequestError("sampling: a list of settings needs a list of prompts")
+        stream = self.stream(cast(Prompt, prompt), max_new_tokens, sampling, mode)
+        for _ in stream:
             pass
-        served = iter(requests)
-        return [next(served).result() if result is None else result for result in results]
+        return stream.result
+
+    def as_completed(
+        self,
+        prompts: Prompts,
+        max_new_tokens: int | Sequence[int] = 256,
+        sampling: Sampling = None,
+        mode: str = "diffusion",
+    ) -> Iterator[tuple[int, Generation]]:
+        """As ``generate`` with a list: (index, Generation) of each prompt as it ends.
+
+        ``max_new_tokens``, as ``sampling``, is for all of them or a list with one for each. Bad
+        arguments raise here; decoding starts with the first ``next``: BusyError comes there.
+        """
+        n = len(prompts)
+        settings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * n
+        budgets = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else []
+        budgets = budgets or [cast(int, max_new_tokens)] * n
+        if len(settings) != n or len(budgets) != n:
+            raise RequestError(
+                f"{n} prompts, but sampling has {len(settings)} and max_new_tokens {len(budgets)}"
+            )
+        drafting = self._check(budgets, settings, mode)
+        failed: list[tuple[int, Generation]] = []
+        requests: dict[int, _Request] = {}
+        for number, (one, params) in enumerate(zip(prompts, settings, strict=True)):
+            try:
+                requests[number] = self._request(one, budgets[number], params)
+            except (PromptError, TemplateError) as error:
+                seed = params.seed if params else None
+                failed.append((number, Generation("", [], "error", seed, None, str(error))))
+        return self._as_completed(failed, requests, drafting)
+
+    def _as_completed(
+        self, failed: list[tuple[int, Generation]], requests: dict[int, _Request], drafting: bool
+    ) -> Iterator[tuple[int, Generation]]:
+        yield from failed
+        waiting = dict(requests)
+        for _ in self._run(list(requests.values()), drafting, self._width):
+            for number in [n for n, request in waiting.items() if request.finish_reason]:
+                yield number, waiting.pop(number).result()
 
     def stream(
         self,
@@ -213,7 +247,7 @@ class Decoder:
 
         Bad arguments raise here; decoding starts with the first ``next``: BusyError comes there.
         """
-        drafting = self._check(max_new_tokens, sampling, mode)
+        drafting = self._check([max_new_tokens], [sampling], mode)
         request = self._request(prompt, max_new_tokens, sampling)
         return Stream(request, self._run([request], drafting, self._width))
 
@@ -223,7 +257,7 @@ class Decoder:
         Its products have another shape than verification's, so their rounding may differ: no
         identity is claimed for its text. Raises as ``generate`` does.
         """
-        self._check(max_new_tokens, None, "ar")
+        self._check([max_new_tokens], [None], "ar")
         request = self._request(prompt, max_new_tokens, None)
         for _ in self._run([request], drafting=False, width=1):
             pass
@@ -251,16 +285,20 @@ class Decoder:
             ids = self._runner.ids(request.prompt)
             return self._runner.prefill_logits(ids, 0).clone()  # no inference tensor
 
-    def _check(self, max_new_tokens: int, sampling: SamplingParams | None, mode: str) -> bool:
+    def _check(
+        self, budgets: Sequence[int], settings: Sequence[SamplingParams | None], mode: str
+    ) -> bool:
         """Whether to draft. Raises RequestError for settings that cannot be served."""
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise RequestError(f"max_new_tokens: {max_new_tokens!r} is not an integer")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens: {max_new_tokens} is below 1")
-        if sampling is not None:
-            if not isinstance(sampling, SamplingParams):
-                raise RequestError(f"sampling: {sampling!r} is not a SamplingParams")
-            sampling.check_implemented()
+        for budget in budgets:
+            if isinstance(budget, bool) or not isinstance(budget, int):
+                raise RequestError(f"max_new_tokens: {budget!r} is not an integer")
+            if budget < 1:
+                raise RequestError(f"max_new_tokens: {budget} is below 1")
+        for params in settings:
+            if not isinstance(params, (SamplingParams, type(None))):
+                raise RequestError(f"sampling: {params!r} is not a SamplingParams")
+            if params is not None and params.stop and self.tokenizer is None:
+                raise RequestError(f"sampling: stop needs a tokenizer; {self.name} has none")
         if mode not in ("ar", "diffusion"):
             raise RequestError(f"mode: {mode!r} is not 'ar' or 'diffusion'")
         if mode == "diffusion" and self.config.has_draft_view != self._runner.model.has_draft_view:
@@ -291,8 +329,10 @@ class Decoder:
                 "prompt, lower max_new_tokens or raise max_seq_len"
             )
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
-        seed = None if sampling is None else sampling.seed
-        return _Request(ids, max_new_tokens, seed, self.config, detokenizer)
+        params = (sampling or SamplingParams()).resolved(dict(self.config.sampling_defaults))
+        if params.temperature > 0 and params.seed is None:
+            params = replace(params, seed=secrets.randbits(48))  # whole in any JSON reader
+        return _Request(ids, max_new_tokens, params, self.config, detokenizer)
 
     def _run(
         self, requests: Sequence[_Request], drafting: bool, width: int
@@ -301,6 +341,8 @@ class Decoder:
         with self._exclusive():
             runner = self._runner
             runner.prepare(width)
+            if any(request.samples for request in requests):
+                runner.prepare(width, sampling=True)
             waiting = deque(requests)
             free = list(range(self.slots))
             active: dict[int, _Request] = {}
@@ -309,22 +351,26 @@ class Decoder:
                 if refill and not runner.in_flight:  # cycles in flight know the slot's last owner
                     slot, request = free.pop(0), waiting.popleft()
                     request.start()
-                    first, done = runner.prefill(request.prompt, slot, request.limit)
-                    yield request.extend([first], None, done)
-                    if done:
-                        free.append(slot)
-                    else:
-                        active[slot] = request
-                    continue
-                while not refill and runner.in_flight <= runner.ahead:
-                    runner.launch(drafting, width)
-                cycle = runner.read()
-                for slot, request in list(active.items()):
-                    done = cycle.done[slot]
-                    if done:
+                    active[slot] = request
+                    first = runner.prefill(request.prompt, slot, request.limit, request.params)
+                    emitted: dict[int, Emitted] = {
+                        slot: ([first.token], None, first.done, [first.logprob])
+                    }
+                else:
+                    sampling = any(request.samples for request in active.values())
+                    while not refill and runner.in_flight <= runner.ahead:
+                        runner.launch(drafting, width, sampling)
+                    cycle = runner.read()
+                    emitted = {slot: cycle.of(slot) for slot in active}
+                for slot, what in emitted.items():
+                    request = active[slot]
+                    chunk = request.extend(*what)
+                    if request.finish_reason is not None:
                         del active[slot]
                         free.append(slot)
-                    yield request.extend(cycle.tokens[slot], cycle.n_accepted[slot], done)
+                        if request.finish_reason == "stop":
+                            runner.close(slot)  # the device knows of no strings
+                    yield chunk
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -376,16 +422,18 @@ class _Request:
         self,
         prompt: list[int],
         max_new_tokens: int,
-        seed: int | None,
+        params: SamplingParams,
         config: ModelConfig,
         detokenizer: Detokenizer | None,
     ) -> None:
         self.prompt = prompt
         self.limit = len(prompt) + max_new_tokens
-        self.seed = seed
+        self.params = params
         self.eos_token_ids = config.eos_token_ids
         self.detokenizer = detokenizer
+        self.held = ""  # text that may be the beginning of a stop string
         self.tokens: list[int] = []
+        self.logprobs: list[float] = []
         self.pieces: list[str] = []
         self.accepted: list[int] = []
         self.finish_reason: str | None = None
@@ -394,25 +442,64 @@ class _Request:
     def start(self) -> None:
         self.started = time.perf_counter()
 
-    def extend(self, tokens: list[int], n_accepted: int | None, done: bool) -> Chunk:
-        """Record what a cycle emitted; ``n_accepted`` is None for prefill, which is no cycle."""
+    @property
+    def samples(self) -> bool:
+        """Whether a cycle must do more than take the greatest logit."""
+        return self.params.temperature > 0 or self.params.logprobs
+
+    def extend(
+        self, tokens: list[int], n_accepted: int | None, done: bool, logprobs: list[float]
+    ) -> Chunk:
+        """Record what a cycle emitted; ``n_accepted`` is None for prefill, which is no cycle.
+
+        A stop string ends the text before it, and the tokens with the one that completed it.
+        """
         self.last_at = time.perf_counter()
+        pieces: list[str] = []
+        for token in tokens:
+            pieces.append(self._piece(self.detokenizer.push(token) if self.detokenizer else ""))
+            if self.finish_reason == "stop":
+                break
+        tokens = tokens[: len(pieces)]
+        if done and self.finish_reason is None:
+            rest = self.detokenizer.finish() if self.detokenizer else ""
+            pieces[-1] += self._piece(rest)
+            if self.finish_reason is None:
+                pieces[-1] += self.held
+                self.finish_reason = "eos" if tokens[-1] in self.eos_token_ids else "length"
         if n_accepted is None:
             self.first_at = self.last_at
         else:
+            n_accepted = min(n_accepted, len(tokens))
             self.accepted.append(n_accepted)
-        pieces = [self.detokenizer.push(t) if self.detokenizer else "" for t in tokens]
-        if done:
-            self.finish_reason = "eos" if tokens[-1] in self.eos_token_ids else "length"
-            pieces[-1] += self.detokenizer.finish() if self.detokenizer else ""
         self.tokens += tokens
         self.pieces += pieces
+        self.logprobs += logprobs[: len(tokens)]
         return Chunk(tokens, pieces, n_accepted or 0)
 
+    def _piece(self, text: str) -> str:
+        """What of the text may be shown now: not a stop string, nor what may become one."""
+        self.held += text
+        places = [(self.held.find(stop), stop) for stop in self.params.stop]
+        ends = [(begin + len(stop), begin) for begin, stop in places if begin >= 0]
+        if ends:  # the one that was complete first counts
+            self.finish_reason = "stop"
+            shown, self.held = self.held[: min(ends)[1]], ""
+            return shown
+        n_held = max((_overlap(self.held, stop) for stop in self.params.stop), default=0)
+        shown = self.held[: len(self.held) - n_held]
+        self.held = self.held[len(shown) :]
+        return shown
+
     def result(self) -> Generation:
-        text = "".join(self.pieces)
-        stats = self._stats() if self.tokens else None
-        return Generation(text, list(self.tokens), self.finish_reason, self.seed, stats)
+        return Generation(
+            text="".join(self.pieces),
+            tokens=list(self.tokens),
+            finish_reason=self.finish_reason,
+            seed=self.params.seed,
+            stats=self._stats() if self.tokens else None,
+            logprobs=list(self.logprobs) if self.params.logprobs else None,
+        )
 
     def _stats(self) -> Stats:
         n_after_first = len(self.tokens) - 1
@@ -598,6 +685,12 @@ def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
             f"max_seq_len: {max_seq_len} is not within 2 … {limit} (the model's own limit)"
         )
     return max_seq_len
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _is_batch(prompt: object) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import struct
 import threading
 import time
 import warnings
@@ -25,7 +27,7 @@ from orthrus_fast.attention import as_operator, find_backend, why_no_triton
 from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line
 from orthrus_fast.model import Kernels, Transformer, qk_norm_rope_write
-from orthrus_fast.sampling import choose
+from orthrus_fast.sampling import SamplingParams, logprobs
 
 RUNNERS = ("eager", "compiled", "graph")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -35,12 +37,30 @@ _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
 
 
+# What became of one slot: tokens, how many of them were proposed (None: by prefill), whether the
+# slot is done, log-probabilities.
+Emitted = tuple[list[int], int | None, bool, list[float]]
+
+
 class Cycle(NamedTuple):
     """One cycle as the host sees it, a list entry per slot."""
 
     tokens: list[list[int]]
     n_accepted: list[int]
     done: list[bool]
+    logprobs: list[list[float]]  # of the tokens, where the cycle sampled; else empty lists
+
+    def of(self, slot: int) -> Emitted:
+        """What became of one slot."""
+        return self.tokens[slot], self.n_accepted[slot], self.done[slot], self.logprobs[slot]
+
+
+class First(NamedTuple):
+    """What prefill emitted."""
+
+    token: int
+    done: bool
+    logprob: float
 
 
 class EagerRunner:
@@ -58,9 +78,11 @@ class EagerRunner:
         self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next one
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
         self._settle = steps.settle
+        self._sampled = steps.sampled
         self._mailbox = _Mailbox(self.device)
+        self._flying: deque[int] = deque()  # widths of the cycles in flight
 
-    def prepare(self, width: int) -> None:
+    def prepare(self, width: int, sampling: bool = False) -> None:
         """Make ready for blocks of ``width`` rows, while no slot is in use."""
 
     def ids(self, prompt: list[int]) -> Tensor:
@@ -74,12 +96,22 @@ class EagerRunner:
             return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
 
     @torch.inference_mode()
-    def prefill(self, prompt: list[int], slot: int, limit: int) -> tuple[int, bool]:
+    def prefill(
+        self, prompt: list[int], slot: int, limit: int, params: SamplingParams | None = None
+    ) -> First:
         """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
+        params = params or SamplingParams()
         ids = self.ids(prompt)
-        first = choose(self.prefill_logits(ids, slot))
+        self.state.settings.put(slot, params)
+        logits = self.prefill_logits(ids, slot)
+        first = steps.first_token(self.state, slot, logits, len(prompt), params.temperature > 0)
         steps.open_slot(self.state, slot, ids, first, limit, self.eos)
-        return int(first), bool(self.state.done[slot])
+        logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
+        return First(int(first), bool(self.state.done[slot]), logprob)
+
+    def close(self, slot: int) -> None:
+        """End a slot from the host's side: what a stop string does."""
+        self.state.done[slot] = True
 
     @property
     def in_flight(self) -> int:
@@ -87,37 +119,48 @@ class EagerRunner:
         return len(self._mailbox)
 
     @torch.inference_mode()
-    def launch(self, drafting: bool, width: int) -> None:
+    def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         """Draft (in diffusion mode), verify, accept, commit, for all slots at once."""
         self.state.drafting.fill_(drafting)
         with plain_arithmetic(self.device):
             if drafting:
-                self.draft()
-            self._mailbox.send(self.verify(width))
+                self.draft(sampling)
+            self._mailbox.send(self.verify(width, sampling))
+        self._flying.append(width)
 
     def read(self) -> Cycle:
         """What the oldest unread cycle emitted; waits for it."""
-        report = self._mailbox.receive()
-        *_, n_new, n_accepted, done = zip(*report, strict=True)
-        emitted = [row[:n] for row, n in zip(report, n_new, strict=True)]
-        return Cycle(emitted, list(n_accepted), [bool(flag) for flag in done])
+        report, width = self._mailbox.receive(), self._flying.popleft()
+        emitted = [row[: row[width]] for row in report]
+        bits = [row[width + 3 :][: row[width]] for row in report]
+        return Cycle(
+            emitted,
+            [row[width + 1] for row in report],
+            [bool(row[width + 2]) for row in report],
+            [
+                list(struct.unpack(f"{len(row)}f", struct.pack(f"{len(row)}i", *row)))
+                for row in bits
+            ],
+        )
 
     def drain(self) -> None:
         """Wait for the cycles in flight, and forget what they emitted."""
         while self.in_flight:
             self._mailbox.receive()
+        self._flying.clear()
 
-    def draft(self) -> None:
+    def draft(self, sampling: bool = False) -> None:
         """One draft pass: proposals for every slot."""
         mask = self.model.config.mask_token_id
         assert mask is not None  # the decoder refuses to draft without the draft view
-        steps.draft(self.passes, self.cache, self.state, mask)
+        sampled = self._sampled if sampling else None
+        steps.draft(self.passes, self.cache, self.state, mask, sampled)
 
-    def verify(self, width: int) -> Tensor:
+    def verify(self, width: int, sampling: bool = False) -> Tensor:
         """One verify pass and what follows it -> the cycle's report, as ``steps.settle`` has it."""
         block = steps.make_block(self.state, width)
         self.logits = steps.verify(self.passes, self.cache, self.state, block)
-        return self._settle(self.state, block, self.logits, self.eos)
+        return self._settle(self.state, block, self.logits, self.eos, sampling)
 
 
 class CompiledRunner(EagerRunner):
@@ -133,7 +176,8 @@ class CompiledRunner(EagerRunner):
         super().__init__(model, state, cache)
         self.passes = model.compiled(kernels, self._compile)
         self._settle = self._compile(steps.settle)
-        self._widths: set[int] = set()
+        self._sampled = self._compile(steps.sampled)
+        self._prepared: set[tuple[int, bool]] = set()
 
     def _compile(self, function: Callable[..., _T]) -> Callable[..., _T]:
         """``function`` compiled for exact shapes, by rules that pick nothing by timing."""
@@ -148,23 +192,23 @@ class CompiledRunner(EagerRunner):
         return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
     @torch.inference_mode()
-    def prepare(self, width: int) -> None:
+    def prepare(self, width: int, sampling: bool = False) -> None:
         """Compile for blocks of ``width`` rows. Raises UnsupportedError where that fails."""
-        if width in self._widths:
+        if (width, sampling) in self._prepared:
             return
-        _log.info("compiling for blocks of %d", width)
+        _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
         with self._timed("compile"), compiler_limits(), plain_arithmetic(self.device):
-            self._warm_up(width)
-        self._widths.add(width)
+            self._warm_up(width, sampling)
+        self._prepared.add((width, sampling))
 
-    def _warm_up(self, width: int) -> None:
+    def _warm_up(self, width: int, sampling: bool) -> None:
         """Run each step once, so that torch.compile does its work."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
                 if self._drafts_at(width):
-                    EagerRunner.draft(self)
-                EagerRunner.verify(self, width)
+                    EagerRunner.draft(self, sampling)
+                EagerRunner.verify(self, width, sampling)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             raise UnsupportedError(
                 f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
@@ -174,9 +218,9 @@ class CompiledRunner(EagerRunner):
         return self.model.has_draft_view and width == self.state.proposals.shape[1] + 1
 
     @torch.inference_mode()
-    def launch(self, drafting: bool, width: int) -> None:
+    def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         with compiler_limits():  # torch compiles anew where its global settings have changed
-            super().launch(drafting, width)
+            super().launch(drafting, width, sampling)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -197,21 +241,24 @@ class GraphRunner(CompiledRunner):
     ) -> None:
         super().__init__(model, state, cache, kernels)
         self._pool = torch.cuda.graph_pool_handle()
-        self._draft_graph: torch.cuda.CUDAGraph | None = None
-        self._verify_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._draft_graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._verify_graphs: dict[
+            tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
+        ] = {}
 
     @torch.inference_mode()
-    def prepare(self, width: int) -> None:
+    def prepare(self, width: int, sampling: bool = False) -> None:
         """Compile and capture for blocks of ``width`` rows."""
-        if width in self._widths:
+        if (width, sampling) in self._prepared:
             return
-        super().prepare(width)
+        super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
         with self._timed("capture"), plain_arithmetic(self.device):
             if self._drafts_at(width):
-                self._draft_graph, _ = self._capture(lambda: EagerRunner.draft(self))
-            graph, report = self._capture(lambda: EagerRunner.verify(self, width))
-            self._verify_graphs[width] = graph, report, self.logits
+                graph, _ = self._capture(lambda: EagerRunner.draft(self, sampling))
+                self._draft_graphs[sampling] = graph
+            graph, report = self._capture(lambda: EagerRunner.verify(self, width, sampling))
+            self._verify_graphs[width, sampling] = graph, report, self.logits
 
     def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
@@ -219,12 +266,11 @@ class GraphRunner(CompiledRunner):
             out = step()
         return graph, out
 
-    def draft(self) -> None:
-        assert self._draft_graph is not None  # prepared; the decoder refuses without the view
-        self._draft_graph.replay()
+    def draft(self, sampling: bool = False) -> None:
+        self._draft_graphs[sampling].replay()
 
-    def verify(self, width: int) -> Tensor:
-        graph, report, self.logits = self._verify_graphs[width]
+    def verify(self, width: int, sampling: bool = False) -> Tensor:
+        graph, report, self.logits = self._verify_graphs[width, sampling]
         graph.replay()
         return report
 

@@ -6,7 +6,7 @@ captured in a CUDA graph. Shapes: B slots, K block width, S cache rows, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orthrus_fast.cache import KVCache
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.sampling import choose
+from orthrus_fast.sampling import SamplingParams, Settings, choose, logprobs, sample
 
 PREFILL_CHUNK = 2048  # rows of one prefill pass
 PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
@@ -32,6 +32,7 @@ class State:
     proposals: Tensor  # [B, K-1] int64: what the draft view puts after the anchor
     drafting: Tensor  # [] bool: False makes verification ignore them, which is AR decoding
     slots: Tensor  # [B] int64: 0 … B-1
+    settings: Settings  # [B] each: how a slot's tokens are chosen
 
     @staticmethod
     def create(n_slots: int, capacity: int, block_size: int, device: torch.device) -> State:
@@ -46,6 +47,7 @@ class State:
             proposals=torch.zeros(n_slots, block_size - 1, dtype=torch.int64, device=device),
             drafting=torch.zeros((), dtype=torch.bool, device=device),
             slots=torch.arange(n_slots, device=device),
+            settings=Settings.create(n_slots, device),
         )
 
     def reset(self) -> None:
@@ -54,6 +56,8 @@ class State:
             tensor.zero_()
         self.limit.fill_(1)
         self.done.fill_(True)
+        for slot in range(len(self.slots)):
+            self.settings.put(slot, SamplingParams())
 
 
 def prefill_chunks(n_tokens: int) -> Iterator[tuple[int, int, int]]:
@@ -98,17 +102,43 @@ def open_slot(
     state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= limit)
 
 
-def draft(model: Transformer, cache: KVCache, state: State, mask_token_id: int) -> None:
+def first_token(state: State, slot: int, logits: Tensor, position: int, sampling: bool) -> Tensor:
+    """logits [V] after a prompt of ``position`` tokens -> the token [] that follows it."""
+    if not sampling:
+        return choose(logits)
+    at = torch.full((1, 1), position, device=logits.device)
+    settings = state.settings.of(state.slots[slot, None])
+    return sample(logits[None, None], at, settings)[0, 0]
+
+
+def sampled(state: State, logits: Tensor) -> Tensor:
+    """logits [B, T, V] of the tokens that follow each slot's anchor -> the tokens [B, T].
+
+    By the slots' settings; a greedy slot's are those of ``choose``. The noise belongs to a token's
+    position, so that drafts and verification share it.
+    """
+    offset = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    return sample(logits, state.length[:, None] + offset, state.settings)
+
+
+def draft(
+    model: Transformer,
+    cache: KVCache,
+    state: State,
+    mask_token_id: int,
+    sampled: Callable[[State, Tensor], Tensor] | None = None,
+) -> None:
     """One pass of the draft view: K-1 proposals for each slot, in place.
 
     Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
     the last row's logits are not needed. The pass leaves its K/V in scratch rows; verification
-    overwrites every one of them.
+    overwrites every one of them. Without ``sampled`` every slot counts as greedy.
     """
     masks = torch.full_like(state.proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    state.proposals.copy_(choose(model.logits(hidden[:, :-1])))
+    logits = model.logits(hidden[:, :-1])
+    state.proposals.copy_(choose(logits) if sampled is None else sampled(state, logits))
 
 
 def make_block(state: State, width: int) -> Tensor:
@@ -124,17 +154,22 @@ def verify(model: Transformer, cache: KVCache, state: State, block: Tensor) -> T
     return model.logits(hidden)
 
 
-def settle(state: State, block: Tensor, logits: Tensor, eos: Tensor) -> Tensor:
+def settle(state: State, block: Tensor, logits: Tensor, eos: Tensor, sampling: bool) -> Tensor:
     """Accept and commit, in place; what became of the cycle [B, K+3] int64, for the host.
 
     A row holds the target tokens [K], how many of them were emitted, how many were proposed, and
-    whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i + 1]``.
+    whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i + 1]``. With
+    ``sampling`` K more columns have the bits of the targets' float32 log-probabilities.
     """
-    target = choose(logits)
+    target = sampled(state, logits) if sampling else choose(logits)
     n_accepted = accept(block, target) * state.drafting
     n_new = commit(state, target, n_accepted, eos)
     columns = (n_new, torch.minimum(n_accepted, n_new), state.done)
-    return torch.cat((target, torch.stack(columns, dim=1)), dim=1)
+    report = torch.cat((target, torch.stack(columns, dim=1)), dim=1)
+    if sampling:
+        bits = logprobs(logits, target).view(torch.int32).long()
+        report = torch.cat((report, bits), dim=1)
+    return report
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:

@@ -1,19 +1,24 @@
 """The judge: a plain AR loop and a plain draft view, written apart from ``orthrus_fast.model``.
 
 It reads the checkpoint's files by itself and shares no code with the package: one token a pass, one
-head at a time, keys and values in growing lists, everything in float64. What orthrus_fast decodes
-is held against it.
+head at a time, keys and values in growing lists, everything in float64. It samples in plain Python,
+with its own noise and filters. What orthrus_fast decodes is held against it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from orthrus_fast.sampling import SamplingParams
 
 
 class Judge:
@@ -58,17 +63,31 @@ class Judge:
         return logits
 
     def generate(
-        self, prompt: list[int], max_new_tokens: int, eos: tuple[int, ...]
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        eos: tuple[int, ...],
+        sampling: SamplingParams | None = None,
     ) -> tuple[list[int], list[float]]:
-        """Greedy tokens, and at each the gap between the two best logits."""
+        """Tokens, greedy without ``sampling`` (which has a seed), and at each how near a tie was.
+
+        That is, for greedy tokens, the gap between the two best logits; else ``judged``'s.
+        """
         self.forget()
         logits = self.feed(prompt)
         tokens: list[int] = []
         gaps: list[float] = []
         while True:
-            best = logits.topk(2).values
-            tokens.append(int(logits.argmax()))
-            gaps.append(float(best[0] - best[1]))
+            if sampling is None or sampling.temperature == 0:
+                best = logits.topk(2).values
+                tokens.append(int(logits.argmax()))
+                gaps.append(float(best[0] - best[1]))
+            else:
+                assert sampling.seed is not None
+                position = len(prompt) + len(tokens)
+                token, gap = judged(logits, sampling.seed, position, sampling)
+                tokens.append(token)
+                gaps.append(gap)
             if tokens[-1] in eos or len(tokens) == max_new_tokens:
                 return tokens, gaps
             logits = self.step(tokens[-1])
@@ -157,3 +176,92 @@ def follows(tokens: list[int], expected: list[int], gaps: list[float], *, near_t
     pairs = zip(tokens, expected, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     return first is not None and gaps[first] < near_tie
+
+
+def sampled(logits: Tensor, seed: int, position: int, params: SamplingParams) -> int:
+    """The token at ``position`` from logits [V]; the seed is the argument, not ``params.seed``."""
+    return judged(logits, seed, position, params)[0]
+
+
+def judged(row: Tensor, seed: int, position: int, params: SamplingParams) -> tuple[int, float]:
+    """The token of ``sampled``, and how near another one was, from logits ``row`` [V].
+
+    The nearness is the least of: the gap between the two best scores, and how far each filter was
+    from letting one token more or less through (a logit for top-k and min-p, a probability for
+    top-p).
+    """
+    logits: list[float] = row.tolist()
+    if params.temperature == 0:
+        first, second = sorted(logits, reverse=True)[:2]
+        return logits.index(first), first - second
+    kept, margin = judged_filters(logits, params)
+    noise = judged_noise(seed, position, len(logits))
+    scores = {token: logits[token] + params.temperature * noise[token] for token in kept}
+    ranking = sorted(scores, key=lambda token: (-scores[token], token))
+    if len(ranking) > 1:
+        margin = min(margin, scores[ranking[0]] - scores[ranking[1]])
+    return ranking[0], margin
+
+
+def judged_filters(logits: list[float], params: SamplingParams) -> tuple[list[int], float]:
+    """The tokens that the filters leave, and the least margin by which a filter decided."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    margins = [math.inf]
+
+    def cut(n_kept: int) -> list[int]:
+        """The first ``n_kept`` of ``order``, and all that tie with the last of them."""
+        while n_kept < len(order) and logits[order[n_kept]] == logits[order[n_kept - 1]]:
+            n_kept += 1
+        return order[:n_kept]
+
+    if params.top_k is not None and params.top_k < len(order):
+        cut_off = cut(params.top_k)
+        if len(cut_off) < len(order):
+            margins.append(logits[cut_off[-1]] - logits[order[len(cut_off)]])
+        order = cut_off
+    best = logits[order[0]]
+    weights = [math.exp((logits[token] - best) / params.temperature) for token in order]
+    if params.top_p is not None and params.top_p < 1:
+        total = math.fsum(weights)
+        above = 0.0  # the probability of the tokens before this one
+        n_kept = 0
+        for weight in weights:
+            margins.append(abs(above - params.top_p))
+            if above >= params.top_p:
+                break
+            n_kept += 1
+            above += weight / total
+        order = cut(n_kept)
+    if params.min_p:
+        floor = best + params.temperature * math.log(params.min_p)
+        margins += [abs(logits[token] - floor) for token in order if logits[token] != best]
+        order = [token for token in order if logits[token] >= floor]
+    return order, min(margins)
+
+
+def judged_noise(seed: int, position: int, vocab_size: int) -> list[float]:
+    """Gumbel noise of each token at ``position``, rounded to float32 at each logarithm."""
+    noise = []
+    for token in range(vocab_size):
+        if token % 4 == 0:
+            words = judged_philox((token // 4, position, 0, 0), (seed % 2**32, seed >> 32))
+        uniform = ((words[token % 4] >> 9) + 0.5) / 2**23
+        noise.append(_float32(-math.log(_float32(-math.log(uniform)))))
+    return noise
+
+
+def judged_philox(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox4x32-10 as Salmon et al. print it: the key is bumped between the ten rounds."""
+    a, b, c, d = counter
+    for round_ in range(10):
+        left = (key[0] + round_ * 0x9E3779B9) % 2**32
+        right = (key[1] + round_ * 0xBB67AE85) % 2**32
+        high_a, low_a = divmod(a * 0xD2511F53, 2**32)
+        high_c, low_c = divmod(c * 0xCD9E8D57, 2**32)
+        a, b, c, d = high_c ^ b ^ left, low_c, high_a ^ d ^ right, low_a
+    return a, b, c, d
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded

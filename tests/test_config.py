@@ -53,7 +53,12 @@ def test_every_field_arrives() -> None:
         block_size=8,
         mask_token_id=257,
         eos_token_ids=(3, 9),
-        sampling_defaults=(("temperature", 0.6), ("top_k", 20.0), ("top_p", 0.95)),
+        sampling_defaults=(
+            ("do_sample", True),
+            ("temperature", 0.6),
+            ("top_k", 20.0),
+            ("top_p", 0.95),
+        ),
     )
 
 

@@ -200,6 +200,93 @@ def test_chat_template_system_message_and_thinking_reach_the_model(
     assert prompt("--raw") == "hi"
 
 
+SAMPLED = ("--prompt", "hello", "--max-new-tokens", 30, "--temperature", 1.0)
+
+
+def test_sampling_flags_reach_the_decoder_and_the_seed_is_reported(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filters = ("--top-k", 40, "--top-p", 0.9, "--min-p", 0.01)
+    got = run(capsys, "--checkpoint", raw, *SAMPLED, *filters, "--seed", 5)
+    params = orthrus_fast.SamplingParams(1.0, top_k=40, top_p=0.9, min_p=0.01, seed=5)
+    decoder = orthrus_fast.load(raw, device="cpu")
+    assert got.out == decoder.generate("hello", 30, params).text + "\n"
+    assert got.out != decoder.generate("hello", 30).text + "\n"
+    assert got.err.splitlines()[-2].endswith(" · seed 5")
+
+
+def test_a_drawn_seed_is_reported_and_gives_the_text_again(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("--checkpoint", raw, *SAMPLED, "--json")
+    got = run(capsys, *line)
+    first = json.loads(got.out)
+    assert f" · seed {first['seed']}" in got.err
+    again = json.loads(run(capsys, *line, "--seed", first["seed"], "--mode", "ar").out)
+    assert again["tokens"] == first["tokens"]
+    other = json.loads(run(capsys, *line).out)
+    assert other["seed"] != first["seed"]
+
+
+def test_check_gives_the_second_mode_the_seed_that_the_first_drew(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = run(capsys, "--checkpoint", raw, *SAMPLED, "--check", "--json")
+    assert (got.code, json.loads(got.out)["check"]) == (0, {"identical": True})
+
+
+def test_stop_ends_the_text_and_may_be_repeated(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = orthrus_fast.load(raw, device="cpu").generate("hello", 60).text
+    stops = (text[20:22], text[10:13])
+    flags = [part for stop in stops for part in ("--stop", stop)]
+    got = run(capsys, "--checkpoint", raw, "--prompt", "hello", *flags, "--json")
+    result = json.loads(got.out)
+    assert result["finish_reason"] == "stop"
+    assert result["text"] == text[: min(text.index(stop) for stop in stops)]
+
+
+def test_sampling_checkpoint_takes_its_settings_but_for_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True, eos_token_id=[])
+    defaults = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    (directory / "generation_config.json").write_text(json.dumps(defaults))
+
+    def tokens(*flags: object) -> list[int]:
+        line = ("--checkpoint", directory, "--prompt", "hello", "--max-new-tokens", 30, "--json")
+        return list(json.loads(run(capsys, *line, "--seed", 5, *flags).out)["tokens"])
+
+    of_checkpoint = tokens("--sampling", "checkpoint")
+    spelled_out = ("--temperature", 0.8, "--top-k", 20, "--top-p", 0.95)
+    assert of_checkpoint == tokens(*spelled_out)
+    own = tokens("--sampling", "checkpoint", "--temperature", 2.5)
+    assert own == tokens(*spelled_out[2:], "--temperature", 2.5) != of_checkpoint
+    greedy = tokens()
+    assert greedy == tokens("--sampling", "greedy") != of_checkpoint
+    assert greedy == tokens("--sampling", "checkpoint", "--temperature", 0)
+
+
+@pytest.mark.parametrize(
+    "flags, warned",
+    [
+        (["--thinking"], True),
+        (["--thinking", "--sampling", "checkpoint"], True),  # which has no settings: greedy
+        (["--thinking", "--temperature", 0.6], False),
+        (["--no-thinking"], False),
+        ([], False),
+    ],
+)
+def test_greedy_decoding_with_thinking_is_advised_against_once(
+    chat: Path, capsys: pytest.CaptureFixture[str], flags: list[object], warned: bool
+) -> None:
+    line = ("--checkpoint", chat, "--prompt", "hi", "--max-new-tokens", 2)
+    got = run(capsys, *line, *flags)
+    assert got.code == 0
+    assert got.err.count("warning: Qwen advises against greedy decoding in thinking") == warned
+
+
 def test_check_tells_a_difference_and_exits_1(
     raw: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,9 +529,22 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--prompt", ""], ["prompt: empty"]),
         (["--prompt", "x" * 600], ["600 tokens + max_new_tokens 256"]),
         (["--prompt", "bad \udcff byte"], ["surrogate"]),
-        (["--temperature", "0.7"], ["temperature=0.7 is not implemented yet"]),
-        (["--top-k", "3"], ["top_k=3"]),
-        (["--top-p", "0.5"], ["top_p=0.5"]),
+        (["--temperature", "-1"], ["temperature=-1.0"]),
+        (["--temperature", "nan"], ["temperature=nan"]),
+        (["--temperature", "1", "--top-k", "0"], ["top_k=0"]),
+        (["--temperature", "1", "--top-p", "1.5"], ["top_p=1.5"]),
+        (["--sampling", "checkpoint", "--min-p", "-1"], ["min_p=-1.0"]),
+        (["--top-k", "3"], ["--top-k needs --temperature above 0, or --sampling checkpoint"]),
+        (["--top-p", "0.5", "--sampling", "greedy"], ["--top-p needs --temperature"]),
+        (["--min-p", "0.5", "--temperature", "0"], ["--min-p needs --temperature"]),
+        (["--sampling", "greedy", "--temperature", "0.7"], ["does not go with --temperature"]),
+        (["--sampling", "random"], ["--sampling"]),
+        (["--seed", "x"], ["--seed"]),
+        (["--seed", str(2**64)], ["seed"]),
+        (["--stop", ""], ["stop"]),
+        (["--slots", "0"], ["slots: 0"]),
+        (["--output", "x"], ["--output needs --prompts-file"]),
+        (["--prompts-file", "x"], ["--prompts-file does not go with --prompt"]),
         (["--dtype", "int4"], ["dtype: 'int4'"]),
         (["--runner", "graph"], ["runner 'graph'"]),
         (["--attention", "flash"], ["attention 'flash'"]),

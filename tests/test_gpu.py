@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import invariance, steps
+from orthrus_fast import SamplingParams, invariance, steps
 from orthrus_fast.attention import edges, find_backend
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
@@ -139,9 +139,9 @@ class Recorder:
         self.logits: list[list[Tensor]] = [[] for _ in range(decoder.slots)]
         verify = self.runner.verify
 
-        def recording(width: int) -> Tensor:
-            report = verify(width)
-            for slot, n_new in enumerate(report[:, -3].tolist()):
+        def recording(width: int, sampling: bool = False) -> Tensor:
+            report = verify(width, sampling)
+            for slot, n_new in enumerate(report[:, width].tolist()):
                 self.logits[slot].append(self.runner.logits[slot, :n_new].clone())
             return report
 
@@ -176,6 +176,35 @@ def test_bf16_is_equal_to_the_bit_in_both_modes(slots: int, attention: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
 
 
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature: float) -> None:
+    decoder = orthrus_fast.load(MODEL, slots=slots)
+    recorder = Recorder(decoder)
+    prompts = ["def f(n):\n", "import os\n", "x" * 900, "class A:\n"][:slots]
+    settings = [
+        SamplingParams(temperature=temperature, seed=i, top_k=top_k, top_p=top_p)
+        for i, (top_k, top_p) in enumerate([(None, None), (20, 0.8), (None, 0.9), (5, None)])
+    ][:slots]
+    taken, tokens = {}, {}
+    for mode in ("ar", "diffusion"):
+        results = decoder.generate(prompts, 100, settings, mode=mode)
+        tokens[mode] = [result.tokens for result in results]
+        taken[mode] = recorder.take()
+    assert tokens["ar"] == tokens["diffusion"]
+    assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
+    assert set(decoder._runner._verify_graphs) == {(16, False), (16, True)}
+
+
+def test_greedy_slots_are_the_same_beside_sampling_ones() -> None:
+    decoder = orthrus_fast.load(MODEL, slots=2)
+    prompts = ["def f(n):\n", "import os\n"]
+    alone = [result.tokens for result in decoder.generate(prompts, 80)]
+    beside = decoder.generate(prompts, 80, [None, SamplingParams(temperature=1.0, seed=3)])
+    assert beside[0].tokens == alone[0]
+    assert beside[1].tokens != alone[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_on_every_held_out_prompt(dtype: str) -> None:
     decoder = orthrus_fast.load(MODEL, dtype=dtype, slots=8)
@@ -198,7 +227,7 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
     decoder = orthrus_fast.load(tiny, max_seq_len=400)
     runner = decoder._runner
     assert isinstance(runner, GraphRunner)
-    before = (runner._draft_graph, dict(runner._verify_graphs))
+    before = (dict(runner._draft_graphs), dict(runner._verify_graphs))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     alone = {n: decoder.generate([7] * n, 30, mode="ar").tokens for n in (1, 65, 300, 2)}
     for n, tokens in alone.items():
@@ -210,7 +239,7 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
             assert decoder.generate([7], 30).tokens == alone[1]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert (runner._draft_graph, runner._verify_graphs) == before
+    assert (runner._draft_graphs, runner._verify_graphs) == before
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
@@ -247,11 +276,11 @@ def test_a_dropped_stream_leaves_the_decoder_usable(tiny: Path) -> None:
 
 def test_one_row_ar_is_captured_when_it_is_asked_for(tiny: Path) -> None:
     decoder = orthrus_fast.load(tiny, dtype="float64")
-    assert set(decoder._runner._verify_graphs) == {16}
+    assert set(decoder._runner._verify_graphs) == {(16, False)}
     assert (
         decoder.generate_one_row([1, 2, 3], 40).tokens == Judge(tiny).generate([1, 2, 3], 40, ())[0]
     )
-    assert set(decoder._runner._verify_graphs) == {16, 1}
+    assert set(decoder._runner._verify_graphs) == {(16, False), (1, False)}
     assert (
         decoder.generate([1, 2, 3], 40).tokens == decoder.generate([1, 2, 3], 40, mode="ar").tokens
     )
