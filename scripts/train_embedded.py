@@ -2,7 +2,8 @@
 in this order.
 
     fetch        download the pinned packages of model/SOURCES.tsv
-    tokenizer    train the tokenizer; write it and the held-out prompts
+    tokenizer    train the tokenizer
+    held-out     write the held-out prompts
     prepare      make the training windows
     train-ar     phase 1 (repeat until it says done)
     prepare-more make windows of further records
@@ -11,6 +12,8 @@ in this order.
     train-draft  phase 2 (repeat until it says done)
     export       write the checkpoint
     evaluate     measure it on the held-out prompts; write figures.json and the card's table
+    speed        time the demonstrations on the CPU, with as many threads as torch takes
+                 (OMP_NUM_THREADS=1 or 2); add that to figures.json and the card
 
 Training wants a GPU with 40 GB or more; the other stages do not. `--tiny` runs everything at toy
 sizes.
@@ -23,7 +26,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+import orthrus_fast
 from scripts.embedded import (
     card,
     data,
@@ -41,6 +44,7 @@ from scripts.embedded import (
     heldout,
     records,
     sources,
+    speed,
     tokens,
     train,
 )
@@ -105,6 +109,8 @@ class Workplace:
     device: torch.device
     workers: int
     dense_masks: bool
+    slots: int
+    runner: str
 
     def tokenizer(self) -> Tokenizer:
         return tokens.load_tokenizer(self.model)
@@ -139,8 +145,13 @@ def tokenizer(place: Workplace) -> None:
     place.model.mkdir(parents=True, exist_ok=True)
     trained = tokens.train_tokenizer(mixed(), place.recipe.shape.n_entries)
     trained.save(str(place.model / "tokenizer.json"))
-    held_out = data.read_texts(place.work / "code-held-out.txt.xz")
-    heldout.write_held_out(held_out, place.model / "heldout.jsonl")
+
+
+def held_out(place: Workplace) -> None:
+    texts, trained = (
+        data.read_texts(place.work / f"code-{role}.txt.xz") for role in ("held-out", "train")
+    )
+    heldout.write_held_out(texts, trained, place.model / "heldout.jsonl")
 
 
 def prepare(place: Workplace) -> None:
@@ -263,15 +274,23 @@ def write_checkpoint(place: Workplace) -> None:
 
 def measure(place: Workplace) -> None:
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses to a busy core
+    decoder = orthrus_fast.load(
+        place.model, place.device, dtype="float32", slots=place.slots, runner=place.runner
+    )
     tokenizer = place.tokenizer()
     net = export.read_checkpoint(place.model, place.recipe.shape).to(place.device)
     texts = data.read_texts(place.work / "code-held-out.txt.xz")
-    sets = (heldout.record_prompts(), heldout.code_prompts(texts), heldout.prose_prompts())
+    prose = heldout.read_held_out(place.model / "heldout.jsonl", "prose")
+    sets = (heldout.record_prompts(), heldout.code_prompts(texts), prose)
     figures: dict[str, Any] = {
         "command": "python -m scripts.train_embedded evaluate",
-        "machine": _machine(place),
+        "machine": speed.machine(place.device),
+        "configuration": {
+            name: decoder.configuration[name]
+            for name in ("orthrus_fast", "dtype", "runner", "attention", "slots", "max_seq_len")
+        },
     }
-    figures["kinds"] = {s[0]["kind"]: evaluate.measure_kind(net, tokenizer, s) for s in sets}
+    figures["kinds"] = {s[0]["kind"]: evaluate.measure_kind(decoder, net, s) for s in sets}
     pairs = [
         data.record_example(tokenizer, s)
         for s in records.stream(heldout.SPLIT, 0, heldout.N_RECORDS)
@@ -279,21 +298,33 @@ def measure(place: Workplace) -> None:
     figures["ar_loss"] = {"records": evaluate.answer_loss(net, pairs)}
     code: list[tuple[list[int], list[int]]] = [([], tokenizer.encode(text).ids) for text in texts]
     figures["ar_loss"]["code"] = evaluate.answer_loss(net, code)
+    write_figures(place, figures)
+
+
+def measure_speed(place: Workplace) -> None:
+    for figures in speed.measure(place.model, read_figures(place).get("speed")):
+        write_figures(place, {"speed": figures})
+
+
+def read_figures(place: Workplace) -> dict[str, Any]:
+    path = place.model / "figures.json"
+    figures: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return figures
+
+
+def write_figures(place: Workplace, measured: dict[str, Any]) -> None:
+    """Put what was measured into figures.json, beside what another stage did, and into the card."""
+    figures = read_figures(place) | measured
     path = place.model / "figures.json"
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if (place.model / "README.md").exists():
         card.update_card(place.model)
 
 
-def _machine(place: Workplace) -> str:
-    if place.device.type == "cuda":
-        return f"one {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{os.cpu_count()}-core {platform.machine()} CPU, torch {torch.__version__}"
-
-
 STAGES = {
     "fetch": fetch,
     "tokenizer": tokenizer,
+    "held-out": held_out,
     "prepare": prepare,
     "train-ar": train_ar,
     "prepare-more": prepare_more,
@@ -302,6 +333,7 @@ STAGES = {
     "train-draft": train_draft,
     "export": write_checkpoint,
     "evaluate": measure,
+    "speed": measure_speed,
 }
 
 
@@ -329,6 +361,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--part-seconds", type=float, default=480.0, help="a training stage stops after this long"
     )
+    parser.add_argument(
+        "--slots", type=int, default=1, help="sequences that evaluate decodes at once"
+    )
+    parser.add_argument("--runner", default="eager", help="the runner that evaluate decodes with")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the stages")
     return parser.parse_args(arguments)
 
@@ -356,6 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device,
         options.workers,
         options.dense_masks,
+        options.slots,
+        options.runner,
     )
     for stage in options.stages:
         started = time.monotonic()

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from scripts.embedded import card, data, decode, evaluate, export, heldout, net, records, tokens
+import orthrus_fast
+from orthrus_fast import Decoder
+from scripts import train_embedded
+from scripts.embedded import (
+    card,
+    data,
+    decode,
+    evaluate,
+    export,
+    heldout,
+    net,
+    records,
+    speed,
+    tokens,
+)
 from scripts.embedded import sources as package_sources
 from scripts.embedded import train as training
 
@@ -185,8 +200,38 @@ def test_held_out_file_is_small_and_of_all_kinds() -> None:
     counts = {
         kind: sum(e["kind"] == kind for e in entries) for kind in ("records", "code", "prose")
     }
-    assert len(entries) >= 128 and counts["records"] >= 96 and min(counts.values()) >= 16
+    assert counts["records"] >= 96 and counts["code"] >= 24
+    assert counts["prose"] == heldout.N_PROSE == 128
     assert (MODEL / "heldout.jsonl").stat().st_size < 150_000
+
+
+def test_held_out_prose_is_plain_and_told_apart() -> None:
+    prose = heldout.read_held_out(MODEL / "heldout.jsonl", "prose")
+    written = [entry["text"] for entry in prose if entry["source"] == "written"]
+    assert written == list(heldout.WRITTEN)
+    texts = [entry["text"] for entry in prose if entry["source"] == "docstrings"]
+    assert len(written) + len(texts) == len({entry["text"] for entry in prose}) == 128
+    assert all(8 <= len(text.split()) <= 16 and text[0].isupper() for text in texts)
+
+
+def test_prose_shares_no_run_of_words_with_training_text() -> None:
+    first, second = (
+        f"The {word} of this function is described by a long sentence that says {word} what it "
+        "takes and then what it gives back to whoever calls it again."
+        for word in ("purpose", "meaning")
+    )
+    held_out = [f'def f():\n    """{first}\n\n    {second}\n    """\n', "not python ("]
+    count = len(heldout.WRITTEN) + 2
+
+    def quoted(trained: list[str]) -> list[str]:
+        prompts = heldout.prose_prompts(held_out, trained, count)
+        return [entry["text"] for entry in prompts if entry["source"] == "docstrings"]
+
+    assert len(quoted([])) == 2
+    copied = "# The  purpose OF this\nfunction is - described by\n"
+    (left,) = quoted([copied])
+    assert second.startswith(left)
+    assert quoted([copied, "is described by a long sentence that says"]) == []
 
 
 def test_sources_are_pinned_permissive_and_apart() -> None:
@@ -259,6 +304,18 @@ def test_card_says_what_was_measured() -> None:
     assert kinds["records"]["tokens_per_cycle"] >= 5
     for kind in kinds.values():
         assert kind["same_tokens_in_both_modes"] == kind["prompts"]
+        assert kind["cycles_accepted_as_agreeing"] >= 0.999 * kind["cycles"]
+    assert [kind["prompts"] for kind in kinds.values()] == [256, 128, 128]
+
+
+def test_readme_says_the_speed_that_was_measured() -> None:
+    rows = json.loads((MODEL / "figures.json").read_text("utf-8"))["speed"]["rows"]
+    assert {(row["threads"], row["runner"]) for row in rows} == set(product((1, 2), speed.RUNNERS))
+    readme = (MODEL.parent / "README.md").read_text("utf-8")
+    for runner in speed.RUNNERS:
+        gains = {r["demo"]: r["gain"] for r in rows if (r["threads"], r["runner"]) == (1, runner)}
+        cells = " | ".join(f"{gains[name]:.2f}" for name in ("records", "code", "prose"))
+        assert re.search(rf"^\|[^|]*runner {runner}[^|]*\| {cells} \|$", readme, re.MULTILINE)
 
 
 # The arithmetic of training -------------------------------------------------------------------
@@ -287,29 +344,80 @@ def test_masks_of_training_let_a_block_see_its_context_and_itself() -> None:
     assert row.nonzero().flatten().tolist() == [*range(17), *range(length + 16, length + 32)]
 
 
-def test_a_block_is_drafted_alike_in_training_and_in_decoding(tiny: net.OrthrusLM) -> None:
-    shape, ids = tiny.shape, torch.arange(40)[None] % 60
-    anchors = torch.tensor([[5, 11, 30]])
-    blocks, positions = training.block_tokens(ids, anchors, shape.block_size, shape.mask_token_id)
-    mask = training.dense_mask(anchors, 40, shape.block_size)
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[net.OrthrusLM, Decoder]:
+    """A small network, and the package's decoder of the checkpoint that it was saved as."""
+    tokenizer = tokens.train_tokenizer(iter(()), 259)  # the special tokens and the bytes
+    shape = net.Shape(272, 259, 32, 48, 2, 4, 2, 16, block_size=8, max_positions=128)
+    model = net.OrthrusLM(shape)
+    model.initialise(3)
     with torch.no_grad():
-        hidden = tiny.draft(blocks, positions, tiny.ar(ids)[1], mask)
-        trained = tiny.logits(hidden).argmax(-1).view(3, shape.block_size)[:, :-1].tolist()
-    decoder = decode.SequenceDecoder(tiny, 64)
-    for anchor, drafted in zip(anchors[0].tolist(), trained, strict=True):
-        decoder._extend(ids[0, :anchor].tolist(), 0)
-        assert decoder._draft(int(ids[0, anchor]), anchor) == drafted
+        for parameter in model.parameters():
+            parameter.mul_(4.0)
+    model.round_weights()
+    model.start_draft_from_ar()  # drafts that are right sometimes
+    export.write_checkpoint(model, tokenizer, tmp_path)
+    return model, orthrus_fast.load(tmp_path, device="cpu")
 
 
-def test_batched_sequential_and_block_decoding_agree(tiny: net.OrthrusLM) -> None:
+def test_batched_and_package_decoding_agree(saved: tuple[net.OrthrusLM, Decoder]) -> None:
+    model, decoder = saved
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
-    batched = decode.greedy_batch(tiny, prompts, 24, ends=[0])
-    decoder = decode.SequenceDecoder(tiny, 64)
-    for prompt, answer in zip(prompts, batched, strict=True):
-        one_by_one = decoder.decode(prompt, 24, [0], drafted=False)
-        in_blocks = decoder.decode(prompt, 24, [0], drafted=True)
-        assert one_by_one.tokens == in_blocks.tokens == answer
-        assert one_by_one.cycles == len(answer) - 1 >= in_blocks.cycles
+    batched = decode.greedy_batch(model, prompts, 24, ends=decoder.config.eos_token_ids)
+    for mode in ("ar", "diffusion"):
+        assert [r.tokens for r in decoder.generate(prompts, 24, mode=mode)] == batched
+
+
+def test_agreement_is_with_what_the_package_drafted(saved: tuple[net.OrthrusLM, Decoder]) -> None:
+    model, decoder = saved
+    prompts = [[20 + i, 5, 7 * i % 90] for i in range(12)]
+    results = decoder.generate(prompts, 40)
+    figures = evaluate.agreement(model, prompts, results)
+    cycles = [n for r in results if r.stats for n in r.stats.accepted]
+    assert figures["cycles_accepted_as_agreeing"] == len(cycles)
+    assert 0 < sum(cycles) < 7 * len(cycles)
+    shares = figures["agreement_by_position"]
+    assert len(shares) == 7 and max(shares) > 0
+    n_first = sum(n > 0 for n in cycles)
+    assert abs(shares[0] - n_first / len(cycles)) < 0.05  # but for cycles with room for one token
+
+
+def test_figures_of_a_kind_are_the_packages(saved: tuple[net.OrthrusLM, Decoder]) -> None:
+    model, decoder = saved
+    entries = [{"kind": "prose", "source": s, "text": f"{s} text"} for s in ("a", "b", "b")]
+    figures = evaluate.measure_kind(decoder, model, entries)
+    longest = max(len(decoder.encode(entry["text"])) for entry in entries)
+    results = [decoder.generate(entry["text"], 128 - longest) for entry in entries]
+    assert figures["same_tokens_in_both_modes"] == figures["prompts"] == 3
+    assert figures["tokens"] == sum(len(r.tokens) for r in results)
+    assert figures["cycles"] == sum(r.stats.cycles for r in results if r.stats)
+    assert [part["prompts"] for part in figures["by_source"].values()] == [1, 2]
+
+
+def test_the_gain_is_over_the_faster_ar(
+    saved: tuple[net.OrthrusLM, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "MAX_NEW", 20)
+    figures = speed.time_modes(saved[1], [1, 2, 3])
+    rates = figures["tokens_per_second"]
+    ranges = figures["tokens_per_second_range"]
+    for name, (low, high) in ranges.items():
+        assert low <= rates[name] <= high
+    low, high = figures["gain_range"]
+    assert low <= figures["gain"] <= high
+    fastest = max(ranges["ar_same_pass"][1], ranges["ar_one_row"][1])
+    slowest = max(ranges["ar_same_pass"][0], ranges["ar_one_row"][0])
+    assert ranges["diffusion"][0] / fastest * 0.99 <= low
+    assert high <= ranges["diffusion"][1] / slowest * 1.01
+
+
+def test_a_stage_keeps_what_another_measured(tmp_path: Path) -> None:
+    place = train_embedded.Workplace(
+        train_embedded.TINY, tmp_path, tmp_path, torch.device("cpu"), 1, False, 1, "eager"
+    )
+    train_embedded.write_figures(place, {"speed": {"rows": [1]}, "kinds": {}})
+    train_embedded.write_figures(place, {"kinds": {"code": 2}})
+    assert train_embedded.read_figures(place) == {"speed": {"rows": [1]}, "kinds": {"code": 2}}
 
 
 def test_draft_weights_end_with_the_answer() -> None:

@@ -1,10 +1,12 @@
-"""Greedy decoding for making and judging the checkpoint: batched AR, and single-sequence block
-decoding.
+"""Batched greedy AR decoding of a network still in training, for phase 2's own answers.
+
+The package decodes a finished checkpoint, by verify passes 16 rows wide; this takes thousands of
+prompts at one row each, in autocast, before there is a draft view to save. Nothing that the card
+says is measured with it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -70,65 +72,3 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return tokens[: at + 1]
     return tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """New tokens (the end included), the cycles they took, and each cycle's (place of its anchor,
-    draft).
-    """
-
-    tokens: list[int]
-    cycles: int
-    drafts: list[tuple[int, list[int]]]
-
-
-class SequenceDecoder:
-    """One sequence at a time in both modes, over one preallocated cache."""
-
-    def __init__(self, net: OrthrusLM, capacity: int) -> None:
-        self.net, self.capacity = net, capacity
-        self.device = next(net.parameters()).device
-        self.cache = new_cache(net.shape, 1, capacity, self.device, torch.float32)
-
-    @torch.no_grad()
-    def decode(
-        self, prompt: list[int], max_new: int, ends: Sequence[int], drafted: bool
-    ) -> Decoded:
-        """Greedy answer; `drafted` proposes blocks with the draft view, otherwise one token a
-        pass.
-        """
-        newest = int(self._extend(prompt, 0)[-1])
-        tokens, cycles, drafts = [newest], 0, []
-        while len(tokens) < max_new and newest not in ends:
-            start = len(prompt) + len(tokens) - 1
-            draft = self._draft(newest, start) if drafted else []
-            target = self._extend([newest, *draft], start).tolist()
-            n_accepted = next((i for i, d in enumerate(draft) if d != target[i]), len(draft))
-            drafts.append((len(tokens) - 1, draft))
-            tokens.extend(target[: n_accepted + 1])
-            tokens = _until_end(tokens, set(ends))[:max_new]
-            newest, cycles = tokens[-1], cycles + 1
-        return Decoded(tokens, cycles, drafts)
-
-    def _extend(self, tokens: list[int], start: int) -> Tensor:
-        """AR argmax [T] of tokens at `start` …, written to the cache."""
-        stop = start + len(tokens)
-        positions = torch.arange(start, stop, device=self.device)[None]
-        seen = [(keys[:, :, :stop], values[:, :, :stop]) for keys, values in self.cache]
-        mask = (torch.arange(stop, device=self.device) <= positions[0, :, None])[None, None]
-        hidden = self.net.extend(torch.tensor([tokens], device=self.device), positions, seen, mask)
-        return self.net.logits(hidden[0]).argmax(-1)
-
-    def _draft(self, anchor: int, start: int) -> list[int]:
-        shape = self.net.shape
-        block = torch.full((1, shape.block_size), shape.mask_token_id, device=self.device)
-        block[0, 0] = anchor
-        positions = torch.arange(start, start + shape.block_size, device=self.device)[None]
-        seen = [(keys[:, :, :start], values[:, :, :start]) for keys, values in self.cache]
-        everything = torch.ones(
-            1, 1, shape.block_size, start + shape.block_size, dtype=torch.bool, device=self.device
-        )
-        hidden = self.net.draft(block, positions, seen, everything)
-        drafted: list[int] = self.net.logits(hidden[0, :-1]).argmax(-1).tolist()
-        return drafted

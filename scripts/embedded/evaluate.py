@@ -1,4 +1,4 @@
-"""What the card says: measured on the held-out prompts, with the weights as saved, in float32."""
+"""What the card says: the package's own decoding of the held-out prompts, in both modes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
-from scripts.embedded.decode import Decoded, SequenceDecoder
+from orthrus_fast import Decoder, Generation
 from scripts.embedded.net import OrthrusLM
-from scripts.embedded.tokens import end_tokens, render_chat
+from scripts.embedded.train import block_tokens, dense_mask
 
 Entry = dict[str, Any]
 log = logging.getLogger(__name__)
 MAX_NEW = {"records": 900, "code": 128, "prose": 128}
-
-
-def prompt_ids(tokenizer: Tokenizer, entry: Entry) -> list[int]:
-    """Messages go through the chat template, text stands as it is."""
-    text = render_chat(entry["messages"]) if "messages" in entry else entry["text"]
-    ids: list[int] = tokenizer.encode(text).ids
-    return ids
+AT_ONCE = 32  # prompts handed to the decoder in one call
 
 
 def is_exact(answer: str, expected: Any) -> bool:
@@ -49,63 +42,106 @@ def _marked(value: Any) -> Any:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def measure_kind(net: OrthrusLM, tokenizer: Tokenizer, entries: Sequence[Entry]) -> Entry:
-    """Decode entries of one kind in both modes -> the figures of that kind."""
+def measure_kind(decoder: Decoder, net: OrthrusLM, entries: Sequence[Entry]) -> Entry:
+    """Decode entries of one kind in both modes -> the figures of that kind.
+
+    `net` is the same checkpoint in training form: it says what each cycle drafted.
+    """
     kind = entries[0]["kind"]
-    ends = end_tokens(tokenizer)
-    decoder = SequenceDecoder(net, net.shape.max_positions + net.shape.block_size)
-    pairs: list[tuple[Decoded, Decoded]] = []
-    wrong: list[int] = []
-    for index, entry in enumerate(entries):
-        ids = prompt_ids(tokenizer, entry)
-        max_new = min(MAX_NEW[kind], net.shape.max_positions - len(ids))
-        ar, blocks = (decoder.decode(ids, max_new, ends, drafted) for drafted in (False, True))
-        pairs.append((ar, blocks))
-        if len(pairs) % 32 == 0:
-            log.info("%s: %d of %d prompts", kind, len(pairs), len(entries))
-        if "expected" in entry and not is_exact(tokenizer.decode(ar.tokens), entry["expected"]):
-            wrong.append(index)
-    figures = _figures([blocks for _, blocks in pairs], net.shape.block_size)
-    figures["same_tokens_in_both_modes"] = sum(ar.tokens == blocks.tokens for ar, blocks in pairs)
-    if kind == "records":
-        figures |= {
-            "exact": len(entries) - len(wrong),
-            "exact_share": _round(1 - len(wrong) / len(entries)),
+    prompts = [decoder.encode(entry.get("messages") or entry["text"]) for entry in entries]
+    max_new = min(MAX_NEW[kind], decoder.max_seq_len - max(map(len, prompts)))
+    ar, blocks = (decode_all(decoder, prompts, max_new, mode, kind) for mode in ("ar", "diffusion"))
+    figures = _figures(blocks)
+    figures |= agreement(net, prompts, blocks)
+    figures["same_tokens_in_both_modes"] = sum(
+        one.tokens == other.tokens for one, other in zip(ar, blocks, strict=True)
+    )
+    sources = [entry.get("source") for entry in entries]
+    if any(sources):
+        figures["by_source"] = {
+            str(name): _figures([b for b, s in zip(blocks, sources, strict=True) if s == name])
+            for name in dict.fromkeys(sources)
         }
+    if kind == "records":
+        pairs = zip(ar, entries, strict=True)
+        wrong = [i for i, (a, e) in enumerate(pairs) if not is_exact(a.text, e["expected"])]
+        figures["exact"] = len(entries) - len(wrong)
+        figures["exact_share"] = _round(1 - len(wrong) / len(entries))
         figures["not_exact"] = wrong
     return figures
 
 
-def _figures(decoded: Sequence[Decoded], block_size: int) -> Entry:
-    generated = sum(len(d.tokens) for d in decoded)
-    cycles = sum(d.cycles for d in decoded)
-    ratios = [(len(d.tokens) - 1) / d.cycles for d in decoded if d.cycles]
+def decode_all(
+    decoder: Decoder, prompts: Sequence[list[int]], max_new: int, mode: str, what: str
+) -> list[Generation]:
+    """The results of prompts, in their order."""
+    results: list[Generation] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        results += decoder.generate(list(prompts[start : start + AT_ONCE]), max_new, mode=mode)
+        log.info("%s: %s of %d of %d prompts", what, mode, len(results), len(prompts))
+    return results
+
+
+def _figures(results: Sequence[Generation]) -> Entry:
+    generated = sum(len(r.tokens) for r in results)
+    stats = [r.stats for r in results if r.stats is not None]
+    assert len(stats) == len(results), [r.error for r in results if r.error]
+    cycles = sum(s.cycles for s in stats)
+    ratios = [s.tokens_per_cycle for s in stats if s.tokens_per_cycle is not None]
     return {
-        "prompts": len(decoded),
+        "prompts": len(results),
         "tokens": generated,
         "cycles": cycles,
-        "tokens_per_cycle": _round((generated - len(decoded)) / cycles),
-        "tokens_per_cycle_mean_over_prompts": _round(sum(ratios) / len(ratios)),
-        "agreement_by_position": agreement(decoded, block_size),
-        "distinct_trigram_share": _round(
-            _mean(map(distinct_trigrams, (d.tokens for d in decoded)))
-        ),
+        "tokens_per_cycle": _round((generated - len(results)) / cycles),
+        "tokens_per_cycle_mean_over_prompts": _round(_mean(ratios)),
+        "distinct_trigram_share": _round(_mean(distinct_trigrams(r.tokens) for r in results)),
     }
 
 
-def agreement(decoded: Sequence[Decoded], block_size: int) -> list[float]:
+def agreement(net: OrthrusLM, prompts: Sequence[list[int]], results: Sequence[Generation]) -> Entry:
     """Share of cycles whose draft at each position equals the token that the AR view went on to
-    write there.
+    write there; and in how many cycles the package accepted just the drafts that agree.
     """
-    right, seen = [0] * (block_size - 1), [0] * (block_size - 1)
-    for one in decoded:
-        for anchor, draft in one.drafts:
-            for i, (drafted, wrote) in enumerate(
-                zip(draft, one.tokens[anchor + 1 :], strict=False)
-            ):
-                right[i] += drafted == wrote
+    right, seen = [0] * (net.shape.block_size - 1), [0] * (net.shape.block_size - 1)
+    alike = 0
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result.stats is not None
+        anchors = [0]
+        for n_accepted in result.stats.accepted[:-1]:
+            anchors.append(anchors[-1] + n_accepted + 1)
+        if not result.stats.accepted:
+            continue
+        drafts = drafts_at(net, prompt + result.tokens, [len(prompt) + a for a in anchors])
+        for anchor, draft, n_accepted in zip(anchors, drafts, result.stats.accepted, strict=True):
+            pairs = zip(draft, result.tokens[anchor + 1 :], strict=False)
+            agrees = [drafted == wrote for drafted, wrote in pairs]
+            alike += [*agrees, False].index(False) == n_accepted
+            for i, agreed in enumerate(agrees):
+                right[i] += agreed
                 seen[i] += 1
-    return [_round(r / s) if s else 0.0 for r, s in zip(right, seen, strict=True)]
+    return {
+        "agreement_by_position": [
+            _round(r / s) if s else 0.0 for r, s in zip(right, seen, strict=True)
+        ],
+        "cycles_accepted_as_agreeing": alike,
+    }
+
+
+@torch.no_grad()
+def drafts_at(net: OrthrusLM, tokens: list[int], anchors: list[int]) -> list[list[int]]:
+    """What the draft view proposes after each anchor (an index into `tokens`), as in training: all
+    blocks in one pass.
+    """
+    shape, device = net.shape, next(net.parameters()).device
+    ids = torch.tensor([tokens], device=device)
+    places = torch.tensor([anchors], device=device)
+    room = F.pad(ids, (0, shape.block_size))  # a block may reach past the end
+    blocks, positions = block_tokens(room, places, shape.block_size, shape.mask_token_id)
+    mask = dense_mask(places, len(tokens), shape.block_size)
+    hidden = net.draft(blocks, positions, net.ar(ids)[1], mask)
+    drafts = net.logits(hidden[0]).argmax(-1).view(len(anchors), -1)[:, :-1]
+    listed: list[list[int]] = drafts.tolist()
+    return listed
 
 
 def distinct_trigrams(tokens: Sequence[int]) -> float:

@@ -1,22 +1,26 @@
-"""The held-out prompts: records by their own seed, code from packages kept out of training, prose
-written for this.
+"""The held-out prompts: records by their own seed, code from packages kept out of training; prose
+from the docstrings of those packages, and some written for this.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.embedded import records
 
 SPLIT = "held-out"
-N_RECORDS, N_CODE = 256, 128  # measured
+N_RECORDS, N_CODE, N_PROSE = 256, 128, 128  # measured
 N_RECORDS_KEPT, N_CODE_KEPT = 96, 24  # committed, the first of each; all prose is
 CODE_LINES = (8, 32)
-PROSE = (
+PROSE_WORDS = (8, 16)  # of a prompt, which opens a paragraph of at least MIN_WORDS
+MIN_WORDS, SHARED_WORDS, SAME = 20, 8, 32  # SAME: letters
+WRITTEN = (
     "The river rises in the hills north of the town and",
     "There are two ways to keep bread fresh. The first is",
     "A good map leaves things out. The question for the person who draws it is",
@@ -67,14 +71,75 @@ def code_prompts(texts: Sequence[str], count: int = N_CODE) -> list[dict[str, An
     return prompts
 
 
-def prose_prompts() -> list[dict[str, Any]]:
-    """`{"kind": "prose", "text": …}`."""
-    return [{"kind": "prose", "text": text} for text in PROSE]
+def prose_prompts(
+    texts: Sequence[str], trained: Iterable[str], count: int = N_PROSE
+) -> list[dict[str, Any]]:
+    """`{"kind": "prose", "source": "written" or "docstrings", "text": …}`: what was written for
+    this, then openings of paragraphs of the held-out files' docstrings, none of which shares
+    SHARED_WORDS words in a row with a file that was trained on.
+    """
+    found = {paragraph for text in texts for paragraph in _paragraphs(text)}
+    # Of paragraphs that begin alike, one.
+    openings = {_opening(p)[:SAME]: _opening(p) for p in reversed(_unseen(found, trained))}
+    written = [{"kind": "prose", "source": "written", "text": text} for text in WRITTEN]
+    quoted = [
+        {"kind": "prose", "source": "docstrings", "text": text}
+        for text in reversed(openings.values())
+    ]
+    return (written + quoted)[:count]
 
 
-def write_held_out(texts: Sequence[str], path: Path) -> None:
+def _paragraphs(text: str) -> Iterator[str]:
+    """Paragraphs of plain English in the docstrings of a Python file, each on one line."""
+    try:
+        nodes = list(ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in nodes:
+        docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+        for paragraph in re.split(r"\n\s*\n", docstring or ""):
+            words = paragraph.split()
+            plain = re.fullmatch(r"[A-Z][\w\s,.;:'\"()`*/~-]*", paragraph)
+            opens = all(re.fullmatch(r"[\w'-]+[,.;:]?", w) for w in words[: PROSE_WORDS[1]])
+            if plain and opens and len(words) >= MIN_WORDS and "\n " not in paragraph:
+                yield " ".join(words)
+
+
+def _unseen(paragraphs: Iterable[str], trained: Iterable[str]) -> list[str]:
+    """The paragraphs that share no run of words with the trained texts, ordered by hash."""
+    runs: dict[str, set[str]] = {}
+    for paragraph in paragraphs:
+        for run in _runs(paragraph):
+            runs.setdefault(run, set()).add(paragraph)
+    kept = {paragraph for found in runs.values() for paragraph in found}
+    for text in trained:
+        for run in _runs(text):
+            kept -= runs.get(run, set())
+    return sorted(kept, key=lambda paragraph: hashlib.sha256(paragraph.encode()).digest())
+
+
+def _runs(text: str) -> Iterator[str]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return (" ".join(words[at : at + SHARED_WORDS]) for at in range(len(words) - SHARED_WORDS + 1))
+
+
+def _opening(paragraph: str) -> str:
+    fewest, most = PROSE_WORDS
+    length = fewest + hashlib.sha256(paragraph.encode()).digest()[0] % (most - fewest + 1)
+    return " ".join(paragraph.split()[:length])
+
+
+def write_held_out(texts: Sequence[str], trained: Iterable[str], path: Path) -> None:
     """The committed part of the held-out prompts, as JSON Lines."""
-    kept = record_prompts(N_RECORDS_KEPT) + code_prompts(texts, N_CODE_KEPT) + prose_prompts()
+    prose = prose_prompts(texts, trained)
+    kept = record_prompts(N_RECORDS_KEPT) + code_prompts(texts, N_CODE_KEPT) + prose
     path.write_text(
         "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept), encoding="utf-8"
     )
+
+
+def read_held_out(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The prompts of one kind that `write_held_out` wrote."""
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [entry for entry in entries if entry["kind"] == kind]

@@ -1,0 +1,102 @@
+"""How much faster drafting is on this machine's CPU: the demonstrations, timed in both modes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import orthrus_fast
+from orthrus_fast import Decoder, Generation
+
+Figures = dict[str, Any]
+log = logging.getLogger(__name__)
+RUNNERS = ("eager", "compiled")
+RUNS, MAX_NEW = 5, 200
+COMMAND = "OMP_NUM_THREADS=1 python -m scripts.train_embedded speed"
+
+
+def measure(directory: Path, before: Figures | None) -> Iterator[Figures]:
+    """Time every demonstration with every runner, with the threads that torch has now; the figures
+    so far after each.
+
+    `before` holds what was measured earlier, with other numbers of threads say; a row stays until
+    it is measured anew.
+    """
+    threads = torch.get_num_threads()
+    demos = json.loads((directory / "demos.json").read_text("utf-8"))
+    rows = {_key(row): row for row in (before or {}).get("rows", [])}
+    for runner in RUNNERS:
+        decoder = orthrus_fast.load(directory, device="cpu", runner=runner)
+        for name, demo in demos.items():
+            load = [os.getloadavg()[0]]
+            figures = time_modes(decoder, decoder.encode(demo.get("messages") or demo["text"]))
+            load.append(os.getloadavg()[0])
+            row = {"threads": threads, "runner": runner, "demo": name, **figures}
+            row["load_average"] = [round(value, 2) for value in load]
+            log.info("%s", row)
+            rows[_key(row)] = row
+            yield {
+                "command": COMMAND,
+                "machine": machine(torch.device("cpu")),
+                "runs": RUNS,
+                "max_new_tokens": MAX_NEW,
+                "rows": sorted(rows.values(), key=lambda row: int(row["threads"])),
+            }
+
+
+def _key(row: Figures) -> tuple[Any, ...]:
+    return row["threads"], row["runner"], row["demo"]
+
+
+def time_modes(decoder: Decoder, ids: list[int]) -> Figures:
+    """RUNS rounds of each way to decode, one after another: the median gain of diffusion over the
+    round's faster AR, and tokens/s; of both also the lowest and highest.
+
+    A ratio within a round: what else the machine does then slows all three.
+    """
+    rates: dict[str, list[float]] = {"diffusion": [], "ar_same_pass": [], "ar_one_row": []}
+    for run in range(RUNS + 1):
+        results = (
+            decoder.generate(ids, MAX_NEW),
+            decoder.generate(ids, MAX_NEW, mode="ar"),
+            decoder.generate_one_row(ids, MAX_NEW),
+        )
+        if run:  # the first warms up
+            for kept, result in zip(rates.values(), results, strict=True):
+                kept.append(_rate(result))
+    medians = {name: statistics.median(kept) for name, kept in rates.items()}
+    rounds = [d / max(ar) for d, *ar in zip(*rates.values(), strict=True)]
+    spread = {name: [round(v, 1) for v in (min(k), max(k))] for name, k in rates.items()}
+    return {
+        "gain": round(statistics.median(rounds), 3),
+        "gain_range": [round(min(rounds), 3), round(max(rounds), 3)],
+        "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
+        "tokens_per_second_range": spread,
+    }
+
+
+def _rate(result: Generation) -> float:
+    assert result.stats is not None and result.stats.tokens_per_second is not None
+    return result.stats.tokens_per_second
+
+
+def machine(device: torch.device) -> str:
+    """The hardware and torch, in words."""
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{os.cpu_count()}-core {_cpu_name()}, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]} ({platform.machine()})" if names else f"{platform.machine()} CPU"
