@@ -824,3 +824,62 @@ def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> Non
     assert len(mailbox) == 1
     Event.interrupt = False
     assert mailbox.receive() == report(4).tolist()
+
+
+# The graph runner's own lines, with a stand-in for CUDA graphs
+
+
+class StandInGraph:
+    """Replays by running the captured step again and writing over what capturing returned."""
+
+    def __init__(self, runner: Any, step: Callable[[], Any]) -> None:
+        self.runner, self.step, self.n_replays = runner, step, 0
+        self.out, self.logits = step(), runner.logits
+
+    def replay(self) -> None:
+        self.n_replays += 1
+        fresh = self.step()
+        if self.out is not None:
+            self.out.copy_(fresh)
+            self.logits.copy_(self.runner.logits)
+
+
+def test_the_graph_runner_replays_what_it_captured(
+    tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, sampling and one-row graphs, each captured once, and replayed by the right calls."""
+
+    def capture(self: Any, step: Callable[[], Any]) -> Any:
+        graph = StandInGraph(self, step)
+        return graph, graph.out
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
+    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)  # a CPU has no copy of a report in flight
+    directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
+    eager = orthrus_fast.load(directory, device="cpu", dtype="float64", slots=2)
+    decoder = orthrus_fast.load(directory, device="cpu", dtype="float64", slots=2)
+    old = decoder._runner
+    runner = runners.GraphRunner(
+        old.model, old.state, old.cache, runners.opaque("sdpa", old.model.kernels)
+    )
+    runner.prepare(8)
+    decoder._runner = runner
+    assert check(runner, 8, [64]).holds
+    sampling = [None, *(orthrus_fast.SamplingParams(temperature=t, seed=3) for t in (0.5, 1.0))]
+    for mode in ("ar", "diffusion"):
+        for settings in (None, sampling):
+            expected = eager.generate(PROMPTS[:3], 25, settings, mode)
+            got = decoder.generate(PROMPTS[:3], 25, settings, mode)
+            assert [r.tokens for r in got] == [r.tokens for r in expected]
+            assert [r.stats.accepted for r in got] == [r.stats.accepted for r in expected]
+    one_row = [d.generate_one_row(PROMPTS[1], 12).tokens for d in (eager, decoder)]
+    assert one_row[0] == one_row[1]
+    assert set(runner._verify_graphs) == {(8, False), (8, True), (1, False)}
+    assert set(runner._draft_graphs) == {False, True}
+    before = {key: entry[0].n_replays for key, entry in runner._verify_graphs.items()}
+    drafts = [graph.n_replays for graph in runner._draft_graphs.values()]
+    n_cycles = decoder.generate(PROMPTS[0], 10, mode="ar").stats.cycles
+    after = {key: entry[0].n_replays for key, entry in runner._verify_graphs.items()}
+    assert after == {**before, (8, False): before[8, False] + n_cycles}
+    assert drafts == [graph.n_replays for graph in runner._draft_graphs.values()]  # AR never drafts
