@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests.checkpoints import write_checkpoint
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% if enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Tiny products gain nothing from threads, and lose seconds where cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a byte tokenizer and no chat template."""
+    directory = tmp_path_factory.mktemp("raw") / "model"
+    return write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
+    (directory / "chat_template.jinja").write_text(CHAT)
+    return directory

@@ -24,10 +24,6 @@ from orthrus_fast.errors import PromptError, RequestError
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
-    "{% if enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}"
-)
 PROMPTS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "hello"},
     {"prompt": "one two three"},
@@ -36,21 +32,6 @@ PROMPTS: list[dict[str, Any]] = [
     {"id": "stopped", "prompt": "x", "stop": ["qqq", "zzz"]},
     {"id": "last", "prompt": "goodbye", "logprobs": True},
 ]
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a byte tokenizer and no chat template."""
-    directory = tmp_path_factory.mktemp("raw") / "model"
-    return write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("chat") / "model"
-    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
-    (directory / "chat_template.jinja").write_text(CHAT)
-    return directory
 
 
 def write_prompts(path: Path, prompts: list[dict[str, Any]]) -> Path:

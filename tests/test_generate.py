@@ -24,26 +24,6 @@ from orthrus_fast import Chunk
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-    "{% if enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a byte tokenizer and no chat template."""
-    directory = tmp_path_factory.mktemp("raw") / "model"
-    return write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("chat") / "model"
-    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[])
-    (directory / "chat_template.jinja").write_text(CHAT)
-    return directory
 
 
 class Run(SimpleNamespace):
