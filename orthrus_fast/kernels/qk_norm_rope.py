@@ -1,6 +1,6 @@
 """Between the fused projection and attention: qk-norm, rotary embedding and the cache write.
 
-One kernel for what ``Attention.project`` and ``KVCache.write`` do in plain PyTorch, op by op with
+One kernel for what ``model.qk_norm_rope_write`` does in plain PyTorch, op by op with
 the same rounding: only the order in which the norm's mean is summed differs.
 """
 
