@@ -55,9 +55,7 @@ class PromptLine:
     id: str | int  # the user's own; else the line's number, from 1
     kind: str  # prompt, messages or ids
     prompt: Any  # str, list of dicts, or list of ints
-    settings: Mapping[
-        str, Any
-    ]  # what the line itself asks for; SamplingParams' names, and a budget
+    settings: Mapping[str, Any]  # the line's own: SamplingParams' names, and a budget
 
 
 # The prompts.
