@@ -531,7 +531,6 @@ def chat(decoder: Decoder, args: argparse.Namespace) -> int:
 def run_batch(args: argparse.Namespace) -> int:
     """--prompts-file to --output; what is there already is not done again."""
     from orthrus_fast import batch
-    from orthrus_fast.checkpoint import open_checkpoint
 
     lines = batch.read_prompts(args.prompts_file)
     asked = batch.parameters(lines, lambda own: sampling(args, **{"seed": None, **own}))
@@ -539,10 +538,9 @@ def run_batch(args: argparse.Namespace) -> int:
         decoder = load_decoder(args)
         check_template_flags(decoder, args)
         params = [resolved(decoder, one) for one in asked]
-        path = args.checkpoint if args.checkpoint is not None else EMBEDDED
-        checkpoint = open_checkpoint(path, revision=decoder.configuration["commit"])
+        assert decoder.checkpoint is not None  # loaded from one
         settings = batch_settings(args, resolved(decoder, sampling(args)))
-        header = batch.make_header(decoder, checkpoint, lines, settings, args.seed)
+        header = batch.make_header(decoder, decoder.checkpoint, lines, settings, args.seed)
         drawing = any(one.temperature > 0 and one.seed is None for one in params)
         seed = results.begin(header, lines, draw_seed=drawing)
         params = batch.seeded(params, seed)

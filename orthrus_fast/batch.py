@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO
 
-from orthrus_fast.checkpoint import Checkpoint
+from orthrus_fast.checkpoint import TEXT_FILES, Checkpoint
 from orthrus_fast.decoder import Decoder, Generation
 from orthrus_fast.errors import PromptError, RequestError, TemplateError, one_line
-from orthrus_fast.sampling import SamplingParams
+from orthrus_fast.sampling import SamplingParams, is_integer
 
 try:
     import fcntl
@@ -34,13 +34,6 @@ KINDS = ("prompt", "messages", "ids")
 SEED_BITS = 48  # of a drawn seed: with an index added it is exact in any reader's JSON numbers
 SAMPLES, SAMPLE_BYTES = 1024, 4096  # of a file of weights that is too large to be read whole
 WHOLE_BYTES = 2**26
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "stop", "logprobs")
 # Where the files lie and which of several equal devices runs them changes no text.
 NOT_SETTINGS = ("checkpoint", "commit", "device")
@@ -134,12 +127,8 @@ def _parse_object(content: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and -1e9 <= value <= 1e9
+    return (is_integer(value) or isinstance(value, float)) and -1e9 <= value <= 1e9
 
 
 def _is_list_of(kind: type) -> Callable[[Any], bool]:
@@ -149,14 +138,14 @@ def _is_list_of(kind: type) -> Callable[[Any], bool]:
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": ("text", lambda value: isinstance(value, str)),
     "messages": ("a list of objects", _is_list_of(dict)),
-    "ids": ("a list of integers", lambda v: isinstance(v, list) and all(map(_is_integer, v))),
-    "id": ("text or an integer", lambda value: isinstance(value, str) or _is_integer(value)),
-    "max_new_tokens": ("an integer above 0", lambda value: _is_integer(value) and value > 0),
+    "ids": ("a list of integers", lambda v: isinstance(v, list) and all(map(is_integer, v))),
+    "id": ("text or an integer", lambda value: isinstance(value, str) or is_integer(value)),
+    "max_new_tokens": ("an integer above 0", lambda value: is_integer(value) and value > 0),
     "temperature": ("a number", _is_number),
-    "top_k": ("an integer", _is_integer),
+    "top_k": ("an integer", is_integer),
     "top_p": ("a number", _is_number),
     "min_p": ("a number", _is_number),
-    "seed": ("an integer", _is_integer),
+    "seed": ("an integer", is_integer),
     "stop": ("text or a list of texts", lambda v: isinstance(v, str) or _is_list_of(str)(v)),
     "logprobs": ("true or false", lambda value: isinstance(value, bool)),
 }
@@ -423,7 +412,7 @@ class Results:
                     raise RequestError(f"{self.path}, line {number}: not a result; remove the line")
                 break
             index = result.get("index")
-            if not _is_integer(index) or index in self.done or ids.get(index) != result.get("id"):
+            if not is_integer(index) or index in self.done or ids.get(index) != result.get("id"):
                 what = _shown(result.get("id"))
                 raise RequestError(
                     f"{self.path}, line {number}: id {what}: is there twice, or is no prompt's; "

@@ -34,13 +34,12 @@ _log = logging.getLogger("orthrus_fast")
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TEXT_FILES = (
+TEXT_FILES = (  # all but the weights and their index
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    _INDEX,
 )
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DRAFT = "_diff.weight"  # how the names of the draft view's tensors end
@@ -85,7 +84,7 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     if local and revision is not None:
         raise RequestError(f"revision {revision!r}: {name} is a local path, which has none")
     directory = _local_directory(name) if local else _fetch_text_files(name, revision)
-    for file in _TEXT_FILES:  # before anything opens them: reading a FIFO would wait for ever
+    for file in (*TEXT_FILES, _INDEX):  # before anything opens them: a FIFO would wait for ever
         if os.path.lexists(directory / file):
             _check_file(directory, file)
     config = read_config(directory)
@@ -417,7 +416,7 @@ def _fetch_text_files(repo: str, revision: str | None) -> Path:
 
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(_TEXT_FILES), tqdm_class=Silent
+                repo, revision=revision, allow_patterns=[*TEXT_FILES, _INDEX], tqdm_class=Silent
             )
         )
 

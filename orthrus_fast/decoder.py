@@ -26,7 +26,7 @@ from torch import Tensor
 from orthrus_fast import __version__, steps
 from orthrus_fast.attention import edges
 from orthrus_fast.cache import KVCache
-from orthrus_fast.checkpoint import Progress, load_model, open_checkpoint
+from orthrus_fast.checkpoint import Checkpoint, Progress, load_model, open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.errors import (
     BusyError,
@@ -113,6 +113,7 @@ class Decoder:
         attention: str,
     ) -> None:
         self.name = name
+        self.checkpoint: Checkpoint | None = None  # the files behind it, where ``load`` read them
         self.config = model.config
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -210,8 +211,8 @@ class Decoder:
         """
         n = len(prompts)
         settings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * n
-        budgets = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else []
-        budgets = budgets or [cast(int, max_new_tokens)] * n
+        each = max_new_tokens
+        budgets = list(each) if isinstance(each, Sequence) else [each] * n
         if len(settings) != n or len(budgets) != n:
             raise RequestError(
                 f"{n} prompts, but sampling has {len(settings)} and max_new_tokens {len(budgets)}"
@@ -574,6 +575,7 @@ def load(
         runner=runner,
         attention=attention,
     )
+    decoder.checkpoint = checkpoint
     decoder.configuration["commit"] = checkpoint.commit
     decoder.startup = {"load": loaded, **decoder.startup}
     if runner != "eager":

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -62,13 +62,13 @@ class SamplingParams:
         temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
         if not _is_number(temperature) or not 0 <= temperature <= _MAX_TEMPERATURE:
             self._refuse("temperature", f"a number from 0 to {_MAX_TEMPERATURE:g}")
-        if self.top_k is not None and not (_is_integer(self.top_k) and 1 <= self.top_k < 2**63):
+        if self.top_k is not None and not (is_integer(self.top_k) and 1 <= self.top_k < 2**63):
             self._refuse("top_k", "None or an integer of at least 1")
         if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
             self._refuse("top_p", "None or a number above 0 and at most 1")
         if min_p is not None and not (_is_number(min_p) and 0 <= min_p <= 1):
             self._refuse("min_p", "None or a number from 0 to 1")
-        if self.seed is not None and not (_is_integer(self.seed) and 0 <= self.seed < 2**64):
+        if self.seed is not None and not (is_integer(self.seed) and 0 <= self.seed < 2**64):
             self._refuse("seed", "None or an integer from 0 to 2**64 - 1")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             self._refuse("stop", "a tuple of non-empty strings")
@@ -117,7 +117,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
