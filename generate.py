@@ -62,6 +62,8 @@ def build_parser() -> Parser:
     results = "its results, a line as each ends; a killed run goes on from there; '-': printed"
     add("--output", metavar="FILE", help=results)
     add("--slots", type=int, default=1, metavar="B", help="prompts decoded at once (default: 1)")
+    width = "rows of a block, 2 or more (default and most: the checkpoint's own)"
+    add("--block-size", type=int, metavar="K", help=width)
     add("--max-new-tokens", type=int, default=256, metavar="N", help="budget (default: 256)")
     add("--max-seq-len", type=int, metavar="N", help="prompt plus new tokens (default: 4096)")
     add("--mode", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
@@ -271,6 +273,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             runner=args.runner,
             attention=args.attention,
             slots=args.slots,
+            block_size=args.block_size,
             revision=args.revision,
             draft_view=args.mode == "diffusion" or args.check,
             progress=progress,

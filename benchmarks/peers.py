@@ -276,11 +276,11 @@ def build_parser() -> own.Parser:
     add("--new-tokens", type=own.positive, default=128, metavar="N")
     add("--max-seq-len", type=own.positive, metavar="N", help="(default: room for everything)")
     accept = "share of drafts that are right in replayed acceptance (default: 0.85)"
-    add("--accept", type=own.probability, default=0.85, metavar="P", help=accept)
+    add("--accept", type=own.acceptance, default=0.85, metavar="P", help=accept)
     add("--seed", type=int, default=0, metavar="N", help="of weights, prompts and drafts")
     add("--repeats", type=own.positive, default=5, metavar="N", help=f"{ROUNDS} at most a decode")
     add("--json", metavar="FILE")
-    parser.set_defaults(checkpoint=None, slots=1, prompts_file=None)
+    parser.set_defaults(checkpoint=None, slots=1, block_size=None, prompts_file=None)
     return parser
 
 

@@ -31,18 +31,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from orthrus_fast.bench_report import show
 from orthrus_fast.config import ModelConfig, RopeConfig
 from orthrus_fast.errors import OrthrusError, RequestError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from torch import Tensor
 
     from orthrus_fast.decoder import Decoder
     from orthrus_fast.model import Kernels, Transformer, View
     from orthrus_fast.runners import EagerRunner, First
     from orthrus_fast.sampling import SamplingParams
+    from orthrus_fast.steps import State
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED = REPOSITORY / "model"
@@ -52,6 +53,12 @@ LONGEST_PROMPT = 1024  # tokens; of the identity part's random prompts
 WARM_UP = 3  # runs before what is timed
 ROUNDS = 3  # repeats of whole decodes, which average over hundreds of cycles each
 STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes one timing of the ceiling reads; far past caches
+TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
+CYCLE_SETTINGS: dict[str, dict[str, Any]] = {  # of the sampling part
+    "greedy": {},
+    "sampled": {"temperature": 0.7},
+    "filtered": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},  # Qwen3's own recommendation
+}
 FORMAT = 1  # of the JSON file
 
 Result = dict[str, Any]
@@ -151,6 +158,11 @@ class Bench:
     def device(self) -> torch.device:
         return self.runner.device
 
+    @property
+    def accept(self) -> float:
+        """The share of right drafts that replays have."""
+        return share_of_right_drafts(self.args.accept, self.width)
+
 
 def build(args: argparse.Namespace) -> Bench:
     """Load or draw the weights and build the decoder. Raises OrthrusError."""
@@ -168,7 +180,10 @@ def build(args: argparse.Namespace) -> Bench:
             raise RequestError(
                 f"contexts: {context} is not below max_seq_len {decoder.max_seq_len}"
             )
-    return Bench(args, decoder, contexts)
+    bench = Bench(args, decoder, contexts)
+    if bench.drafting:
+        share_of_right_drafts(args.accept, bench.width)  # refused here, before anything is timed
+    return bench
 
 
 def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
@@ -178,11 +193,12 @@ def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
         default_dtype,
         memory_needed,
         parse_dtype,
+        with_block_size,
     )
     from orthrus_fast.runners import check_runner, find_kernels
 
     begin = time.perf_counter()
-    config = shape_config(args.shape)
+    config = with_block_size(shape_config(args.shape), args.block_size)
     dtype = parse_dtype(args.dtype) or default_dtype(config, device)
     runner = check_runner(args.runner, "default", device)
     attention, kernels = find_kernels(args.attention, device, dtype, config.head_dim)
@@ -218,6 +234,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Decoder:
         dtype=args.dtype,
         max_seq_len=choose_max_seq_len(args, open_checkpoint(path).config),
         slots=args.slots,
+        block_size=args.block_size,
         runner=args.runner,
         attention=args.attention,
     )
@@ -311,16 +328,24 @@ def time_steps(
     return [summary(spans[i :: len(steps)]) for i in range(len(steps))]
 
 
-def time_cycles(runner: EagerRunner, width: int, drafting: bool, repeats: int) -> dict[str, float]:
+def time_cycles(
+    runner: EagerRunner, width: int, drafting: bool, repeats: int, sampling: bool = False
+) -> dict[str, float]:
     """Milliseconds of a whole cycle, from one report's arrival at the host to the next's."""
+    return summary(cycle_spans(runner, width, drafting, repeats, sampling))
+
+
+def cycle_spans(
+    runner: EagerRunner, width: int, drafting: bool, repeats: int, sampling: bool
+) -> list[float]:
     marks = []
     for _ in range(WARM_UP + repeats + 1):
         while runner.in_flight <= runner.ahead:
-            runner.launch(drafting, width)
+            runner.launch(drafting, width, sampling)
         runner.read()
         marks.append(time.perf_counter())
     runner.drain()
-    return summary([(end - begin) * 1e3 for begin, end in pairwise(marks[WARM_UP:])])
+    return [(end - begin) * 1e3 for begin, end in pairwise(marks[WARM_UP:])]
 
 
 def place(bench: Bench, context: int) -> None:
@@ -548,7 +573,7 @@ class Replay:
     def __init__(self, bench: Bench, salt: int = 0) -> None:
         import torch
 
-        self.runner, self.accept = bench.runner, bench.args.accept
+        self.runner, self.accept = bench.runner, bench.accept
         state = bench.runner.state
         self.drafts = torch.zeros_like(state.tokens)  # [B, S]
         self.offset = torch.arange(1, bench.width, device=bench.device)
@@ -579,6 +604,28 @@ def expected_tokens_per_cycle(accept: float, width: int) -> float:
     return sum(accept**n for n in range(width))
 
 
+def share_of_right_drafts(asked: float, width: int) -> float:
+    """``asked`` itself up to 1; above, the share that gives so many tokens per cycle.
+
+    Raises RequestError for more than blocks of ``width`` rows can give.
+    """
+    if asked <= 1:
+        return asked
+    if asked >= width:
+        raise RequestError(
+            f"accept: {asked:g} tokens per cycle is not above 1 and below {width}, "
+            "the rows of a block"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(64):  # each halves what is left; a float has 53 bits
+        middle = (low + high) / 2
+        if expected_tokens_per_cycle(middle, width) < asked:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 class Decoded(NamedTuple):
     """Some prompts decoded at once."""
 
@@ -593,11 +640,20 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    decoder: Decoder, prompts: list[list[int]], n_tokens: int, drafting: bool, width: int
+    decoder: Decoder,
+    prompts: list[list[int]],
+    n_tokens: int,
+    drafting: bool,
+    width: int,
+    settings: Sequence[SamplingParams | None] | None = None,
 ) -> Decoded:
-    """Serve the prompts in the decoder's own loop, text and mailbox included."""
+    """Serve the prompts in the decoder's own loop, text and mailbox included.
+
+    ``settings``: one for each prompt; None is greedy.
+    """
     decoder._runner.state.reset()
-    requests = [decoder._request(prompt, n_tokens, None) for prompt in prompts]
+    each = settings or [None] * len(prompts)
+    requests = [decoder._request(p, n_tokens, s) for p, s in zip(prompts, each, strict=True)]
     for _ in decoder._run(requests, drafting, width):
         pass
     seconds = max(r.last_at for r in requests) - max(r.first_at for r in requests)
@@ -605,6 +661,20 @@ def decode(
     n_after_first = sum(len(ids) - 1 for ids in tokens)
     accepted = [n for request in requests for n in request.accepted]
     return Decoded(tokens, accepted, n_after_first / seconds if seconds > 0 else 0.0)
+
+
+def seeded(
+    bench: Bench,
+    n: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> list[SamplingParams]:
+    """The settings of ``n`` sequences, each with a seed of its own. Raises RequestError."""
+    from orthrus_fast.sampling import SamplingParams
+
+    seeds = [(bench.args.seed + index) % 2**64 for index in range(n)]
+    return [SamplingParams(temperature, top_k, top_p, seed=seed) for seed in seeds]
 
 
 @contextmanager
@@ -628,7 +698,8 @@ def cycles(bench: Bench) -> Result:
         at = [cycles_at(bench, context) for context in fitting]
     return {
         "label": "replayed acceptance",
-        "accept": bench.args.accept,
+        "accept": bench.accept,
+        "accept_asked": bench.args.accept,
         "new_tokens": n_tokens,
         "at": at,
         "left_out": [context for context in bench.contexts if context not in fitting],
@@ -662,12 +733,40 @@ def cycles_at(bench: Bench, context: int) -> Result:
         "tokens_per_second": {name: summary(values) for name, values in rates.items()},
         "speedup_over_faster_ar": statistics.median(rates["diffusion"]) / faster,
         "tokens_per_cycle": n_emitted / len(accepted),
-        "tokens_per_cycle_expected": expected_tokens_per_cycle(bench.args.accept, width),
+        "tokens_per_cycle_expected": expected_tokens_per_cycle(bench.accept, width),
         "tokens_per_cycle_standard_error": statistics.pstdev(accepted) / len(accepted) ** 0.5,
         "cycles": len(accepted),
         "tokens_equal_to_ar": equal,
         "one_row_tokens_equal_to_ar": one_row.tokens == padded.tokens,
     }
+
+
+def sampled_cycles(bench: Bench) -> Result:
+    """What sampling adds to a cycle: greedy, sampled, and sampled with filters, in turn."""
+    bench.runner.prepare(bench.width, sampling=True)
+    with random_cache(bench):
+        at = [sampled_cycles_at(bench, context) for context in bench.contexts]
+    mode = "diffusion" if bench.drafting else "ar"
+    return {"mode": mode, "settings": CYCLE_SETTINGS, "at": at}
+
+
+def sampled_cycles_at(bench: Bench, context: int) -> Result:
+    """``over_greedy_share``: the median's excess over greedy's, as a share of greedy's."""
+    tell(f"sampling at {context} committed tokens")
+    runner, repeats = bench.runner, bench.args.repeats
+    place(bench, context)
+    spans: dict[str, list[float]] = {name: [] for name in CYCLE_SETTINGS}
+    for _ in range(ROUNDS):
+        for name, settings in CYCLE_SETTINGS.items():
+            each = seeded(bench, bench.decoder.slots, **settings)
+            for slot, params in enumerate(each):
+                runner.state.settings.put(slot, params)
+            sampling = each[0].temperature > 0
+            spans[name] += cycle_spans(runner, bench.width, bench.drafting, repeats, sampling)
+    ms = {name: summary(values) for name, values in spans.items()}
+    greedy = ms["greedy"]["median"]
+    over = {name: of["median"] / greedy - 1 for name, of in ms.items() if name != "greedy"}
+    return {"context": context, "cycle_ms": ms, "over_greedy_share": over}
 
 
 def eager(bench: Bench) -> Result:
@@ -797,29 +896,35 @@ def compare(expected: Kept, got: Kept) -> Result:
 def identity(bench: Bench) -> Result:
     """AR against diffusion, to the bit: tokens, logits at every emitted position, cache rows.
 
-    Random weights get replayed drafts, a checkpoint drafts for itself.
+    Random weights get replayed drafts, a checkpoint drafts for itself. Sampled, where the command
+    line says so, with a seed for each sequence, the same in both modes.
     """
     if not bench.drafting:
         return {"skipped": "no draft view"}
-    n_tokens, width, decoder = bench.args.new_tokens, bench.width, bench.decoder
-    prompts = identity_prompts(bench)
+    args, width, decoder = bench.args, bench.width, bench.decoder
+    n_tokens, prompts = args.new_tokens, identity_prompts(bench)
+    settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    each = seeded(bench, len(prompts), **settings)
     recorder = Recorder(bench)
     with replaced(bench.runner, prefill=recorder.prefill, verify=recorder.verify):
         tell("identity: ar")
-        decode(decoder, prompts, n_tokens, False, width)
+        decode(decoder, prompts, n_tokens, False, width, each)
         recorder.finish()
         expected = [recorder.kept[i] for i in range(len(prompts))]
-        replay = Replay(bench) if bench.args.shape else None
+        replay = Replay(bench) if args.shape else None
         recorder.start(expected, replay)
         tell("identity: diffusion")
         drafts = {"draft": replay.draft} if replay else {}
         with replaced(bench.runner, **drafts):
-            diffusion = decode(decoder, prompts, n_tokens, True, width)
+            diffusion = decode(decoder, prompts, n_tokens, True, width, each)
         recorder.finish()
-    verdicts = [recorder.verdicts[i] for i in range(len(prompts))]
+    verdicts = [{"seed": each[i].seed, **recorder.verdicts[i]} for i in range(len(prompts))]
     totals = ("rows", "rows_differing", "cache_rows", "cache_rows_differing")
     return {
-        "drafts": f"replayed, {bench.args.accept} right" if replay else "the checkpoint's own",
+        "drafts": f"replayed, {bench.accept:.3g} right" if replay else "the checkpoint's own",
+        "accept": bench.accept if replay else None,
+        "accept_asked": args.accept if replay else None,
+        "sampling": settings,
         "sequences": len(prompts),
         "sequences_equal": sum(verdict["tokens_equal"] for verdict in verdicts),
         "new_tokens": sum(verdict["new_tokens"] for verdict in verdicts),
@@ -828,6 +933,7 @@ def identity(bench: Bench) -> Result:
         "tokens_sha256": digest([kept.tokens.tolist() for kept in expected]),
         "distinct_tokens": len({token for tokens in diffusion.tokens for token in tokens}),
         "tokens_per_cycle": diffusion.tokens_per_cycle,
+        "cycles": len(diffusion.accepted),
         "by_sequence": verdicts,
     }
 
@@ -879,6 +985,138 @@ def read_prompts(path: Path) -> list[Any]:
     return prompts
 
 
+def expected_accepted(
+    draft_logits: Tensor, target_logits: Tensor, drafts: Tensor, temperature: float
+) -> Tensor:
+    """How many drafts rejection sampling is expected to accept, given the drafts: [B] float64.
+
+    logits [B, K-1, V], drafts [B, K-1] that were drawn from the softmax of ``draft_logits /
+    temperature``. The i-th is accepted, after those before it, with probability min(1, target
+    probability / draft probability): Leviathan et al. 2023, arXiv 2211.17192, algorithm 1. In
+    float64; filters off.
+    """
+
+    def log_probability(logits: Tensor) -> Tensor:
+        scaled = (logits.double() / temperature).log_softmax(dim=-1)
+        return scaled.gather(-1, drafts[..., None])[..., 0]
+
+    ratio = (log_probability(target_logits) - log_probability(draft_logits)).exp()
+    return ratio.clamp(max=1).cumprod(dim=-1).sum(dim=-1)
+
+
+class BlockJudge:
+    """Tokens per cycle of sampled blocks, ours and rejection sampling's, not cut by a text's end.
+
+    Its runner decodes by the eager steps over the decoder's own weights, state and cache, since
+    nothing reaches into a captured graph. Each block is judged twice on the same logits: by the
+    tokens that our noise draws, and by ``expected_accepted``, which nothing is served by. Drafts
+    are fresh draws in every block: what is cut off after a wrong draft was judged by no one.
+    """
+
+    def __init__(self, bench: Bench, temperature: float) -> None:
+        from orthrus_fast.runners import EagerRunner
+
+        runner = bench.runner
+        self.runner = EagerRunner(runner.model, runner.state, runner.cache)
+        self.temperature = temperature
+        self.ours: list[float] = []
+        self.rejection: list[float] = []
+        for name in ("_sampled", "verify"):
+            setattr(self.runner, name, getattr(self, name))
+
+    def _sampled(self, state: State, logits: Tensor) -> Tensor:
+        from orthrus_fast.steps import sampled
+
+        self.draft_logits = logits
+        return sampled(state, logits)
+
+    def verify(self, width: int, sampling: bool = False) -> Tensor:
+        from orthrus_fast.steps import accept, make_block
+
+        state, is_open = self.runner.state, ~self.runner.state.done
+        block = make_block(state, width)
+        report = type(self.runner).verify(self.runner, width, sampling)
+        ours = accept(block, report[:, :width])
+        target_logits = self.runner.logits[:, :-1]
+        rejection = expected_accepted(
+            self.draft_logits, target_logits, block[:, 1:], self.temperature
+        )
+        self.ours += (1 + ours[is_open]).tolist()
+        self.rejection += (1 + rejection[is_open]).tolist()
+        return report
+
+
+def temperatures(bench: Bench) -> Result:
+    """A checkpoint's tokens per cycle by temperature, and what rejection sampling would have had.
+
+    ``served``: as the decoder's own runner serves them, the last block cut at the text's end.
+    ``uncut``, ``rejection_sampling``: of the whole blocks of a second decode, see ``BlockJudge``.
+    Standard errors count cycles as independent.
+    """
+    if not bench.drafting:
+        return {"skipped": "no draft view"}
+    if bench.args.shape:
+        return {"skipped": "random weights have no trained draft view"}
+    prompts = identity_prompts(bench)
+    return {
+        "sequences": len(prompts),
+        "new_tokens": bench.args.new_tokens,
+        "filters": None,
+        "served_by": bench.decoder.configuration["runner"],
+        "judged_by": "eager steps over the same weights; texts may differ in near ties",
+        "rejection_sampling": "arXiv 2211.17192, computed on the uncut blocks' logits, not served",
+        "at": [temperatures_at(bench, prompts, temperature) for temperature in TEMPERATURES],
+    }
+
+
+def temperatures_at(bench: Bench, prompts: list[list[int]], temperature: float) -> Result:
+    tell(f"temperatures: {temperature}")
+    decoder, n_tokens, width = bench.decoder, bench.args.new_tokens, bench.width
+    each = seeded(bench, len(prompts), temperature)
+    served = decode(decoder, prompts, n_tokens, True, width, each)
+    spread = mean_of(served.accepted)
+    result: Result = {
+        "temperature": temperature,
+        "served": {**spread, "mean": served.tokens_per_cycle},
+    }
+    if temperature > 0:
+        judge = BlockJudge(bench, temperature)
+        with served_by(decoder, judge.runner):
+            decode(decoder, prompts, n_tokens, True, width, each)
+        result["uncut"] = mean_of(judge.ours)
+        result["rejection_sampling"] = mean_of(judge.rejection)
+        result["uncut_over_rejection_sampling"] = ratio_of(judge.ours, judge.rejection)
+    return result
+
+
+def mean_of(values: Sequence[float]) -> Result:
+    """Mean, its standard error and the number of values; None where there are none."""
+    if not values:
+        return {"mean": None, "standard_error": None, "n": 0}
+    error = statistics.pstdev(values) / len(values) ** 0.5
+    return {"mean": statistics.fmean(values), "standard_error": error, "n": len(values)}
+
+
+def ratio_of(values: Sequence[float], others: Sequence[float]) -> Result:
+    """As ``mean_of``, of the ratio of two means; its error counts that they come in pairs."""
+    if not values:
+        return mean_of(values)
+    below = statistics.fmean(others)
+    ratio = statistics.fmean(values) / below
+    rest = [(a - ratio * b) / below for a, b in zip(values, others, strict=True)]  # delta method
+    return {**mean_of(rest), "mean": ratio}
+
+
+@contextmanager
+def served_by(decoder: Decoder, runner: EagerRunner) -> Iterator[None]:
+    """Another runner in the decoder's loop, over the same state and cache."""
+    own, decoder._runner = decoder._runner, runner
+    try:
+        yield
+    finally:
+        decoder._runner = own
+
+
 def prefill(bench: Bench) -> Result:
     """Milliseconds to the first token, ids in, by the host's clock."""
     decoder = bench.decoder
@@ -908,13 +1146,15 @@ PARTS: dict[str, Callable[[Bench], Result]] = {
     "ceiling": ceiling,
     "passes": passes,
     "cycles": cycles,
+    "sampling": sampled_cycles,
     "eager": eager,
     "identity": identity,
+    "temperatures": temperatures,
     "prefill": prefill,
 }
 
 
-# The report: one JSON file, and tables on a terminal.
+# The report: one JSON file; its tables are bench_report's.
 
 
 class Report:
@@ -1014,140 +1254,6 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def show(console: Console, name: str, part: Result) -> None:
-    """One table."""
-    from rich.table import Table
-
-    if "skipped" in part:
-        console.print(f"{name}: left out, {part['skipped']}")
-        return
-    title, columns, rows = TABLES[name](part)
-    table = Table(*columns, title=title, title_justify="left", title_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.file.flush()  # what follows may take minutes, and be cut off
-
-
-Rows = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, columns, rows
-
-
-def _spread(values: dict[str, float]) -> str:
-    half = (values["p90"] - values["p10"]) / 2
-    return f"{_short(values['median'])} ±{half / values['median']:.0%}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _gigabytes(size: int | None) -> str:
-    return "–" if size is None else f"{size / 1e9:.2f} GB"
-
-
-def _startup_table(part: Result) -> Rows:
-    rows: list[tuple[str, ...]] = [
-        (stage, f"{seconds:.2f} s") for stage, seconds in part["seconds"].items()
-    ]
-    found = part["invariance"]
-    if found:
-        verdict = "holds" if found["holds"] else "DOES NOT HOLD"
-        rows.append(("row invariance", f"{verdict}, checked in {found['seconds']:.2f} s"))
-        rows.append(("own products", ", ".join(found["replaced"]) or "none"))
-    for name, size in part["memory"].items():
-        rows.append((name.removesuffix("_bytes").replace("_", " "), _gigabytes(size)))
-    return "startup", ("what", "took"), rows
-
-
-def _ceiling_row(part: Result) -> tuple[str, ...]:
-    return tuple(f"{part[f'{kind}_bytes_per_s'] / 1e9:.0f}" for kind in ("product", "amax", "sum"))
-
-
-def _ceiling_table(part: Result) -> Rows:
-    return "streaming ceiling, GB/s", ("product", "read, amax", "read, sum"), [_ceiling_row(part)]
-
-
-def _passes_table(part: Result) -> Rows:
-    rows = []
-    for at in part["at"]:
-        row = [str(at["context"])]
-        for name in ("verify", "draft"):
-            one = at.get(name)
-            row.append(_spread(one["ms"]) if one else "–")
-            row += [
-                _percent(one[f"share_by_{what}"]) if one else "–"
-                for what in ("weights", "weights_and_cache")
-            ]
-        cycle, ar = at.get("cycle"), at["ar"]
-        row.append(_short(cycle["ms"]["median"]) if cycle else "–")
-        row.append(_percent(cycle["over_passes_share"]) if cycle else "–")
-        row += [_short(ar[f"{kind}_ms"]["median"]) for kind in ("padded", "one_row")]
-        rows.append(tuple(row))
-    gigabytes = part["ceiling"]["bytes_per_s"] / 1e9
-    title = f"passes, ms ± half of 10–90%; shares of {gigabytes:.0f} GB/s: weights, with the cache"
-    columns = ("context", "verify", "w", "w+c", "draft", "w", "w+c", "cycle", "over", "AR", "1 row")
-    return title, columns, rows
-
-
-def _cycles_table(part: Result) -> Rows:
-    rows = []
-    for at in part["at"]:
-        rates = at["tokens_per_second"]
-        rows.append(
-            (
-                str(at["context"]),
-                f"{at['tokens_per_cycle']:.2f} (of {at['tokens_per_cycle_expected']:.2f})",
-                *(_short(rates[n]["median"]) for n in ("diffusion", "ar_padded", "ar_one_row")),
-                f"{at['speedup_over_faster_ar']:.2f}",
-                "equal" if at["tokens_equal_to_ar"] else "DIFFERENT",
-            )
-        )
-    title = f"tokens/s, REPLAYED ACCEPTANCE: drafts {part['accept']:.0%} right"
-    columns = ("context", "tokens/cycle", "diffusion", "AR", "AR 1 row", "speed-up", "text")
-    return title, columns, rows
-
-
-def _eager_table(part: Result) -> Rows:
-    row = (_spread(part["cycle_ms"]), _spread(part["eager_cycle_ms"]), f"{part['speedup']:.2f}")
-    title = f"a {part['mode']} cycle at {part['context']}, ms"
-    return title, (part["runner"], "eager", "ratio"), [row]
-
-
-def _identity_table(part: Result) -> Rows:
-    row = (
-        f"{part['sequences_equal']} of {part['sequences']}",
-        f"{part['rows_differing']} of {part['rows']}",
-        f"{part['cache_rows_differing']} of {part['cache_rows']}",
-        str(part["ties_for_first_place"]),
-        _short(part["tokens_per_cycle"] or 0),
-    )
-    columns = ("texts equal", "logit rows differ", "cache rows differ", "ties", "tokens/cycle")
-    return f"AR and diffusion to the bit, drafts: {part['drafts']}", columns, [row]
-
-
-def _prefill_table(part: Result) -> Rows:
-    rows: list[tuple[str, ...]] = [
-        (str(at["prompt_tokens"]), _spread(at["ms"]), _short(at["tokens_per_second"]))
-        for at in part["at"]
-    ]
-    return "time to first token", ("prompt", "ms", "tokens/s"), rows
-
-
-TABLES: dict[str, Callable[[Result], Rows]] = {
-    "startup": _startup_table,
-    "ceiling": _ceiling_table,
-    "passes": _passes_table,
-    "cycles": _cycles_table,
-    "eager": _eager_table,
-    "identity": _identity_table,
-    "prefill": _prefill_table,
-}
-
-
 # The command line.
 
 
@@ -1178,6 +1284,13 @@ def probability(text: str) -> float:
     return value
 
 
+def acceptance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
 def parts(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= set(PARTS):
@@ -1200,18 +1313,26 @@ def build_parser() -> Parser:
     add("--runner", choices=("auto", "eager", "compiled", "graph"), default="auto")
     add("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
     add("--slots", type=positive, default=1, metavar="B", help="decoded at once (default: 1)")
+    width = "rows of a block (default and most: the model's own)"
+    add("--block-size", type=positive, metavar="K", help=width)
     contexts = f"committed tokens (default: {','.join(map(str, CONTEXTS))}, as far as they fit)"
     add("--contexts", type=integers, metavar="N,…", help=contexts)
     add("--max-seq-len", type=positive, metavar="N", help="(default: room for every part)")
     everything = list(PARTS)
     add("--parts", type=parts, default=everything, metavar="LIST", help=",".join(everything))
-    accept = "replayed acceptance: the share of drafts that are right (default: 0.85)"
-    add("--accept", type=probability, default=0.85, metavar="P", help=accept)
-    add("--sequences", type=positive, default=4, metavar="N", help="of identity (default: 4)")
-    new_tokens = "of cycles and identity, a sequence (default: 512)"
+    accept = "replayed acceptance: the share of drafts that are right (default: 0.85), "
+    accept += "or, above 1, tokens per cycle"
+    add("--accept", type=acceptance, default=0.85, metavar="P", help=accept)
+    sequences = "of identity and temperatures (default: 4)"
+    add("--sequences", type=positive, default=4, metavar="N", help=sequences)
+    new_tokens = "of cycles, identity and temperatures, a sequence (default: 512)"
     add("--new-tokens", type=positive, default=512, metavar="N", help=new_tokens)
-    prompts = 'of identity: JSON lines with "ids", "messages" or "text"'
+    prompts = 'of identity and temperatures: JSON lines with "ids", "messages" or "text"'
     add("--prompts-file", metavar="FILE", help=prompts)
+    temperature = "of identity (default: 0, greedy), whose sequences have seeds of their own"
+    add("--temperature", type=float, default=0.0, metavar="T", help=temperature)
+    add("--top-k", type=positive, metavar="K", help="of identity, where sampled (default: off)")
+    add("--top-p", type=probability, metavar="P", help="of identity, where sampled (default: off)")
     add("--seed", type=int, default=0, metavar="N", help="of weights, prompts and drafts")
     add("--repeats", type=positive, default=20, metavar="N", help="of each timing (default: 20)")
     add("--json", metavar="FILE", help="results; the same command again goes on where it ended")
@@ -1245,6 +1366,15 @@ def check_flags(args: argparse.Namespace) -> None:
         raise RequestError(f"new_tokens: {args.new_tokens} is below 2: the first comes by prefill")
 
 
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise RequestError for settings that cannot be meant, before weights are loaded."""
+    from orthrus_fast.sampling import SamplingParams
+
+    SamplingParams(args.temperature, args.top_k, args.top_p)
+    if args.temperature == 0 and (args.top_k, args.top_p) != (None, None):
+        raise RequestError("--top-k and --top-p need a --temperature above 0: greedy ignores them")
+
+
 def _fail(problem: str) -> int:
     print(f"error: {problem}", file=sys.stderr)
     return 2
@@ -1268,6 +1398,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=100)
     bench = None
     if missing:
+        check_sampling(args)
         bench = build(args)
         report.begin_run(bench.decoder)
     for name in args.parts:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from orthrus_fast.config import ModelConfig, read_config, read_json
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
-from orthrus_fast.model import Attention, Kernels, Layer, Transformer
+from orthrus_fast.model import Attention, Kernels, Layer, Transformer, plain_kernels
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -350,7 +350,7 @@ def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stor
             f"{directory}: config.json is an Orthrus's, but there are no *_diff tensors; to run it "
             "as a plain Qwen3, remove block_size and mask_token_id and name Qwen3ForCausalLM"
         )
-    views = tensor_views(_build_on_meta(config, Kernels(_never_run, _never_run), draft_view=True))
+    views = tensor_views(_build_on_meta(config, plain_kernels(_never_run), draft_view=True))
     expected = {name: tuple(view.shape) for name, view in views.items()}
     wrong = [f"{name} is missing" for name in expected if name not in stored]
     if config.tie_word_embeddings and _LM_HEAD in stored:

@@ -35,10 +35,10 @@ from orthrus_fast.errors import (
     TemplateError,
     UnsupportedError,
 )
-from orthrus_fast.invariance import Invariance, secure
+from orthrus_fast.invariance import Invariance, own_products, secure
 from orthrus_fast.model import Transformer
 from orthrus_fast.runners import EagerRunner, Emitted, check_runner, find_kernels, make_runner
-from orthrus_fast.sampling import SamplingParams
+from orthrus_fast.sampling import SamplingParams, is_integer
 from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
@@ -132,7 +132,7 @@ class Decoder:
         self.invariance: Invariance | None = None
         if runner == "graph":
             places = edges(attention, capacity)
-            self._runner, self.invariance = secure(model, build, self._width, places)
+            self._runner, self.invariance = secure(model, build, slots, self._width, places)
         else:
             self._runner = build()
             self._runner.prepare(self._width)
@@ -150,7 +150,7 @@ class Decoder:
             "runner": runner,
             "compile_mode": None if runner == "eager" else "default",
             "attention": attention,
-            "own_products": list(self.invariance.replaced) if self.invariance else [],
+            "own_products": own_products(model, slots * self._width),
             "slots": slots,
             "block_size": self.config.block_size,
             "max_seq_len": max_seq_len,
@@ -527,6 +527,7 @@ def load(
     compile_mode: str = "default",
     revision: str | None = None,
     *,
+    block_size: int | None = None,
     draft_view: bool = True,
     progress: Progress | None = None,
 ) -> Decoder:
@@ -534,10 +535,11 @@ def load(
 
     ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
     on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
-    ``runner`` to graph on CUDA and eager on CPU. ``draft_view`` False leaves that view's weights on
-    disk, for mode ar alone. ``progress`` is called with bytes loaded and bytes in all. Raises
-    CheckpointError, RequestError or UnsupportedError; torch's global settings and random state stay
-    as they were.
+    ``runner`` to graph on CUDA and eager on CPU; ``block_size`` to the checkpoint's own: a smaller
+    one proposes less and computes less, for many slots or a slow processor. ``draft_view`` False
+    leaves that view's weights on disk, for mode ar alone. ``progress`` is called with bytes loaded
+    and bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's global
+    settings and random state stay as they were.
     """
     begin = time.perf_counter()
     torch_device = parse_device(device)
@@ -546,7 +548,8 @@ def load(
         raise RequestError(f"slots: {slots!r} is not an integer of at least 1")
     parsed_dtype = parse_dtype(dtype)
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
-    config = checkpoint.config
+    config = with_block_size(checkpoint.config, block_size)
+    checkpoint = replace(checkpoint, config=config)
     torch_dtype = parsed_dtype or default_dtype(config, torch_device)
     attention, kernels = find_kernels(attention, torch_device, torch_dtype, config.head_dim)
     max_seq_len = check_max_seq_len(max_seq_len, config)
@@ -582,6 +585,20 @@ def load(
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in decoder.startup.items())
         _log.info("ready: %s", ", ".join(stages))
     return decoder
+
+
+def with_block_size(config: ModelConfig, block_size: int | None) -> ModelConfig:
+    """The same with narrower blocks; None changes nothing. Raises RequestError."""
+    if block_size is None:
+        return config
+    if config.block_size is None:
+        raise RequestError(f"block_size: {block_size!r}, but a plain Qwen3 drafts no blocks")
+    if not is_integer(block_size) or not 2 <= block_size <= config.block_size:
+        raise RequestError(
+            f"block_size: {block_size!r} is not an integer from 2 to {config.block_size}, "
+            "the checkpoint's own"
+        )
+    return replace(config, block_size=block_size)
 
 
 class Memory(NamedTuple):

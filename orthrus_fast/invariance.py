@@ -12,10 +12,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from orthrus_fast.model import Layer, Transformer
 from orthrus_fast.runners import EagerRunner, plain_arithmetic
@@ -46,7 +48,11 @@ class Invariance:
 
 
 def secure(
-    model: Transformer, build: Callable[[], EagerRunner], width: int, edges: list[int]
+    model: Transformer,
+    build: Callable[[], EagerRunner],
+    n_slots: int,
+    width: int,
+    edges: list[int],
 ) -> tuple[EagerRunner, Invariance]:
     """A runner prepared for ``width``, made invariant where there is a way to that.
 
@@ -54,13 +60,16 @@ def secure(
     compiled; if the whole pass fails nevertheless, every product does, and it is built once more.
     """
     begin = time.perf_counter()
-    runner = build()
-    shapes = variant_products(model, len(runner.state.slots) * width)
+    n_rows = n_slots * width
+    every = set(library_products(model, n_rows))
+    shapes = variant_products(model, n_rows)
     replace_products(model, shapes)
+    if every - shapes:
+        _log.info("no tiles for %s at %d rows: the library's", _names(every - shapes), n_rows)
     on_products = time.perf_counter() - begin
+    runner = build()
     runner.prepare(width)
     found = check(runner, width, edges)
-    every = set(_products(model))
     if not found.holds and shapes != every:
         _log.warning("the verify pass is not row-invariant with the library's products: %s", found)
         shapes = every
@@ -68,7 +77,7 @@ def secure(
         runner = build()
         runner.prepare(width)
         found = check(runner, width, edges)
-    names = tuple(f"{rows} × {columns}" for rows, columns in sorted(shapes))
+    names = tuple(_names({shape}) for shape in sorted(shapes))
     found = replace(found, replaced=names, seconds=found.seconds + on_products)
     level = logging.INFO if found.holds else logging.WARNING
     _log.log(level, "row invariance %s: %s", "holds" if found.holds else "DOES NOT HOLD", found)
@@ -222,33 +231,55 @@ class _Probe:
 
 
 def variant_products(model: Transformer, n_rows: int) -> set[tuple[int, int]]:
-    """Shapes [N, K] of verification's products whose rows are not alike at ``n_rows`` rows."""
+    """Shapes [N, K] that the library serves at ``n_rows`` rows, and whose rows are not alike."""
     from orthrus_fast.kernels.product import rows_are_alike
 
-    weight = model.embed_tokens.weight
-    return {
-        (n, k)
-        for (n, k), product in _products(model).items()
-        if not rows_are_alike(product, n_rows, k, weight.dtype, weight.device)
-    }
+    with plain_arithmetic(model.embed_tokens.weight.device):
+        return {
+            (n, k)
+            for (n, k), weight in library_products(model, n_rows).items()
+            if not rows_are_alike(
+                partial(F.linear, weight=weight), n_rows, k, weight.dtype, weight.device
+            )
+        }
 
 
 def replace_products(model: Transformer, shapes: set[tuple[int, int]]) -> None:
-    """Put the fixed-tile kernel in place of the library's for these shapes."""
-    if not shapes:
-        return
-    from orthrus_fast.kernels.product import replace_linears
-
-    replace_linears(model, shapes)
+    """Put the fixed-tile kernel in place of the library's for these shapes, where there is one."""
+    products = model.kernels.products.without_library(frozenset(shapes))
+    model.kernels = replace(model.kernels, products=products)
 
 
-def _products(model: Transformer) -> dict[tuple[int, int], nn.Module]:
-    """A product of each shape [N, K] that a verify pass has."""
-    products: list[Any] = [model.lm_head]
+def library_products(model: Transformer, n_rows: int) -> dict[tuple[int, int], Tensor]:
+    """A weight of each shape [N, K] that the library serves and a kernel of ours could."""
+    products = model.kernels.products
+    if not products.has_own:
+        return {}
+    return {
+        shape: weight
+        for shape, weight in _weights(model).items()
+        if not products.is_own(n_rows, weight)
+    }
+
+
+def own_products(model: Transformer, n_rows: int) -> list[str]:
+    """The products (N × K) of a verify pass that kernels of ours do."""
+    products = model.kernels.products
+    shapes = {s for s, weight in _weights(model).items() if products.is_own(n_rows, weight)}
+    return [_names({shape}) for shape in sorted(shapes)]
+
+
+def _weights(model: Transformer) -> dict[tuple[int, int], Tensor]:
+    """A weight of each shape [N, K] that a verify pass multiplies with."""
+    modules: list[Any] = [model.lm_head]
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        products += [layer.attention.qkv, layer.attention.o, layer.gate_up, layer.down]
-    return {tuple(product.weight.shape): product for product in products}
+        modules += [layer.attention.qkv, layer.attention.o, layer.gate_up, layer.down]
+    return {tuple(module.weight.shape): module.weight for module in modules}
+
+
+def _names(shapes: set[tuple[int, int]]) -> str:
+    return ", ".join(f"{rows} × {columns}" for rows, columns in sorted(shapes))
 
 
 def bits_of(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class QkNormRopeWrite(Protocol):
 
     def __call__(
         self,
-        qkv: Tensor,
+        parts: Tensor,
         q_norm: Tensor,
         k_norm: Tensor,
         eps: float,
@@ -64,24 +64,56 @@ class QkNormRopeWrite(Protocol):
     ) -> Tensor: ...
 
 
+class Products(Protocol):
+    """The products of x [..., K] and a weight [N, K], with what follows each."""
+
+    has_own: ClassVar[bool]  # whether there are kernels of ours to take the library's place
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product as the sum of P parts [P, ..., N], for ``add_norm`` or qk_norm_rope_write.
+
+        A kernel may split the inner dimension; whoever reads the parts adds them up, in order.
+        They are float32 then, else of x's dtype.
+        """
+        ...
+
+    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2]."""
+        ...
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """ids [...] of each row's greatest value, the lowest at a tie, and the product [..., N].
+
+        Without ``keep`` the product is of no use.
+        """
+        ...
+
+    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+        """Whether a kernel of ours does a product of ``n_rows`` rows, not the library."""
+        ...
+
+    def without_library(self, shapes: frozenset[tuple[int, int]]) -> Products:
+        """The same, but that the library does no product of these shapes (N, K)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """The parts of a layer that have more than one implementation."""
+    """What of a pass has more than one implementation; ``plain_kernels`` has PyTorch's."""
 
     attend: Attend
     qk_norm_rope_write: QkNormRopeWrite
+    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    products: Products
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over the last dimension (arXiv 1910.07467), rounded as Qwen3 does."""
+    """The weight of a norm; ``rms_norm`` is the norm."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -106,9 +138,9 @@ class Attention(nn.Module):
         kernels: Kernels,
         causal: bool,
     ) -> Tensor:
-        """x [R, T, hidden_size] -> the same shape; the rows' K and V go to the caches first."""
+        """x [R, T, hidden_size] -> parts [P, R, T, hidden_size]; K and V go to the caches first."""
         q = kernels.qk_norm_rope_write(
-            self.qkv(x),
+            kernels.products.parts(x, self.qkv.weight),
             self.q_norm.weight,
             self.k_norm.weight,
             self.q_norm.eps,
@@ -120,8 +152,7 @@ class Attention(nn.Module):
             v_cache,
         )
         mixed = kernels.attend(q, k_cache, v_cache, places.start, places.slot, causal=causal)
-        out: Tensor = self.o(mixed.flatten(-2))
-        return out
+        return kernels.products.parts(mixed.flatten(-2), self.o.weight)
 
 
 class Layer(nn.Module):
@@ -148,20 +179,18 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x and the last layer's ``update`` to it -> the same, a layer later.
 
-        The sum is left to the next layer, whose compiled code makes it and the norm in one kernel.
+        An update is a product's parts [P, R, T, hidden_size]; the sum is left to the next norm.
         """
         causal = view is View.AUTOREGRESSIVE
         attention = self.attention if causal else self.draft_attention
         assert attention is not None  # the decoder refuses to draft without the draft view
-        x = x + update
-        x = x + attention(self.attention_norm(x), places, k_cache, v_cache, kernels, causal)
-        return x, self.mlp(self.mlp_norm(x))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """SwiGLU (arXiv 2002.05202)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
-        return out
+        norm, products = self.attention_norm, kernels.products
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps)
+        update = attention(normed, places, k_cache, v_cache, kernels, causal)
+        norm = self.mlp_norm
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps)
+        hidden = products.swiglu(normed, self.gate_up.weight)
+        return x, products.parts(hidden, self.down.weight)
 
 
 class Transformer(nn.Module):
@@ -201,8 +230,8 @@ class Transformer(nn.Module):
         twin = copy.copy(self)
         twin.kernels = kernels
         twin.run_layer = compile(Layer.forward)
-        twin.enter = compile(self.enter)  # type: ignore[method-assign]
-        twin.leave = compile(self.leave)  # type: ignore[method-assign]
+        twin.enter = compile(twin.enter)  # type: ignore[method-assign]
+        twin.leave = compile(twin.leave)  # type: ignore[method-assign]
         return twin
 
     def forward(
@@ -214,7 +243,7 @@ class Transformer(nn.Module):
         slot below ``start`` must be committed. ``view`` DRAFT needs a checkpoint with that view.
         """
         x, places = self.enter(tokens, start, slot)
-        update = torch.zeros_like(x)
+        update = torch.zeros_like(x)[None]
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
             x, update = self.run_layer(
                 layer, x, update, places, k_cache, v_cache, self.kernels, view
@@ -229,24 +258,75 @@ class Transformer(nn.Module):
 
     def leave(self, x: Tensor, update: Tensor) -> Tensor:
         """The final norm over the residual stream."""
-        hidden: Tensor = self.norm(x + update)
-        return hidden
+        return self.kernels.add_norm(x, update, self.norm.weight, self.norm.eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> [..., V] in the model's dtype; padding rows included."""
         logits: Tensor = self.lm_head(hidden)
         return logits
 
+    def choose(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """hidden [R, T, hidden_size] -> the greedy ids [R, T], and the logits, if to be kept.
+
+        The logits of verification come from here, not from ``logits``, which may round otherwise.
+        """
+        return self.kernels.products.greatest(hidden, self.lm_head.weight, keep)
+
+
+def plain_kernels(attend: Attend) -> Kernels:
+    """The kernels of plain PyTorch, and ``attend``."""
+    return Kernels(attend, qk_norm_rope_write, add_norm, LibraryProducts())
+
+
+class LibraryProducts:
+    """``Products`` by the library that PyTorch calls."""
+
+    has_own: ClassVar[bool] = False
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)[None]
+
+    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        gate, up = F.linear(x, weight).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        product = F.linear(x, weight)
+        return product.argmax(dim=-1), product
+
+    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+        return False
+
+    def without_library(self, shapes: frozenset[tuple[int, int]]) -> LibraryProducts:
+        return self
+
+
+def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., hidden_size] plus the sum of ``parts`` [P, ..., hidden_size]: that, and its norm."""
+    x = x + sum_parts(parts, x.dtype)
+    return x, rms_norm(x, weight, eps)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parts [P, ...] of a product, added in order and rounded once."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(dtype)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x scaled to unit root mean square in float32 or wider, rounded, then times the weight."""
+    """x scaled to unit root mean square (arXiv 1910.07467), rounded, then times the weight.
+
+    In float32 or wider up to that rounding, as Qwen3 has it.
+    """
     wide = x.to(_wide(x.dtype))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
 
 def qk_norm_rope_write(
-    qkv: Tensor,
+    parts: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     eps: float,
@@ -257,12 +337,13 @@ def qk_norm_rope_write(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """qkv [R, T, (n_heads + 2 n_kv_heads) · head_dim] -> q [R, T, n_heads, head_dim].
+    """parts [P, R, T, (n_heads + 2 n_kv_heads) · head_dim] of qkv -> q [R, T, n_heads, head_dim].
 
     k, normalised and rotated as q is, and v go to the caches [B, n_kv_heads, S, head_dim] at
     ``positions`` [R, T] of ``slot`` [R]. q_norm, k_norm [head_dim]; cos, sin [R, T, head_dim].
     """
     n_kv_heads = k_cache.shape[1]
+    qkv = sum_parts(parts, k_cache.dtype)
     heads = qkv.view(*qkv.shape[:2], -1, q_norm.shape[0])
     n_heads = heads.shape[-2] - 2 * n_kv_heads
     q, k, v = torch.split(heads, [n_heads, n_kv_heads, n_kv_heads], dim=-2)

@@ -17,6 +17,9 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,7 +29,7 @@ from orthrus_fast import steps
 from orthrus_fast.attention import as_operator, find_backend, why_no_triton
 from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line
-from orthrus_fast.model import Kernels, Transformer, qk_norm_rope_write
+from orthrus_fast.model import Kernels, Transformer, plain_kernels, qk_norm_rope_write
 from orthrus_fast.sampling import SamplingParams, logprobs
 
 RUNNERS = ("eager", "compiled", "graph")
@@ -159,8 +162,8 @@ class EagerRunner:
     def verify(self, width: int, sampling: bool = False) -> Tensor:
         """One verify pass and what follows it -> the cycle's report, as ``steps.settle`` has it."""
         block = steps.make_block(self.state, width)
-        self.logits = steps.verify(self.passes, self.cache, self.state, block)
-        return self._settle(self.state, block, self.logits, self.eos, sampling)
+        greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
+        return self._settle(self.state, block, greedy, self.logits, self.eos, sampling)
 
 
 class CompiledRunner(EagerRunner):
@@ -206,6 +209,7 @@ class CompiledRunner(EagerRunner):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
+                self._build_kernels(width)
                 if self._drafts_at(width):
                     EagerRunner.draft(self, sampling)
                 EagerRunner.verify(self, width, sampling)
@@ -213,6 +217,44 @@ class CompiledRunner(EagerRunner):
             raise UnsupportedError(
                 f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
             ) from error
+
+    def _build_kernels(self, width: int) -> None:
+        """Have the larger kernels compiled side by side; in a pass each would wait for its turn."""
+        model, cache, kernels = self.model, self.cache, self.model.kernels
+        if not kernels.products.has_own:
+            return
+        layer: Any = model.layers[0]
+        n_heads = model.config.n_heads
+
+        def rows(weight: Tensor) -> Tensor:
+            return weight.new_zeros(len(self.state.slots), width, weight.shape[1])
+
+        def attend(causal: bool) -> None:
+            x = rows(layer.attention.o.weight)
+            q = x.view(*x.shape[:2], n_heads, -1)
+            where = (cache.k[0], cache.v[0], self.state.length, self.state.slots)
+            kernels.attend(q, *where, causal=causal)
+
+        def multiply(product: Callable[..., object], weight: Tensor, *rest: bool) -> None:
+            product(rows(weight), weight, *rest)
+
+        products, head = kernels.products, model.lm_head.weight
+        jobs = [
+            *(partial(multiply, products.greatest, head, keep) for keep in (True, False)),
+            *(partial(attend, causal) for causal in (True, False)),
+            partial(multiply, products.swiglu, layer.gate_up.weight),
+            partial(multiply, products.parts, layer.attention.qkv.weight),
+            partial(multiply, products.parts, layer.attention.o.weight),
+            partial(multiply, products.parts, layer.down.weight),
+        ]
+
+        @torch.inference_mode()
+        def run(job: Callable[[], None]) -> None:
+            with torch.cuda.device(self.device):
+                job()
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(run, jobs))
 
     def _drafts_at(self, width: int) -> bool:
         return self.model.has_draft_view and width == self.state.proposals.shape[1] + 1
@@ -326,24 +368,32 @@ def find_kernels(
     Raises RequestError for an unknown backend, UnsupportedError for one that cannot run here.
     """
     name, attend = find_backend(attention, device, dtype, head_dim)
+    plain = plain_kernels(attend)
     if why_no_triton(device, dtype, head_dim):
-        return name, Kernels(attend, qk_norm_rope_write)
-    from orthrus_fast.kernels import qk_norm_rope
+        return name, plain
+    from orthrus_fast.kernels import norm, qk_norm_rope
+    from orthrus_fast.kernels.product import FixedTileProducts
 
-    return name, Kernels(attend, qk_norm_rope.qk_norm_rope_write)
+    products = FixedTileProducts.of(plain.products, device, dtype)
+    return name, Kernels(attend, qk_norm_rope.qk_norm_rope_write, norm.add_norm, products)
 
 
 def opaque(attention: str, kernels: Kernels) -> Kernels:
     """The same kernels as operators that a compiler calls without looking inside.
 
-    The plain qk_norm_rope_write stays as it is: that one the compiler should see through.
+    Those of plain PyTorch stay as they are: these the compiler should see through.
     """
-    place = kernels.qk_norm_rope_write
-    if place is not qk_norm_rope_write:
-        from orthrus_fast.kernels import qk_norm_rope
+    attend = as_operator(attention, kernels.attend)  # type: ignore[arg-type]
+    if kernels.qk_norm_rope_write is qk_norm_rope_write:
+        return replace(kernels, attend=attend)
+    from orthrus_fast.kernels import norm, qk_norm_rope
 
-        place = qk_norm_rope.qk_norm_rope_write_op
-    return Kernels(as_operator(attention, kernels.attend), place)  # type: ignore[arg-type]
+    return replace(
+        kernels,
+        attend=attend,
+        qk_norm_rope_write=qk_norm_rope.qk_norm_rope_write_op,
+        add_norm=norm.add_norm_op,
+    )
 
 
 def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:

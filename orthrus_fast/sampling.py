@@ -28,9 +28,6 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
-# A pass of the threshold search settles so many bits, by 2**bits - 1 probes: one where every probe
-# is a pass of its own (eager), two where a pass fuses its probes. The result is the same.
-_DIGIT_BITS = {"cpu": 1, "cuda": 2}
 _MINUS_INFINITY_RANK = 0x007FFFFF  # below it and above +inf lie the NaNs
 
 _MAX_TEMPERATURE = 1e30  # temperature times noise stays finite in float32
@@ -162,20 +159,26 @@ def choose(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def sample(logits: Tensor, position: Tensor, settings: Settings, *, filters: bool = True) -> Tensor:
+def sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
     """logits [B, T, V], position [B, T] -> token ids [B, T] int64.
 
     ``position`` is the absolute position of the sampled token itself, one past that of the row that
     predicts it. Arithmetic is in float32 whatever the logits' dtype; handing over bfloat16 logits
     as they are halves the cost of the filters. A slot with temperature 0 gets exactly
-    ``choose(logits)``. A logit of -inf is never chosen beside a finite one. ``filters=False`` is
-    for a caller who knows that no slot filters: the same scores without the searches (if it is
-    compiled apart, up to the compiler's choice of fused multiply-adds).
+    ``choose(logits)``. A logit of -inf is never chosen beside a finite one. On a GPU a kernel does
+    it, a program for each row: torch.compile's own code for it does not compile there.
     """
+    if logits.is_cuda:
+        from orthrus_fast.kernels.sample import sample_op
+
+        if logits.dtype != torch.float64:
+            chosen: Tensor = sample_op(logits, position, *settings)
+            return chosen
+        chosen = sample_op(logits.float(), position, *settings)
+        return torch.where(settings.temperature[:, None] > 0, chosen, choose(logits))
     noise = gumbel(settings.seed, position, logits.shape[-1])
     scores = logits.float() + settings.temperature[:, None, None] * noise
-    if filters:
-        scores = torch.where(keep(logits, settings), scores, -math.inf)
+    scores = torch.where(keep(logits, settings), scores, -math.inf)
     sampled = choose(scores)
     return torch.where(settings.temperature[:, None] > 0, sampled, choose(logits))
 
@@ -291,17 +294,12 @@ def _threshold(logits: Tensor, mass: Tensor | None, need: Tensor, n_bits: int) -
 
     ``logits`` is [B, T, V] float32, ``mass`` [B, T, V] int64 or None for one each. The search walks
     down the bits of the threshold's rank among all floats, highest first; values that come from a
-    16-bit float differ in their first ``n_bits`` already. Settling two bits a
-    pass, that is 8 passes over a row for bfloat16 and 16 for float32, of three masked sums each.
+    16-bit float differ in their first ``n_bits`` already.
     """
-    digit_bits = _DIGIT_BITS.get(logits.device.type, 2)
     rank = torch.zeros_like(need, dtype=torch.int64)
-    for shift in range(32 - digit_bits, 32 - n_bits - digit_bits, -digit_bits):
-        digit = torch.zeros_like(rank)
-        for probe in range(1, 1 << digit_bits):  # more mass lies above a lower probe, so count
-            held = _held(logits >= _float_of_rank(rank + (probe << shift)), mass)
-            digit = digit + (held >= need)
-        rank = rank + (digit << shift)
+    for shift in range(31, 31 - n_bits, -1):
+        held = _held(logits >= _float_of_rank(rank + (1 << shift)), mass)
+        rank = rank + ((held >= need).long() << shift)
     return _float_of_rank(rank)
 
 

@@ -137,8 +137,11 @@ def draft(
     masks = torch.full_like(state.proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    logits = model.logits(hidden[:, :-1])
-    state.proposals.copy_(choose(logits) if sampled is None else sampled(state, logits))
+    hidden = hidden[:, :-1]
+    if sampled is None:
+        state.proposals.copy_(model.choose(hidden, keep=False)[0])
+    else:
+        state.proposals.copy_(sampled(state, model.logits(hidden)))
 
 
 def make_block(state: State, width: int) -> Tensor:
@@ -148,20 +151,28 @@ def make_block(state: State, width: int) -> Tensor:
     return torch.cat((anchor, proposals), dim=1)
 
 
-def verify(model: Transformer, cache: KVCache, state: State, block: Tensor) -> Tensor:
-    """One pass of the autoregressive view over block [B, K] -> logits [B, K, V]."""
+def verify(
+    model: Transformer, cache: KVCache, state: State, block: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One pass of the autoregressive view over block [B, K] -> greedy ids [B, K], logits [B, K, V].
+
+    The logits are kept, though greedy decoding needs them not: 0.2% of a pass over the 1.7B, for
+    which the invariance check sees every bit of the very graph that decodes.
+    """
     hidden = model(block, state.length, state.slots, cache, View.AUTOREGRESSIVE)
-    return model.logits(hidden)
+    return model.choose(hidden, keep=True)
 
 
-def settle(state: State, block: Tensor, logits: Tensor, eos: Tensor, sampling: bool) -> Tensor:
+def settle(
+    state: State, block: Tensor, greedy: Tensor, logits: Tensor, eos: Tensor, sampling: bool
+) -> Tensor:
     """Accept and commit, in place; what became of the cycle [B, K+3] int64, for the host.
 
     A row holds the target tokens [K], how many of them were emitted, how many were proposed, and
     whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i + 1]``. With
     ``sampling`` K more columns have the bits of the targets' float32 log-probabilities.
     """
-    target = sampled(state, logits) if sampling else choose(logits)
+    target = sampled(state, logits) if sampling else greedy
     n_accepted = accept(block, target) * state.drafting
     n_new = commit(state, target, n_accepted, eos)
     columns = (n_new, torch.minimum(n_accepted, n_new), state.done)

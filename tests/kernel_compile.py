@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,28 +29,19 @@ def compile_for(
     num_warps: int,
     num_stages: int,
 ) -> Any:
-    """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's metadata.
+    """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's kernel.
 
     ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32");
-    pointers are taken as 16-byte aligned, as PyTorch's are. ``metadata.shared`` is in bytes.
+    pointers are taken as 16-byte aligned, as PyTorch's are. OVERLAP is as on that chip.
+    ``metadata.shared`` is in bytes, ``asm["ptx"]`` is text.
     """
-    args = (kernel, signature, constexprs, capability, num_warps, num_stages)
-    return compiled_for(*args).metadata
-
-
-def compiled_for(
-    kernel: Any,
-    signature: dict[str, str],
-    constexprs: dict[str, Any],
-    capability: int,
-    num_warps: int,
-    num_stages: int,
-) -> Any:
-    """As ``compile_for``, but returns the kernel itself, with ``asm["ptx"]``."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    overlap = capability >= 90
+    if "OVERLAP" in kernel.arg_names:
+        constexprs = constexprs | {"OVERLAP": overlap}
     types = {
         name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names
     }
@@ -59,10 +51,35 @@ def compiled_for(
         if types[name].startswith("*")
     }
     source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": overlap}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], f"{kernel.__name__} gave no machine code for sm_{capability}"
     return compiled
+
+
+def read_before_waiting(kernel: Any, constexprs: dict[str, Any], ptx: str) -> set[str]:
+    """The pointers that a kernel reads before it waits for its predecessors; nothing is written.
+
+    The wait must be there, at the top level of the text. An address is traced to its arguments
+    through the registers that it was made from.
+    """
+    head, wait, _ = ptx.partition("griddepcontrol.wait")
+    assert wait and not re.search(r"\b(st\.global|st\.async|atom\.|red\.)", head)
+    names = [name for name in kernel.arg_names if name not in constexprs and name != "OVERLAP"]
+    made_from: dict[str, set[str]] = {}
+    read: set[str] = set()
+    for line in re.sub(r"//.*", "", head).splitlines():
+        used = re.findall(r"%[a-z]+\d+|_param_\d+", re.sub(r"@!?%p\d+", "", line))
+        for place in used:
+            if place.startswith("_param_") and int(place[7:]) < len(names):
+                made_from.setdefault(place, {names[int(place[7:])]})
+        if re.search(r"\b(ld\.global|cp\.async\.c[ag]|cp\.async\.bulk|tensormap)", line):
+            used = re.findall(r"%[a-z]+\d+", " ".join(re.findall(r"\[.*?\]", line)))
+            read = read.union(*(made_from.get(place, set()) for place in used))
+        elif used:
+            sources = (made_from.get(place, set()) for place in used)
+            made_from[used[0]] = set[str]().union(*sources)
+    return read
 
 
 @contextmanager
@@ -89,6 +106,7 @@ def interpreted(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
+        patch.setattr(interpreter.ReduceOps, "apply_impl", _refusing_open_ties())
         for owner in (tl, tl.standard, module):  # tl.max and its like are kernels too
             for name, value in list(vars(owner).items()):
                 if isinstance(value, JITFunction):
@@ -98,6 +116,24 @@ def interpreted(module: ModuleType) -> Iterator[None]:
         finally:
             for scope in reversed(scopes.values()):
                 scope.restore()
+
+
+def _refusing_open_ties() -> Any:
+    """The interpreter's reduction, which takes the leftmost of equals, also where a GPU may not."""
+    import triton.language as tl
+    from triton.runtime.interpreter import ReduceOps
+
+    reduce = ReduceOps.apply_impl
+
+    def checked(self: Any, values: Any) -> Any:
+        fast = (
+            tl.standard._argmax_combine_tie_break_fast,
+            tl.standard._argmin_combine_tie_break_fast,
+        )
+        assert self.combine_fn not in fast, "the kernel does not say which of equals wins"
+        return reduce(self, values)
+
+    return checked
 
 
 def _multiply(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:

@@ -138,10 +138,10 @@ CUDA = torch.device("cuda")
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, FakeFlash], None]]:
     """Puts a FlashAttention library in place by name; all are absent at first. On a Hopper."""
     for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn"):
-        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     flash.find_attend.cache_clear()
-    yield lambda name, fake: monkeypatch.setitem(sys.modules, name, fake)  # type: ignore[arg-type]
+    yield lambda name, fake: monkeypatch.setitem(sys.modules, name, fake)
     flash.find_attend.cache_clear()
 
 

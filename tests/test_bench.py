@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from benchmarks import peers
 from orthrus_fast import bench, steps
 from orthrus_fast.checkpoint import _build_on_meta
-from orthrus_fast.model import Kernels, View
+from orthrus_fast.model import View, plain_kernels
 from tests.checkpoints import write_checkpoint
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--repeats", "2", "--max-seq-len", "1100"]
@@ -114,15 +114,16 @@ def accept_one_too_many(block: Tensor, target: Tensor) -> Tensor:
     return (agreeing + 1).clamp(max=block.shape[1] - 1)
 
 
-def logits_that_see_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Tensor:
-    logits = true_verify(model, cache, state, block)
-    return torch.where((block[:, 1] != block[:, 0])[:, None, None], logits * (1 + 2**-20), logits)
+def logits_that_see_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Any:
+    greedy, logits = true_verify(model, cache, state, block)
+    sees = (block[:, 1] != block[:, 0])[:, None, None]
+    return greedy, torch.where(sees, logits * (1 + 2**-20), logits)
 
 
-def cache_that_sees_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Tensor:
-    logits = true_verify(model, cache, state, block)
+def cache_that_sees_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Any:
+    out = true_verify(model, cache, state, block)
     cache.v[-1][0, :, int(state.length[0])] += 1e-3 * bool(block[0, 1] != block[0, 0])
-    return logits
+    return out
 
 
 true_verify = steps.verify
@@ -158,6 +159,39 @@ def test_replayed_drafts_that_are_all_right_or_all_wrong(
     assert at["tokens_per_cycle"] == at["tokens_per_cycle_expected"] == exactly
 
 
+@pytest.mark.parametrize("block_size", ["2", "5"])
+def test_a_narrower_block(block_size: str, tmp_path: Path) -> None:
+    """Its rows are the most tokens of a cycle; texts are equal in both modes."""
+    path, flags = tmp_path / "r.json", ["--new-tokens", "41", "--block-size", block_size]
+    parts = ["--parts", "cycles,identity", "--contexts", "20", "--accept", "1"]
+    content = run(path, *TINY, *flags, *parts)
+    assert content["runs"][0]["configuration"]["block_size"] == int(block_size)
+    (at,) = content["parts"]["cycles"]["at"]
+    assert at["tokens_per_cycle"] == at["tokens_per_cycle_expected"] == int(block_size)
+    assert at["tokens_equal_to_ar"]
+    identity = content["parts"]["identity"]
+    assert identity["sequences_equal"] == identity["sequences"] == 4
+    assert (identity["rows_differing"], identity["cache_rows_differing"]) == (0, 0)
+
+
+def test_another_block_size_is_another_measurement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, flags = tmp_path / "r.json", [*TINY, "--parts", "startup", "--new-tokens", "8"]
+    run(path, *flags, "--block-size", "4")
+    assert bench.main([*flags, "--json", str(path)]) == 2
+    assert "was made with other arguments (block_size)" in capsys.readouterr().err
+
+
+def test_the_embedded_checkpoint_with_a_narrower_block(tmp_path: Path) -> None:
+    flags = ("--device", "cpu", "--new-tokens", "16", "--sequences", "2", "--block-size", "4")
+    content = run(tmp_path / "r.json", *flags, "--parts", "identity")
+    assert content["runs"][0]["configuration"]["block_size"] == 4
+    part = content["parts"]["identity"]
+    assert part["sequences_equal"] == part["sequences"] == 2
+    assert 1 < part["tokens_per_cycle"] <= 4
+
+
 def test_replayed_acceptance_is_what_was_asked(tmp_path: Path) -> None:
     at = cycles(tmp_path / "r.json", "--accept", "0.6", "--new-tokens", "401")
     expected = sum(0.6**n for n in range(8))
@@ -181,7 +215,7 @@ def test_streamed_bytes_are_those_counted_by_hand(
 ) -> None:
     config = bench.shape_config(shape)
     nothing: Any = None
-    model = _build_on_meta(config, Kernels(nothing, nothing), True).to(torch.bfloat16)
+    model = _build_on_meta(config, plain_kernels(nothing), True).to(torch.bfloat16)
     for view in View:
         n_bytes = bench.streamed_bytes(model, view)
         assert n_bytes == 2 * (n_layers * layer + head)
@@ -326,7 +360,11 @@ def test_ends_of_text_hold_again_after_the_cycles_part(tmp_path: Path) -> None:
     [
         (["--shape", "3B"], "invalid choice"),
         (["--shape", "tiny", "--checkpoint", "model"], "does not go with --checkpoint"),
-        (["--accept", "1.5"], "--accept: invalid"),
+        (["--accept", "-0.5"], "--accept: invalid"),
+        (["--block-size", "0"], "--block-size: invalid"),
+        (["--shape", "tiny", "--device", "cpu", "--block-size", "1"], "from 2 to 8"),
+        (["--shape", "tiny", "--device", "cpu", "--block-size", "9"], "from 2 to 8"),
+        (["--device", "cpu", "--block-size", "17"], "from 2 to 16"),
         (["--slots", "0"], "--slots: invalid"),
         (["--contexts", "12,-1"], "--contexts: invalid"),
         (["--parts", "passes,lunch"], "--parts: invalid"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import orthrus_fast
 from orthrus_fast import Decoder, SamplingParams, steps
+from orthrus_fast.decoder import memory_needed, with_block_size
 from orthrus_fast.errors import BusyError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.model import View
 from tests.checkpoints import write_checkpoint
@@ -40,10 +41,11 @@ def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """A small architecture, a prompt, a budget and end tokens."""
+    """A small architecture, a prompt, a budget, end tokens and a block's rows to decode with."""
     n_kv_heads = draw(st.integers(1, 3))
     vocab_size = draw(st.integers(5, 60))
     tokens = st.integers(0, vocab_size - 1)
+    block_size = draw(st.integers(2, 9))
     return {
         "config": {
             "vocab_size": vocab_size,
@@ -53,7 +55,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "num_attention_heads": n_kv_heads * draw(st.integers(1, 3)),
             "num_key_value_heads": n_kv_heads,
             "head_dim": draw(st.sampled_from([2, 8, 16])),
-            "block_size": draw(st.integers(2, 9)),
+            "block_size": block_size,
             "mask_token_id": vocab_size - 1,
             "eos_token_id": draw(st.lists(tokens, max_size=2, unique=True)),
         },
@@ -62,6 +64,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "tied": draw(st.booleans()),
         "prompt": draw(st.lists(tokens, min_size=1, max_size=12)),
         "budget": draw(st.integers(1, 40)),
+        "width": draw(st.sampled_from([block_size, 2]) | st.integers(2, block_size)),
     }
 
 
@@ -84,19 +87,21 @@ def test_both_modes_decode_what_the_judge_decodes(case: dict[str, Any]) -> None:
         eos = tuple(case["config"]["eos_token_id"])
         prompt, budget = case["prompt"], case["budget"]
         expected, gaps = judge.generate(prompt, budget, eos)
-        exact = load(directory, max_seq_len=len(prompt) + budget)
+        width = case["width"]
+        exact = load(directory, max_seq_len=len(prompt) + budget, block_size=width)
         for mode in ("ar", "diffusion"):
             result = exact.generate(prompt, budget, mode=mode)
             assert result.tokens == expected, mode
             assert result.finish_reason == ("eos" if expected[-1] in eos else "length")
             assert result.stats.cycles <= len(expected) - 1
             assert mode == "diffusion" or result.stats.accepted == (0,) * (len(expected) - 1)
+            assert all(n < width for n in result.stats.accepted)
             for layer in range(judge.n_layers):
                 k, v = committed(exact, layer)
                 assert len(k) == len(prompt) + len(expected) - 1
                 assert torch.allclose(k, torch.stack(judge.keys[layer]), rtol=0, atol=1e-9)
                 assert torch.allclose(v, torch.stack(judge.values[layer]), rtol=0, atol=1e-9)
-        single = load(directory, "float32")
+        single = load(directory, "float32", block_size=width)
         ar, diffusion = (single.generate(prompt, budget, mode=m) for m in ("ar", "diffusion"))
         assert ar.tokens == diffusion.tokens
         assert follows(ar.tokens, expected, gaps, near_tie=1e-5)
@@ -141,9 +146,9 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
     """A broken drafter shows nowhere else: the text stays right, only slower."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = build(case, Path(temporary) / "model")
-        judge, decoder = Judge(directory), load(directory)
+        width, mask = case["width"], case["config"]["mask_token_id"]
+        judge, decoder = Judge(directory), load(directory, block_size=width)
         judge.feed(case["prompt"])
-        width, mask = case["config"]["block_size"], case["config"]["mask_token_id"]
         first = decoder._runner.prefill(case["prompt"], 0, limit=50).token
         runner = decoder._runner
         for rows in (*runner.cache.k, *runner.cache.v):
@@ -258,7 +263,7 @@ def test_one_row_ar_follows_the_judge(tiny: Path, monkeypatch: pytest.MonkeyPatc
     widths: set[int] = set()
     verify = steps.verify
 
-    def spy(model: Any, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+    def spy(model: Any, cache: Any, state: steps.State, block: Tensor) -> Any:
         widths.add(block.shape[1])
         return verify(model, cache, state, block)
 
@@ -461,6 +466,124 @@ def test_two_decoders_in_two_threads_leave_the_flags_alone(tiny: Path) -> None:
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = "ieee"
+
+
+# Blocks narrower than the checkpoint's own, which are of 8 rows
+
+
+@pytest.mark.parametrize("dtype, near_tie", [("float64", 0.0), ("float32", 1e-5)])
+@pytest.mark.parametrize("block_size", [2, 3, 5, 7, 8, None])
+def test_a_narrower_block_decodes_what_the_judge_decodes(
+    tiny: Path,
+    block_size: int | None,
+    dtype: str,
+    near_tie: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In both modes, whose passes are all of that many rows."""
+    width = block_size or 8
+    decoder = load(tiny, dtype, slots=2, block_size=block_size)
+    assert decoder.configuration["block_size"] == decoder.config.block_size == width
+    assert decoder._runner.state.proposals.shape == (2, width - 1)
+    widths: dict[View, set[int]] = {view: set() for view in View}
+    model = type(decoder._runner.model)
+    forward = model.forward
+
+    def spy(self: Any, tokens: Tensor, start: Tensor, slot: Tensor, *rest: Any) -> Tensor:
+        widths[rest[1]].add(tokens.shape[1])
+        return forward(self, tokens, start, slot, *rest)
+
+    monkeypatch.setattr(model, "forward", spy)
+    judge = Judge(tiny)
+    prompts = [[5, 6, 7], [1] * 70, [9]]
+    expected = [judge.generate(prompt, 40, ()) for prompt in prompts]
+    texts = {}
+    for mode in ("ar", "diffusion"):
+        results = decoder.generate(prompts, 40, mode=mode)
+        texts[mode] = [result.tokens for result in results]
+        for tokens, (wanted, gaps) in zip(texts[mode], expected, strict=True):
+            assert follows(tokens, wanted, gaps, near_tie=near_tie)
+        accepted = [n for result in results for n in result.stats.accepted]
+        assert 0 < max(accepted) < width if mode == "diffusion" else not any(accepted)
+    assert texts["ar"] == texts["diffusion"]
+    assert widths == {View.DRAFT: {width}, View.AUTOREGRESSIVE: {width, 64, 128}}  # and prefill's
+
+
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_a_cycle_proposes_one_less_than_the_blocks_rows(
+    tiny: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafter that knows more of the text than it may propose."""
+    decoder = load(tiny, "float32", block_size=width)
+    text = torch.tensor([5, 6, 7, *decoder.generate([5, 6, 7], 80).tokens])
+
+    def perfect(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
+        n = state.proposals.shape[1]
+        state.proposals[0] = text[int(state.length[0]) + 1 :][:n]
+
+    monkeypatch.setattr(steps, "draft", perfect)
+    result = decoder.generate([5, 6, 7], 1 + 5 * width)
+    assert result.tokens == text[3 : 4 + 5 * width].tolist()
+    assert result.stats.accepted == (width - 1,) * 5
+    assert result.stats.tokens_per_cycle == width
+
+
+def test_sampled_texts_of_a_narrower_block(tiny: Path) -> None:
+    """The noise is a position's: it does not know of blocks."""
+    settings = SamplingParams(temperature=0.8, top_k=40, seed=11)
+    texts = [
+        load(tiny, block_size=width).generate([5, 6, 7], 40, settings, mode=mode).tokens
+        for width in (2, 5, 8)
+        for mode in ("ar", "diffusion")
+    ]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_capacity_and_memory_follow_the_blocks_rows(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", block_size=200, eos_token_id=[])
+    memory = []
+    expected, _ = Judge(directory).generate([1, 2, 3], 97, ())
+    for width, n_rows in ((None, 320), (200, 320), (100, 256), (64, 192), (2, 192)):
+        decoder = load(directory, max_seq_len=100, block_size=width)
+        runner = decoder._runner
+        assert runner.cache.capacity == runner.state.tokens.shape[1] == n_rows
+        assert runner.model.rope_cos.shape[0] == n_rows
+        memory.append(memory_needed(decoder.config, torch.float64, runner.device, 100, 1))
+        assert memory[-1].cache == n_rows * 2 * 2 * 2 * 16 * 8  # layers, K/V, heads, head_dim
+        assert memory[-1].cache == sum(t.nbytes for t in (*runner.cache.k, *runner.cache.v))
+        assert decoder.generate([1, 2, 3], 97).tokens == expected  # all that fits
+    assert len({one.weights for one in memory}) == 1
+
+
+def test_a_narrower_block_beside_the_other_choices_of_load(tiny: Path) -> None:
+    """One-row AR; no draft view; and the files' own config stays what it is."""
+    tokens, _ = Judge(tiny).generate([1, 2, 3], 30, ())
+    decoder = load(tiny, block_size=4)
+    assert decoder.generate_one_row([1, 2, 3], 30).tokens == tokens
+    without = load(tiny, block_size=4, draft_view=False)
+    assert without.configuration["block_size"] == 4
+    assert without.generate([1, 2, 3], 30, mode="ar").tokens == tokens
+    with pytest.raises(UnsupportedError):
+        without.generate([1, 2, 3], 30)
+    assert load(tiny).configuration["block_size"] == 8
+    config = load(tiny).config
+    assert with_block_size(config, None) is config
+    assert with_block_size(config, 8) == config
+
+
+@pytest.mark.parametrize("wrong", [1, 0, -1, -(10**9), True, False, 4.0, "4", [4], 9, 10**9])
+def test_a_block_size_that_cannot_be_is_refused_with_the_range(tiny: Path, wrong: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        load(tiny, block_size=wrong)
+    assert str(caught.value).startswith(f"block_size: {wrong!r} is not an integer from 2 to 8")
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8])
+def test_a_plain_qwen3_has_no_block_size(tmp_path: Path, block_size: int) -> None:
+    directory = write_checkpoint(tmp_path / "model", draft=False, eos_token_id=[])
+    with pytest.raises(RequestError, match=f"block_size: {block_size}, but a plain Qwen3"):
+        load(directory, block_size=block_size)
+    assert load(directory, block_size=None).configuration["block_size"] is None
 
 
 def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:

@@ -5,6 +5,8 @@ Everything here also runs at real sizes in ``orthrus_fast.bench``; these are the
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +17,12 @@ import torch
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import SamplingParams, invariance, steps
+from orthrus_fast import SamplingParams, bench, invariance, steps
 from orthrus_fast.attention import edges, find_backend
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
-from orthrus_fast.model import Kernels
-from orthrus_fast.runners import GraphRunner, opaque
+from orthrus_fast.model import LibraryProducts, View
+from orthrus_fast.runners import GraphRunner, find_kernels, opaque, plain_arithmetic
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge, follows
 from tests.test_attention import dense
@@ -157,42 +159,60 @@ class Recorder:
         return [tensor.view(torch.int16) for tensor in taken]
 
 
+def both_modes(
+    decoder: Decoder, prompts: list[Any], n_tokens: int, sampling: Any = None
+) -> dict[str, list[Any]]:
+    """The results in each mode, which are equal to the bit.
+
+    Tokens, logits of every emitted position, committed cache rows.
+    """
+    recorder = Recorder(decoder)
+    results, taken = {}, {}
+    for mode in ("ar", "diffusion"):
+        results[mode] = decoder.generate(prompts, n_tokens, sampling, mode=mode)
+        taken[mode] = recorder.take()
+    del decoder._runner.verify  # the class's again
+    tokens = {mode: [result.tokens for result in results[mode]] for mode in results}
+    assert tokens["ar"] == tokens["diffusion"]
+    assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
+    return results
+
+
+PROMPTS = ["def f(n):\n", "import os\n", "x" * 900, "class A:\n"]
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("attention", ["triton", "flash"])
 def test_bf16_is_equal_to_the_bit_in_both_modes(slots: int, attention: str) -> None:
-    """Tokens, logits of every emitted position, committed cache rows."""
     backend(attention, torch.bfloat16, 64)
     decoder = orthrus_fast.load(MODEL, slots=slots, attention=attention)
     assert decoder.configuration["dtype"] == "bfloat16"
     assert decoder.invariance is not None and decoder.invariance.holds
-    recorder = Recorder(decoder)
-    prompts = ["def f(n):\n", "import os\n", "x" * 900, "class A:\n"][:slots]
-    taken, tokens = {}, {}
-    for mode in ("ar", "diffusion"):
-        tokens[mode] = [result.tokens for result in decoder.generate(prompts, 150, mode=mode)]
-        taken[mode] = recorder.take()
-    assert tokens["ar"] == tokens["diffusion"]
-    assert len(tokens["ar"][0]) > 20
-    assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
+    results = both_modes(decoder, PROMPTS[:slots], 150)
+    assert len(results["ar"][0].tokens) > 20
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("block_size", [2, 8])
+def test_a_narrower_block_is_equal_to_the_bit_in_both_modes(slots: int, block_size: int) -> None:
+    decoder = orthrus_fast.load(MODEL, slots=slots, block_size=block_size)
+    assert decoder.configuration["block_size"] == block_size
+    assert decoder.invariance is not None and decoder.invariance.holds
+    results = both_modes(decoder, PROMPTS[:slots], 150)
+    accepted = [n for result in results["diffusion"] for n in result.stats.accepted]
+    assert 0 < max(accepted) <= block_size - 1
+    assert set(decoder._runner._verify_graphs) == {(block_size, False)}
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature: float) -> None:
     decoder = orthrus_fast.load(MODEL, slots=slots)
-    recorder = Recorder(decoder)
-    prompts = ["def f(n):\n", "import os\n", "x" * 900, "class A:\n"][:slots]
     settings = [
         SamplingParams(temperature=temperature, seed=i, top_k=top_k, top_p=top_p)
         for i, (top_k, top_p) in enumerate([(None, None), (20, 0.8), (None, 0.9), (5, None)])
     ][:slots]
-    taken, tokens = {}, {}
-    for mode in ("ar", "diffusion"):
-        results = decoder.generate(prompts, 100, settings, mode=mode)
-        tokens[mode] = [result.tokens for result in results]
-        taken[mode] = recorder.take()
-    assert tokens["ar"] == tokens["diffusion"]
-    assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
+    both_modes(decoder, PROMPTS[:slots], 100, settings)
     assert set(decoder._runner._verify_graphs) == {(16, False), (16, True)}
 
 
@@ -313,13 +333,15 @@ def test_load_leaves_torch_as_it_found_it(tiny: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_allocated() -> None:
+    gc.collect()  # so that nothing of an earlier test goes between the two looks
     before = torch.cuda.memory_allocated()
     with pytest.raises(RequestError, match=r"needs weights .* KV cache .* passes .* free on cuda"):
         orthrus_fast.load(MODEL, slots=1_000_000)
     assert torch.cuda.memory_allocated() == before
 
 
-# The check itself, made to fail.
+# The check itself, made to fail. A plant that makes its own start clones q after it: the kernel
+# launched last must not be the one that writes what attention reads first.
 
 Attend = Callable[..., Tensor]
 
@@ -330,7 +352,8 @@ def one_wider(attend: Attend) -> Attend:
     def wrong(
         q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
     ) -> Tensor:
-        return attend(q, k, v, start + 1, slot, causal=causal)
+        later = start + 1
+        return attend(q.clone(), k, v, later, slot, causal=causal)
 
     return wrong
 
@@ -344,7 +367,7 @@ def stale_length(attend: Attend) -> Attend:
     ) -> Tensor:
         before = last.clone()
         last.copy_(start)
-        return attend(q, k, v, before, slot, causal=causal)
+        return attend(q.clone(), k, v, before, slot, causal=causal)
 
     return wrong
 
@@ -387,7 +410,8 @@ def splits_by_length(attend: Attend) -> Attend:
 def test_the_invariance_check_sees_planted_faults(plant: Any, holds: bool, request: Any) -> None:
     decoder = orthrus_fast.load(MODEL)
     runner = decoder._runner
-    kernels = Kernels(plant(runner.model.kernels.attend), runner.model.kernels.qk_norm_rope_write)
+    kernels = runner.model.kernels
+    kernels = dataclasses.replace(kernels, attend=plant(kernels.attend))
     name = f"planted_{request.node.callspec.id.replace(' ', '_').replace('-', '_')}"
     faulty = GraphRunner(runner.model, runner.state, runner.cache, opaque(name, kernels))
     faulty.prepare(16)
@@ -397,20 +421,219 @@ def test_the_invariance_check_sees_planted_faults(plant: Any, holds: bool, reque
 
 
 def test_a_failing_product_is_replaced_by_ours(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = MODEL
-    plain = orthrus_fast.load(directory)
-    shape = tuple(plain._runner.model.layers[0].down.weight.shape)
+    """The embedded model's shapes are in no table: the library's, as long as they do no harm."""
+    with caplog.at_level(logging.INFO, "orthrus_fast"):
+        plain = orthrus_fast.load(MODEL)
+    assert "at 16 rows: the library's" in caplog.text
+    layer: Any = plain._runner.model.layers[0]
+    weight = layer.down.weight
+    shape = tuple(weight.shape)
+    assert shape in invariance.library_products(plain._runner.model, 16)
     monkeypatch.setattr(invariance, "variant_products", lambda model, n_rows: {shape})
     with caplog.at_level(logging.INFO, "orthrus_fast"):
-        own = orthrus_fast.load(directory)
+        own = orthrus_fast.load(MODEL)
     assert own.invariance is not None and own.invariance.holds
     assert own.invariance.replaced == (f"{shape[0]} × {shape[1]}",)
     assert own.configuration["own_products"] == list(own.invariance.replaced)
     assert "own kernel" in caplog.text
-    texts = [own.generate("def f(n):\n", 60, mode=mode).tokens for mode in ("ar", "diffusion")]
-    assert texts[0] == texts[1]
+    assert own._runner.model.kernels.products.is_own(16, weight)
+    assert own._runner.passes.kernels.products.is_own(16, weight)
+    results = both_modes(own, ["def f(n):\n"], 60)
+    assert max(results["diffusion"][0].stats.accepted) > 0
+
+
+# Products at the sizes of the public models, with the committed table of tiles. Bounds on rounding:
+# U is bfloat16's unit roundoff. SUM is the error of a sum in float32, as a share of the sum of its
+# terms' sizes: 64 times float32's own roundoff, because matrix units cut off what they shift out;
+# a lost tile of the inner dimension would be thousands of times that.
+
+U, SUM = 2.0**-8, 2.0**-18
+BF16 = torch.bfloat16
+
+
+def own_products() -> Any:
+    """What a decoder has on this chip; skips the test where that is the library's alone."""
+    products: Any = find_kernels("auto", CUDA, BF16, 128)[1].products
+    if not getattr(products, "table", None):
+        pytest.skip(f"no table of tiles for {torch.cuda.get_device_name(CUDA)}")
+    return products
+
+
+def product_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """[N, K] of a verify pass's products."""
+    config = bench.shape_config(shape)
+    hidden, heads = config.hidden_size, config.n_heads * config.head_dim
+    return {
+        "qkv": (heads + 2 * config.n_kv_heads * config.head_dim, hidden),
+        "o": (hidden, heads),
+        "gate_up": (2 * config.intermediate_size, hidden),
+        "down": (hidden, config.intermediate_size),
+        "lm_head": (config.vocab_size, hidden),
+    }
+
+
+def lowest_greatest(logits: Tensor) -> Tensor:
+    """The lowest index of each row's greatest value; of torch's argmax that is not promised."""
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    greatest = logits == logits.amax(-1, keepdim=True)
+    return torch.where(greatest, ids, logits.shape[-1]).amin(-1)
+
+
+@pytest.mark.parametrize("n_rows", [32, 31])  # a block's, and its drafts'
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
+@pytest.mark.parametrize("shape", ["1.7B", "4B", "8B"])
+def test_a_product_of_a_public_model_is_within_rounding_of_float64(
+    shape: str, name: str, n_rows: int
+) -> None:
+    """Every value, with what follows the product; and a row has the same bits anywhere."""
+    from orthrus_fast.kernels.product import rows_are_alike
+
+    products = own_products()
+    n_columns, n_inner = product_shapes(shape)[name]
+    random = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(n_rows, n_inner, generator=random, device=CUDA, dtype=BF16)
+    weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
+    weight.normal_(0, n_inner**-0.5, generator=random)
+    assert products.is_own(n_rows, weight)
+    with plain_arithmetic(CUDA):
+        exact = x.double() @ weight.double().T
+        error = SUM * (x.double().abs() @ weight.double().abs().T)  # of the sum, not rounded yet
+
+    if name == "gate_up":
+        got = products.swiglu(x, weight)
+        (gate, up), (gate_error, up_error) = exact.chunk(2, -1), error.chunk(2, -1)
+        silu = torch.nn.functional.silu(gate)
+        exact = silu * up
+        gate_error, up_error = gate_error + U * gate.abs(), up_error + U * up.abs()
+        # silu is at most 1.1 steep; its own rounding, and the product's; a little for what is
+        # small of second order.
+        error = 1.1 * gate_error * up.abs() + silu.abs() * up_error + 2 * U * exact.abs()
+        error *= 1.05
+
+        def linear(x: Tensor) -> Tensor:
+            out: Tensor = products.swiglu(x, weight)
+            return out
+    elif name == "lm_head":
+        ids, got = products.greatest(x, weight, keep=True)
+        error += U * exact.abs()
+        assert torch.equal(ids, lowest_greatest(got))
+        assert torch.equal(products.greatest(x, weight, keep=False)[0], ids)
+
+        def linear(x: Tensor) -> Tensor:
+            out: Tensor = products.greatest(x, weight, keep=True)[1]
+            return out
+    else:
+        parts = products.parts(x, weight)
+        assert parts.dtype == (torch.float32 if len(parts) > 1 else BF16)
+        got = parts.sum(0, dtype=torch.float64)
+        error += U * exact.abs() * (len(parts) == 1)
+
+        def linear(x: Tensor) -> Tensor:
+            out: Tensor = products.parts(x, weight)
+            return out.movedim(0, 1).flatten(1)
+
+    assert got.shape == exact.shape
+    wrong = (got.double() - exact).abs() > error
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first {wrong.nonzero()[0]}"
+    assert rows_are_alike(linear, n_rows, n_inner, BF16, CUDA)
+
+
+@pytest.fixture(scope="module")
+def large() -> Decoder:
+    """Random weights of shape 1.7B, cut to two layers; every product is ours."""
+    own_products()
+    config = dataclasses.replace(bench.shape_config("1.7B"), n_layers=2)
+    attention, kernels = find_kernels("auto", CUDA, BF16, config.head_dim)
+    model = bench.random_model(config, kernels, CUDA, BF16, 0)
+    return Decoder(
+        "random",
+        model,
+        None,
+        max_seq_len=2048,
+        slots=1,
+        runner="graph",
+        attention=attention,
+    )
+
+
+def test_every_product_of_a_public_shape_is_ours(large: Decoder) -> None:
+    """And the pass is invariant with them, so that none gives way to another one."""
+    assert invariance.library_products(large._runner.model, 32) == {}
+    assert large.invariance is not None and large.invariance.holds
+    assert large.invariance.n_rows > 0 and large.invariance.n_replayed > 0
+    assert large.invariance.replaced == ()
+
+
+def test_the_greedy_ids_are_those_of_the_logits(large: Decoder) -> None:
+    """The kept logits, the ids without keeping them, and a tie, which the lowest id wins."""
+    model, random = large._runner.model, torch.Generator(CUDA).manual_seed(1)
+    shape = (1, 32, model.config.hidden_size)
+    hidden = torch.randn(shape, generator=random, device=CUDA, dtype=BF16)
+    with torch.inference_mode(), plain_arithmetic(CUDA):
+        for rows in (hidden, hidden[:, :-1]):  # verification's, the draft's
+            ids, logits = model.choose(rows, keep=True)
+            assert logits.shape == (1, rows.shape[1], model.config.vocab_size)
+            assert torch.equal(ids, lowest_greatest(logits))
+            assert torch.equal(ids, model.choose(rows, keep=False)[0])
+        ids, logits = model.choose(torch.zeros_like(hidden), keep=True)
+        assert not ids.any() and not logits.any()
+
+
+def test_a_pass_agrees_with_the_librarys_products(large: Decoder) -> None:
+    """Hidden rows after two layers, the same cache before them.
+
+    Each of some ten roundings on a value's way may fall to the other side: U of it, or 2^-8. So the
+    root mean square of the difference is bounded by 4 U of the rows' own, and each value by 32 U
+    of that. On a CPU, other orders of summation differ by 1.2 U and 9 U.
+    """
+    runner, random = large._runner, torch.Generator(CUDA).manual_seed(2)
+    model, cache, own = runner.model, runner.cache, runner.model.kernels
+    tokens = torch.randint(model.config.vocab_size, (1, 32), generator=random, device=CUDA)
+    start = torch.full((1,), 300, dtype=torch.int32, device=CUDA)
+    cached = torch.randn(cache.k[0].shape, generator=random, device=CUDA, dtype=BF16)
+    hidden = []
+    try:
+        for products in (own.products, LibraryProducts()):
+            model.kernels = dataclasses.replace(own, products=products)
+            for rows in (*cache.k, *cache.v):
+                rows.copy_(cached)
+            with torch.inference_mode(), plain_arithmetic(CUDA):
+                out = model(tokens, start, runner.state.slots, cache, View.AUTOREGRESSIVE)
+            hidden.append(out.double())
+    finally:
+        model.kernels = own
+        cache.reset()
+    size = float(hidden[1].square().mean().sqrt())
+    difference = (hidden[0] - hidden[1]).abs()
+    assert size > 0.5  # a norm is the last thing in it
+    assert 0 < float(difference.square().mean().sqrt()) < 4 * U * size
+    assert float(difference.max()) < 32 * U * size
+
+
+def test_a_public_shape_is_equal_to_the_bit_in_both_modes(
+    large: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drafts that are 85% right, as random weights draft nothing that is accepted."""
+    random = torch.Generator(CUDA).manual_seed(3)
+    vocab_size, n_tokens = large.config.vocab_size, 150
+    prompt = torch.randint(vocab_size, (700,), generator=random, device=CUDA).tolist()
+    text = prompt + large.generate(prompt, n_tokens, mode="ar").tokens
+    known = torch.tensor([*text, *[0] * 32], device=CUDA)
+    state = large._runner.state
+
+    def replay(sampling: bool = False) -> None:
+        offset = torch.arange(1, 32, device=CUDA)
+        right = known[(state.length[:, None] + offset).clamp(max=len(known) - 1)]
+        draw = torch.rand(right.shape, generator=random, device=CUDA)
+        state.proposals.copy_(torch.where(draw < 0.85, right, (right + 1) % vocab_size))
+
+    monkeypatch.setattr(large._runner, "draft", replay)
+    results = both_modes(large, [prompt], n_tokens)
+    assert len(results["ar"][0].tokens) == n_tokens
+    stats = results["diffusion"][0].stats
+    assert max(stats.accepted) > 5 and stats.cycles < n_tokens / 2
 
 
 def test_prefill_commits_the_same_rows_whatever_was_there(tiny: Path) -> None:

@@ -5,22 +5,33 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 import orthrus_fast
 from orthrus_fast import Decoder, invariance, steps
 from orthrus_fast.attention import Attend, edges, sdpa
 from orthrus_fast.invariance import Invariance, check, secure
-from orthrus_fast.model import Kernels, Transformer, qk_norm_rope_write
+from orthrus_fast.model import (
+    LibraryProducts,
+    Products,
+    Transformer,
+    add_norm,
+    qk_norm_rope_write,
+)
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge
+from tests.kernel_compile import interpreted
 from tests.test_decoder import committed
 
 WIDTH = 16
@@ -183,8 +194,13 @@ def test_what_was_found_is_one_line() -> None:
 # Planted faults that it must catch
 
 
+def use(runner: EagerRunner, **kernels: Any) -> None:
+    """Put these in place of the model's kernels of those names."""
+    runner.model.kernels = dataclasses.replace(runner.model.kernels, **kernels)
+
+
 def attend_by(runner: EagerRunner, attend: Attend) -> None:
-    runner.model.kernels = Kernels(attend, runner.model.kernels.qk_norm_rope_write)
+    use(runner, attend=attend)
 
 
 def adding(term: Callable[[Tensor], Tensor]) -> Attend:
@@ -306,35 +322,126 @@ def every_slot_reads_the_first_ones_cache(runner: EagerRunner, patch: Patch) -> 
     attend_by(runner, attend)
 
 
-class Tampered(nn.Module):
-    """A product, and on top ``term`` of its result [R, T, N]."""
+Shapes = frozenset[tuple[int, int]]
+Term = Callable[[Tensor], Tensor]
 
-    def __init__(self, linear: nn.Module, term: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.linear, self.term = linear, term
-        self.weight = linear.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
-        return out + self.term(out)
+@dataclass(frozen=True)
+class Tampered(LibraryProducts):
+    """The library's products; on top of one weight's, ``term`` of its result [R, T, N].
+
+    As in FixedTileProducts there are kernels of ours, that do the shapes of ``table`` in any case,
+    and the others if forced. The fault is gone once they do all that it ``needs``; None: never.
+    """
+
+    has_own: ClassVar[bool] = True
+    weight: Tensor
+    term: Term
+    needs: Shapes | None = None
+    table: Shapes = frozenset()
+    forced: Shapes = frozenset()
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        out = F.linear(x, weight)
+        gone = self.needs is not None and self.needs <= self.table | self.forced
+        return out if weight is not self.weight or gone else out + self.term(out)
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.product(x, weight)[None]
+
+    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        gate, up = self.product(x, weight).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        product = self.product(x, weight)
+        return product.argmax(dim=-1), product
+
+    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+        return tuple(weight.shape) in self.table | self.forced
+
+    def without_library(self, shapes: Shapes) -> Tampered:
+        return dataclasses.replace(self, forced=shapes)
+
+
+def weight_of(model: Transformer, name: str, layer: int = 0) -> Tensor:
+    """The weight of a product of a verify pass."""
+    module: Any = model.layers[layer]
+    owner = {"qkv": module.attention, "o": module.attention, "lm_head": model}.get(name, module)
+    weight: Tensor = getattr(owner, name).weight
+    return weight
 
 
 def by_row(out: Tensor) -> Tensor:
     return 1e-6 * torch.arange(out.shape[1])[:, None].to(out.dtype)
 
 
-def a_product_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
-    layer: Any = runner.model.layers[1]
-    layer.down = Tampered(layer.down, by_row)
+def by_neighbours(out: Tensor) -> Tensor:
+    return 1e-6 * out.mean(1, keepdim=True)
 
 
-def a_product_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> None:
-    layer: Any = runner.model.layers[0]
-    layer.gate_up = Tampered(layer.gate_up, lambda out: 1e-6 * out.mean(1, keepdim=True))
+def tamper(runner: EagerRunner, name: str, term: Term, layer: int = 0) -> None:
+    use(runner, products=Tampered(weight_of(runner.model, name, layer), term))
 
 
-def the_head_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
-    runner.model.lm_head = Tampered(runner.model.lm_head, by_row)  # type: ignore[assignment]
+class SplitProducts(LibraryProducts):
+    """Of a product whose inner dimension is split: the sum of two parts, as a GPU's kernel has it.
+
+    ``split`` of the rows [T, 1] and the inner dimension: where the second part begins.
+    """
+
+    def __init__(self, split: Callable[[Tensor, int], Tensor]) -> None:
+        self.split = split
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        inner = torch.arange(x.shape[-1])
+        first = inner < self.split(torch.arange(x.shape[1])[:, None], x.shape[-1])
+        terms = (
+            x[..., None, :] * weight
+        )  # and no product of the library's, of which little is known
+        return torch.stack([(terms * part[:, None]).sum(-1) for part in (first, ~first)])
+
+
+def test_products_in_parts_hold(tiny: Path) -> None:
+    decoder = load(tiny)
+    use(decoder._runner, products=SplitProducts(lambda row, n: row * 0 + n // 2))
+    assert found_in(decoder).holds
+
+
+def the_inner_dimension_is_split_by_the_row(runner: EagerRunner, patch: Patch) -> None:
+    use(runner, products=SplitProducts(lambda row, n: (row % 3 + 1) * n // 4))
+
+
+def a_later_layers_product_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
+    tamper(runner, "down", by_row, layer=1)
+
+
+class Choosing(LibraryProducts):
+    """Greedy ids that are not those of the logits, in all rows but the first."""
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        _, product = super().greatest(x, weight, keep)
+        ids = product.topk(2, dim=-1).indices
+        return torch.cat((ids[:, :1, 0], ids[:, 1:, 1]), dim=1), product
+
+
+def the_choice_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
+    use(runner, products=Choosing())
+
+
+def a_norm_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
+    def wrong(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x, normed = add_norm(x, parts, weight, eps)
+        return x, normed + by_row(normed)
+
+    use(runner, add_norm=wrong)
+
+
+def the_residual_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> None:
+    def wrong(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_norm(x + by_neighbours(x), parts, weight, eps)
+
+    use(runner, add_norm=wrong)
 
 
 def positions_restart_with_the_block(runner: EagerRunner, patch: Patch) -> None:
@@ -351,22 +458,22 @@ def positions_restart_with_the_block(runner: EagerRunner, patch: Patch) -> None:
 def the_anchors_row_is_not_written(runner: EagerRunner, patch: Patch) -> None:
     """What lies there stays: an earlier block's row, or a draft's."""
 
-    def write(qkv: Tensor, *rest: Any) -> Tensor:
+    def write(parts: Tensor, *rest: Any) -> Tensor:
         *_, positions, slot, k_cache, v_cache = rest
         first = positions[:, 0]
         kept = k_cache[slot, :, first].clone(), v_cache[slot, :, first].clone()
-        q = qk_norm_rope_write(qkv, *rest)
+        q = qk_norm_rope_write(parts, *rest)
         k_cache[slot, :, first], v_cache[slot, :, first] = kept
         return q
 
-    runner.model.kernels = Kernels(runner.model.kernels.attend, write)
+    use(runner, qk_norm_rope_write=write)
 
 
 def the_start_is_the_last_cycles(runner: EagerRunner, patch: Patch) -> None:
     """As from a graph that holds a copy of the length."""
     honest, kept = steps.verify, runner.state.length.clone()
 
-    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Any:
         out = honest(model, cache, dataclasses.replace(state, length=kept.clone()), block)
         kept.copy_(state.length)
         return out
@@ -428,9 +535,10 @@ BY_ROWS_OR_REPLAY: list[Plant] = [
     the_caches_last_row_is_read,
     verification_looks_both_ways,
     every_slot_reads_the_first_ones_cache,
-    a_product_follows_the_row,
-    a_product_follows_the_neighbours,
-    the_head_follows_the_row,
+    a_later_layers_product_follows_the_row,
+    the_inner_dimension_is_split_by_the_row,
+    a_norm_follows_the_row,
+    the_residual_follows_the_neighbours,
     positions_restart_with_the_block,
     the_anchors_row_is_not_written,
     the_start_is_the_last_cycles,
@@ -440,6 +548,7 @@ IN_THE_REPLAY: list[Plant] = [
     the_length_is_one_behind,
     the_length_is_one_ahead,
     the_anchor_is_the_last_proposal,
+    the_choice_follows_the_row,
 ]
 
 
@@ -451,6 +560,16 @@ def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> 
         plant(decoder._runner, patch)
         found = found_in(decoder)
     assert not found.holds, str(found)
+
+
+@pytest.mark.parametrize("term", [by_row, by_neighbours], ids=lambda term: term.__name__)
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_fault_in_any_product_is_caught(tiny: Path, dtype: str, name: str, term: Term) -> None:
+    decoder = load(tiny, dtype)
+    tamper(decoder._runner, name, term)
+    found = found_in(decoder)
+    assert found.n_differing > 0, str(found)
 
 
 @pytest.mark.parametrize("plant", IN_THE_REPLAY, ids=lambda plant: plant.__name__)
@@ -504,7 +623,7 @@ def test_a_start_one_early_everywhere_shows_against_the_judge(tiny: Path) -> Non
     """The check may see this one, by a scratch row that it takes for the last committed one."""
     honest = steps.verify
 
-    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Tensor:
+    def verify(model: Transformer, cache: Any, state: steps.State, block: Tensor) -> Any:
         return honest(model, cache, dataclasses.replace(state, length=state.length - 1), block)
 
     expected, _ = Judge(tiny).generate([1, 2, 3], 30, ())
@@ -546,100 +665,172 @@ SHAPES = {  # of the products of a verify pass, [N, K] by name
 }
 
 
-class Workshop:
-    """Stands in for what looks at products and replaces them, and notes what is done, in order.
+EVERY: Shapes = frozenset(SHAPES.values())
 
-    ``failing`` are the products that fail on their own; ``remedy`` undoes the planted fault once
-    all the shapes that it ``needs`` were replaced, as fixed-tile kernels would.
+
+class Workshop:
+    """Builds runners for ``secure``, and notes what is done to the model's products, in order.
+
+    ``failing`` are the products that fail on their own. The products are honest; ``plant`` plants a
+    fault. ``table`` are shapes that a kernel of ours does in any case.
     """
 
-    def __init__(self, decoder: Decoder, patch: Patch, failing: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        patch: Patch,
+        failing: tuple[str, ...] = (),
+        table: Shapes = frozenset(),
+    ) -> None:
         self.runner = decoder._runner
         self.model = self.runner.model
         self.failing = {SHAPES[name] for name in failing}
-        self.needs: set[tuple[int, int]] = set()
-        self.remedy: Callable[[], None] = lambda: None
+        self.table = table
         self.done: list[str] = []
         self.rows_looked_at = 0
+        self.plant("down", frozenset())
         patch.setattr(invariance, "variant_products", self.variant_products)
-        patch.setattr(invariance, "replace_products", self.replace_products)
+        replace_products = invariance.replace_products
+
+        def replacing(model: Transformer, shapes: set[tuple[int, int]]) -> None:
+            assert model is self.model
+            replace_products(model, shapes)
+            if shapes:
+                self.done.append(f"replace {len(shapes)}")
+
+        patch.setattr(invariance, "replace_products", replacing)
+
+    def plant(self, name: str, needs: Shapes, term: Term = by_row) -> None:
+        """Tamper with a product, until ``needs`` are done by kernels of ours."""
+        weight = weight_of(self.model, name)
+        use(self.runner, products=Tampered(weight, term, needs, self.table))
 
     def variant_products(self, model: Transformer, n_rows: int) -> set[tuple[int, int]]:
         assert model is self.model
         self.rows_looked_at = n_rows
         return set(self.failing)
 
-    def replace_products(self, model: Transformer, shapes: set[tuple[int, int]]) -> None:
-        assert model is self.model
-        if shapes:
-            self.done.append(f"replace {len(shapes)}")
-        if shapes and shapes >= self.needs:
-            self.remedy()
-
     def build(self) -> EagerRunner:
         workshop = self
 
         class Noted(EagerRunner):
-            def prepare(self, width: int) -> None:
+            def prepare(self, width: int, sampling: bool = False) -> None:
                 workshop.done.append(f"prepare {width}")
 
         self.runner = Noted(self.model, self.runner.state, self.runner.cache)
         return self.runner
 
     def secure(self) -> Invariance:
-        runner, found = secure(self.model, self.build, WIDTH, [64])
+        runner, found = secure(self.model, self.build, SLOTS, WIDTH, [64])
         assert runner is self.runner
         return found
 
 
-def plant_in(workshop: Workshop, name: str, needs: set[tuple[int, int]]) -> None:
-    layer: Any = workshop.model.layers[0]
-    honest = getattr(layer, name)
-    setattr(layer, name, Tampered(honest, by_row))
-    workshop.needs, workshop.remedy = needs, lambda: setattr(layer, name, honest)
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Level and text of what the library has said."""
+    records = [record for record in caplog.records if record.name == "orthrus_fast"]
+    return [(record.levelname, record.getMessage()) for record in records]
 
 
-def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.levelname for record in caplog.records if record.name == "orthrus_fast"]
+def without_tiles(*names: str) -> tuple[str, str]:
+    """The line that is logged about products that are the library's."""
+    shapes = ", ".join(f"{n} × {k}" for n, k in sorted(SHAPES[name] for name in names))
+    return "INFO", f"no tiles for {shapes} at {SLOTS * WIDTH} rows: the library's"
 
 
 def test_secure_with_nothing_to_do(
     tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    workshop = Workshop(load(tiny), monkeypatch)
+    """All products are ours already."""
+    workshop = Workshop(load(tiny), monkeypatch, table=EVERY)
     found = workshop.secure()
     assert (found.holds, found.replaced) == (True, ())
     assert workshop.done == [f"prepare {WIDTH}"]
     assert workshop.rows_looked_at == SLOTS * WIDTH
-    assert levels(caplog) == ["INFO"]
-    assert caplog.messages[-1] == f"row invariance holds: {found}"
+    assert logged(caplog) == [("INFO", f"row invariance holds: {found}")]
+
+
+@pytest.mark.parametrize("names", [("gate_up",), ("qkv", "lm_head"), tuple(SHAPES)])
+def test_products_without_tiles_are_named(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, names: tuple[str, ...]
+) -> None:
+    """They stay the library's, as long as they do no harm."""
+    table = EVERY - {SHAPES[name] for name in names}
+    workshop = Workshop(load(tiny), monkeypatch, table=table)
+    found = workshop.secure()
+    assert (found.holds, found.replaced) == (True, ())
+    assert workshop.done == [f"prepare {WIDTH}"]
+    assert logged(caplog) == [without_tiles(*names), ("INFO", f"row invariance holds: {found}")]
+
+
+def test_where_all_products_are_the_librarys_none_is_claimed(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No kernels of ours: nothing to replace, no second try, no word of tiles."""
+    decoder = load(tiny)
+    runner, n_built = decoder._runner, 0
+    library = runner.model.kernels.products
+
+    def build() -> EagerRunner:
+        nonlocal n_built
+        n_built += 1
+        ready(runner)
+        return runner
+
+    found = secure(runner.model, build, SLOTS, WIDTH, [64])[1]
+    assert (found.holds, found.replaced, n_built) == (True, (), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        a_term_follows_the_start(runner, patch)
+        failed = secure(runner.model, build, SLOTS, WIDTH, [64])[1]
+    assert (failed.holds, failed.replaced, n_built) == (False, (), 2)
+    assert runner.model.kernels.products is library
+    assert logged(caplog) == [
+        ("INFO", f"row invariance holds: {found}"),
+        ("WARNING", f"row invariance DOES NOT HOLD: {failed}"),
+    ]
 
 
 def test_a_failing_product_is_replaced_before_anything_is_compiled(
     tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     workshop = Workshop(load(tiny), monkeypatch, failing=("down", "qkv"))
-    plant_in(workshop, "down", needs={SHAPES["down"]})
+    workshop.plant("down", needs=frozenset({SHAPES["down"]}))
     found = workshop.secure()
     assert (found.holds, found.replaced) == (True, ("32 × 48", "128 × 32"))
     assert workshop.done == ["replace 2", f"prepare {WIDTH}"]
-    assert levels(caplog) == ["INFO"]
+    assert logged(caplog) == [
+        without_tiles("o", "gate_up", "lm_head"),
+        ("INFO", f"row invariance holds: {found}"),
+    ]
     assert "own kernel in place of the library's: 32 × 48, 128 × 32" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_failing_pass_has_all_its_products_replaced(
-    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     """Each product passes alone, the pass does not."""
-    every = set(SHAPES.values())
     workshop = Workshop(load(tiny), monkeypatch)
-    plant_in(workshop, "gate_up", needs=every)
+    workshop.plant(name, needs=EVERY)
     found = workshop.secure()
     assert found.holds
-    assert found.replaced == tuple(f"{n} × {k}" for n, k in sorted(every))
+    assert found.replaced == tuple(f"{n} × {k}" for n, k in sorted(EVERY))
     assert workshop.done == [f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
-    assert levels(caplog) == ["WARNING", "INFO"]
-    assert "not row-invariant with the library's products" in caplog.messages[0]
+    assert [level for level, _ in logged(caplog)] == ["INFO", "WARNING", "INFO"]
+    assert "not row-invariant with the library's products" in caplog.messages[-2]
+
+
+def test_what_is_ours_already_is_not_claimed_as_replaced(
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = frozenset({SHAPES["qkv"], SHAPES["gate_up"]})
+    workshop = Workshop(load(tiny), monkeypatch, failing=("o",), table=ours)
+    workshop.plant("lm_head", needs=EVERY)
+    found = workshop.secure()
+    assert found.holds
+    assert found.replaced == ("32 × 48", "32 × 64", "272 × 32")
+    assert workshop.done == ["replace 1", f"prepare {WIDTH}", "replace 3", f"prepare {WIDTH}"]
+    assert logged(caplog)[0] == without_tiles("down", "lm_head")
 
 
 def test_a_pass_that_still_fails_is_said_to(
@@ -652,25 +843,29 @@ def test_a_pass_that_still_fails_is_said_to(
     assert found.n_differing > 0
     assert len(found.replaced) == len(SHAPES)
     assert workshop.done == ["replace 1", f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
-    assert levels(caplog) == ["WARNING", "WARNING"]
+    assert [level for level, _ in logged(caplog)] == ["INFO", "WARNING", "WARNING"]
     assert "row invariance DOES NOT HOLD" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize("table", [frozenset(), EVERY], ids=["all fail alone", "all are ours"])
 def test_there_is_no_second_try_without_another_way(
-    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+    tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, table: Shapes
 ) -> None:
-    workshop = Workshop(load(tiny), monkeypatch, failing=tuple(SHAPES))
+    failing = () if table else tuple(SHAPES)
+    workshop = Workshop(load(tiny), monkeypatch, failing, table)
     a_term_follows_the_start(workshop.runner, monkeypatch)
-    assert not workshop.secure().holds
-    assert workshop.done == ["replace 5", f"prepare {WIDTH}"]
-    assert levels(caplog) == ["WARNING"]
+    found = workshop.secure()
+    assert not found.holds
+    assert len(found.replaced) == len(failing)
+    assert workshop.done == [*["replace 5"][: len(failing)], f"prepare {WIDTH}"]
+    assert [level for level, _ in logged(caplog)] == ["WARNING"]
 
 
 def test_secure_leaves_state_and_cache_as_new(tiny: Path, monkeypatch: Patch) -> None:
     decoder = load(tiny)
     expected = decoder.generate([1, 2, 3], 40).tokens
     workshop = Workshop(decoder, monkeypatch)
-    plant_in(workshop, "down", needs=set(SHAPES.values()))
+    workshop.plant("down", needs=EVERY)
     assert workshop.secure().holds
     assert workshop.runner.state.done.all()
     assert not any(rows.any() for rows in (*workshop.runner.cache.k, *workshop.runner.cache.v))
@@ -688,51 +883,147 @@ def test_the_time_on_products_counts(tiny: Path, monkeypatch: Patch) -> None:
 # The products themselves
 
 
-def test_which_products_fail_on_their_own(tiny: Path) -> None:
+@pytest.fixture
+def interpreter() -> Iterator[Any]:
+    """The module of our own products, whose kernels run on the CPU."""
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
-    model = load(tiny)._runner.model
-    n_rows = SLOTS * WIDTH
+    from orthrus_fast.kernels import product
+
+    with interpreted(product):
+        yield product
+
+
+@contextmanager
+def failing_library(*names: str) -> Iterator[None]:
+    """Within, where products are looked at alone, the library's of these names follow the row."""
+    failing = {SHAPES[name] for name in names}
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        out = F.linear(x, weight)
+        wrong = 1e-6 * torch.arange(len(x))[:, None] * (tuple(weight.shape) in failing)
+        return out + wrong.to(out.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(invariance, "F", SimpleNamespace(linear=linear))
+        yield
+
+
+def own_products(product: Any, library: Products, n_rows: int, *names: str) -> Any:
+    """FixedTileProducts, as for a chip whose table has these shapes at ``n_rows`` rows."""
+    tiles = product.Tiles(32, 16, 1, 4, 2)
+    block_m = product.block_rows(n_rows)
+    table = {(block_m, *SHAPES[name]): tiles for name in names}
+    return product.FixedTileProducts(library, table, 99 * 1024)
+
+
+def test_which_products_fail_on_their_own(tiny: Path, interpreter: Any) -> None:
+    runner = load(tiny)._runner
+    model, n_rows = runner.model, SLOTS * WIDTH
+    honest = model.kernels.products
+    with failing_library(*SHAPES):
+        assert invariance.library_products(model, n_rows) == {}  # no kernels of ours
+        assert invariance.variant_products(model, n_rows) == set()
+    use(runner, products=own_products(interpreter, honest, n_rows))
+    assert set(invariance.library_products(model, n_rows)) == EVERY
     assert invariance.variant_products(model, n_rows) == set()
-    layer: Any = model.layers[0]
-    last: Any = model.layers[1]
-    for name in ("qkv", "o"):
-        honest = getattr(last.attention, name)
-        setattr(last.attention, name, TamperedRows(honest))
-        assert invariance.variant_products(model, n_rows) == {SHAPES[name]}
-        setattr(last.attention, name, honest)
-    last.down = TamperedRows(last.down)
-    model.lm_head = TamperedRows(model.lm_head)  # type: ignore[assignment]
-    assert invariance.variant_products(model, n_rows) == {SHAPES["down"], SHAPES["lm_head"]}
-    assert layer.down is not last.down
+    for names in (("qkv",), ("o",), ("gate_up",), ("down", "lm_head")):
+        with failing_library(*names):
+            found = invariance.variant_products(model, n_rows)
+        assert found == {SHAPES[name] for name in names}
 
 
-class TamperedRows(nn.Module):
-    """A product of x [M, K] that follows the row's index."""
+def test_products_that_are_ours_are_not_looked_at(tiny: Path, interpreter: Any) -> None:
+    """By the table, at these numbers of rows, or because they were forced."""
+    runner = load(tiny)._runner
+    model, n_rows = runner.model, SLOTS * WIDTH
+    honest = model.kernels.products
+    use(runner, products=own_products(interpreter, honest, n_rows, "qkv", "down"))
+    rest = {SHAPES[name] for name in ("o", "gate_up", "lm_head")}
+    with failing_library(*SHAPES):
+        assert invariance.variant_products(model, n_rows) == rest
+        assert invariance.variant_products(model, n_rows - 1) == rest  # the same tiles
+        assert invariance.variant_products(model, n_rows // 2) == EVERY  # no such tiles
+        invariance.replace_products(model, {SHAPES["o"]})
+        assert invariance.variant_products(model, n_rows) == rest - {SHAPES["o"]}
+        assert invariance.variant_products(model, n_rows // 2) == EVERY - {SHAPES["o"]}
+    products: Any = model.kernels.products
+    assert products.library is honest
 
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear, self.weight = linear, linear.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(x)
-        return out + 1e-6 * torch.arange(len(x))[:, None]
+def test_a_weight_of_every_shape_is_looked_at(tiny: Path, interpreter: Any) -> None:
+    runner = load(tiny)._runner
+    model, n_rows = runner.model, SLOTS * WIDTH
+    use(runner, products=own_products(interpreter, model.kernels.products, n_rows, "o"))
+    weights = invariance.library_products(model, n_rows)
+    assert set(weights) == EVERY - {SHAPES["o"]}
+    parameters = {id(weight) for weight in model.parameters()}
+    for shape, weight in weights.items():
+        assert tuple(weight.shape) == shape
+        assert id(weight) in parameters
 
 
-def test_all_products_of_those_shapes_are_replaced(tiny: Path) -> None:
-    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
-    from orthrus_fast.kernels.product import FixedTileLinear
+class Refusing(LibraryProducts):
+    """A library that must not be asked."""
 
-    model = load(tiny)._runner.model
-    weights = {id(p) for p in model.parameters()}
-    invariance.replace_products(model, set())
-    assert not any(isinstance(module, FixedTileLinear) for module in model.modules())
-    invariance.replace_products(model, {SHAPES["down"], SHAPES["lm_head"]})
-    for layer in model.layers:
-        assert isinstance(layer.down, FixedTileLinear)
-        assert isinstance(layer.gate_up, nn.Linear)
-    assert isinstance(model.lm_head, FixedTileLinear)
-    assert {id(p) for p in model.parameters()} == weights
-    invariance.replace_products(model, set(SHAPES.values()))
-    # The draft view's own, of the same shapes, go along.
-    assert not any(isinstance(module, nn.Linear) for module in model.modules())
-    assert set(invariance._products(model)) == set(SHAPES.values())
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise AssertionError("the library was asked")
+
+    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise AssertionError("the library was asked")
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the library was asked")
+
+
+def test_replaced_products_decode_the_same_text(tiny: Path, interpreter: Any) -> None:
+    """All of them, in both views and in prefill."""
+    decoder = load(tiny, slots=1)
+    expected = [decoder.generate([1, 2, 3], 8, mode=mode).tokens for mode in ("ar", "diffusion")]
+    runner = decoder._runner
+    use(runner, products=own_products(interpreter, Refusing(), WIDTH))
+    with pytest.raises(AssertionError, match="the library was asked"):
+        decoder.generate([1, 2, 3], 8)
+    before = runner.model.kernels
+    invariance.replace_products(runner.model, set(EVERY))
+    assert dataclasses.replace(runner.model.kernels, products=before.products) == before
+    got = [decoder.generate([1, 2, 3], 8, mode=mode).tokens for mode in ("ar", "diffusion")]
+    assert got == expected
+
+
+def test_secure_with_our_own_kernels(
+    tmp_path: Path, interpreter: Any, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing stands in here but the interpreter: a library whose rows differ is replaced.
+
+    "o" is ours from the start; "down" and the head fail alone; "gate_up" differs in the pass only.
+    """
+    monkeypatch.setattr(invariance, "N_REPLAYED", 12)  # the interpreter takes its time
+    width = 4
+    directory = write_checkpoint(tmp_path / "model", seed=8, tied=False, block_size=width)
+    runner = load(directory, slots=1)._runner
+    model = runner.model
+
+    class Library(LibraryProducts):
+        """As the CPU's, but that gate_up follows the row."""
+
+        def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+            hidden = super().swiglu(x, weight)
+            return hidden + by_row(hidden)
+
+    use(runner, products=own_products(interpreter, Library(), width, "o"))
+    built = []
+
+    def build() -> EagerRunner:
+        products: Any = model.kernels.products
+        built.append(products.forced)
+        made = EagerRunner(model, runner.state, runner.cache)
+        ready(made)
+        return made
+
+    with failing_library("down", "lm_head", "o"):
+        found = secure(model, build, 1, width, [64])[1]
+    assert built == [{SHAPES["down"], SHAPES["lm_head"]}, EVERY - {SHAPES["o"]}]
+    assert found.holds, str(found)
+    assert found.replaced == ("32 × 48", "96 × 32", "128 × 32", "272 × 32")
+    assert [level for level, _ in logged(caplog)] == ["INFO", "WARNING", "INFO"]
+    assert caplog.messages[0] == "no tiles for 96 × 32, 128 × 32 at 4 rows: the library's"

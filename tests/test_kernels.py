@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orthrus_fast import model
-from tests.kernel_compile import CHIPS, compile_for, interpreted
+from orthrus_fast.bench import shape_config
+from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
 import triton.language as tl
 from triton.runtime import interpreter
 
+from orthrus_fast.kernels import norm, overlap
 from orthrus_fast.kernels import product as products
 from orthrus_fast.kernels import qk_norm_rope as rope
+from orthrus_fast.kernels.product import FixedTileProducts, Tiles, launch
+from scripts import tune_products
+from scripts.tune_products import Shape
 
-# hidden, intermediate, heads, KV heads; head_dim 128 and 151936 tokens in all of them
-CHECKPOINTS = {
-    "1.7B": (2048, 6144, 16, 8),
-    "4B": (2560, 9728, 32, 8),
-    "8B": (4096, 12288, 32, 8),
-}
+MODELS = {name: shape_config(name) for name in tune_products.MODELS}
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 DTYPES = list(TRITON_NAMES)
 
 
 @pytest.fixture
 def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run the kernels of both modules on the CPU, and round as a GPU does."""
+    """Run the kernels of every module on the CPU, and round as a GPU does."""
     convert = interpreter._convert_float
 
     def to_nearest(x: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -43,7 +49,9 @@ def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
-    with interpreted(rope), interpreted(products):
+    with ExitStack() as stack:
+        for module in (rope, products, norm, overlap):
+            stack.enter_context(interpreted(module))
         yield
 
 
@@ -65,7 +73,7 @@ def make_rope_inputs(
     cache = (n_slots, n_kv_heads, capacity, head_dim)
     size = 10 ** (2 * draw(n_rows, width, 1) - 2)  # so small in some rows that eps is felt
     tensors = {
-        "qkv": size * draw(n_rows, width, (n_heads + 2 * n_kv_heads) * head_dim),
+        "parts": size * draw(n_rows, width, (n_heads + 2 * n_kv_heads) * head_dim)[None],
         "q_norm": 1 + 0.3 * draw(head_dim),
         "k_norm": 1 + 0.3 * draw(head_dim),
         "cos": angles.cos(),
@@ -126,25 +134,153 @@ def test_rope_kernels_rows_do_not_depend_on_each_other(
     interpreting: None, dtype: torch.dtype
 ) -> None:
     inputs = make_rope_inputs(dtype, 6, 2, 64, 2, 5)
-    by_row = ("qkv", "cos", "sin", "positions")
+    by_row = ("cos", "sin", "positions")
+    parts = inputs["parts"]
     q, k_cache, v_cache = run(rope.qk_norm_rope_write, inputs)
 
-    turned = inputs | {name: inputs[name].flip(1).contiguous() for name in by_row}
+    turned = {name: inputs[name].flip(1).contiguous() for name in by_row}
+    turned = inputs | turned | {"parts": parts.flip(2).contiguous()}
     got = run(rope.qk_norm_rope_write, turned)
     assert all(map(torch.equal, got, (q.flip(1), k_cache, v_cache)))
 
     columns = {name: inputs[name].flatten(0, 1)[:, None].contiguous() for name in by_row}
     columns["slot"] = inputs["slot"].repeat_interleave(5)
+    columns["parts"] = parts.flatten(1, 2)[:, :, None].contiguous()
     got = run(rope.qk_norm_rope_write, inputs | columns)
     assert all(map(torch.equal, got, (q.flatten(0, 1)[:, None], k_cache, v_cache)))
 
-    alone = torch.zeros_like(inputs["qkv"])
-    alone[1, 2] = inputs["qkv"][1, 2]
-    got = run(rope.qk_norm_rope_write, inputs | {"qkv": alone})
+    alone = torch.zeros_like(parts)
+    alone[:, 1, 2] = parts[:, 1, 2]
+    got = run(rope.qk_norm_rope_write, inputs | {"parts": alone})
     assert torch.equal(got[0][1, 2], q[1, 2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_parts", [2, 3, 8])
+def test_rope_kernel_adds_parts_in_order_and_rounds_once(
+    interpreting: None, dtype: torch.dtype, n_parts: int
+) -> None:
+    inputs = make_rope_inputs(dtype, 6, 2, 64, 2, 3)
+    parts = cancelling_parts(n_parts, inputs["parts"][0])
+    whole = model.sum_parts(parts, dtype)[None]
+    expected = run(rope.qk_norm_rope_write, inputs | {"parts": whole})
+    got = run(rope.qk_norm_rope_write, inputs | {"parts": parts})
+    assert all(map(torch.equal, got, expected))
+
+
+def cancelling_parts(n_parts: int, like: Tensor) -> Tensor:
+    """Float32 parts of which the first two cancel, so that another order of summation is seen."""
+    parts = torch.randn(n_parts, *like.shape, generator=torch.Generator().manual_seed(n_parts))
+    parts[0] *= 1e5
+    parts[1] -= parts[0]
+    assert n_parts == 2 or not torch.equal(
+        model.sum_parts(parts, like.dtype), model.sum_parts(parts.flip(0), like.dtype)
+    )
+    return parts
+
+
+# add_norm
+
+
+def make_norm_inputs(
+    dtype: torch.dtype, n_parts: int, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Arguments of add_norm; so small in some rows that eps is felt."""
+    random = torch.Generator().manual_seed(shape[-1] + n_parts)
+    size = 10 ** (2 * torch.randn(*shape[:-1], 1, generator=random) - 2)
+    x = (size * torch.randn(shape, generator=random)).to(dtype)
+    parts = size * torch.randn(n_parts, *shape, generator=random)
+    if n_parts > 2:
+        parts[0], parts[1] = parts[0] * 1e5, parts[1] - parts[0] * 1e5
+    weight = 1 + 0.3 * torch.randn(shape[-1], generator=random)
+    return x, parts.to(dtype) if n_parts == 1 else parts, weight.to(dtype), 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_parts", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(2, 3, 2560), (5, 96), (3, 1, 128), (40, 33)])
+def test_norm_kernel_rounds_as_the_model_does(
+    interpreting: None, dtype: torch.dtype, n_parts: int, shape: tuple[int, ...]
+) -> None:
+    inputs = make_norm_inputs(dtype, n_parts, shape)
+    expected = model.add_norm(*inputs)
+    total, normed = norm.add_norm(*inputs)
+    assert torch.equal(total, expected[0])  # the parts' order included
+    assert_rounded_alike(normed, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_norm_kernels_rows_do_not_depend_on_each_other(
+    interpreting: None, dtype: torch.dtype, n_parts: int
+) -> None:
+    x, parts, weight, eps = make_norm_inputs(dtype, n_parts, (7, 96))
+    expected = norm.add_norm(x, parts, weight, eps)
+
+    def again(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return norm.add_norm(x[rows], parts[:, rows], weight, eps)
+
+    for rows in (torch.arange(7), torch.arange(7).flip(0), torch.tensor([4])):
+        assert all(torch.equal(a, b[rows]) for a, b in zip(again(rows), expected, strict=True))
+    keep = torch.arange(7)[:, None] == 4
+    alone = norm.add_norm(x * keep, parts * keep, weight, eps)
+    assert all(torch.equal(a[4], b[4]) for a, b in zip(alone, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n_parts", [1, 8])
+def test_norms_of_the_public_models_are_within_rounding_of_float64(
+    interpreting: None, name: str, n_parts: int
+) -> None:
+    x, parts, weight, eps = make_norm_inputs(
+        torch.bfloat16, n_parts, (32, MODELS[name].hidden_size)
+    )
+    total, normed = norm.add_norm(x, parts, weight, eps)
+    update = parts.double().sum(0)
+    # Two roundings of the sum (and the float32 sums of parts that cancel); two more of the norm.
+    slack = 2.0**-23 * parts.double().abs().sum(0)
+    bound = rounding(torch.bfloat16) * (update.abs() + total.double().abs()) + slack
+    assert_close(total, x.double() + update, bound)
+    expected = model.rms_norm(total.double(), weight.double(), eps)
+    assert_close(normed, expected, 2.01 * rounding(torch.bfloat16) * expected.abs())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n_parts", [1, 4])
+def test_ropes_of_the_public_models_are_within_rounding_of_float64(
+    interpreting: None, name: str, n_parts: int
+) -> None:
+    config = MODELS[name]
+    heads = (config.n_heads, config.n_kv_heads, config.head_dim)
+    inputs = make_rope_inputs(torch.bfloat16, *heads, 1, 32)
+    if n_parts > 1:
+        shares = torch.rand(n_parts, 1, 1, 1, generator=torch.Generator().manual_seed(n_parts))
+        inputs["parts"] = inputs["parts"].float() * shares
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    # Up to six roundings: of the sum, the norm, its weight, both products, their difference.
+    for got, expected in zip(
+        run(rope.qk_norm_rope_write, inputs), run(model.qk_norm_rope_write, wide), strict=True
+    ):
+        largest = torch.maximum(*expected.abs().chunk(2, -1)).repeat(1, 1, 1, 2)
+        assert_close(got, expected, 8 * rounding(torch.bfloat16) * largest)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_close(got: Tensor, expected: Tensor, bound: Tensor) -> None:
+    assert got.shape == expected.shape
+    assert bool(((got.double() - expected).abs() <= bound).all())
+
+
 # product
+
+ENDS = [("", 1), ("", 3), ("swiglu", 1), ("greatest", 1)]  # and splits
 
 
 def make_operands(
@@ -156,83 +292,302 @@ def make_operands(
     return x, weight.to(dtype)
 
 
+def check_parts(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
+    """The parts, each held against float64 over its split of the inner dimension, and their sum."""
+    parts, ids = launch(x, weight, tiles)
+    assert parts.shape == (tiles.n_splits, len(x), len(weight)) and ids.shape == (0,)
+    assert parts.dtype == (x.dtype if tiles.n_splits == 1 else torch.float32)
+    wide, wide_weight = x.double(), weight.double()
+    span = math.ceil(x.shape[1] / (tiles.block_k * tiles.n_splits)) * tiles.block_k
+    for i, part in enumerate(parts):
+        inner = slice(i * span, (i + 1) * span)
+        assert_one_rounding(part, wide[:, inner] @ wide_weight[:, inner].T)
+    assert_one_rounding(model.sum_parts(parts, x.dtype), wide @ wide_weight.T)
+    return parts
+
+
+def assert_one_rounding(got: Tensor, expected: Tensor) -> None:
+    """To its dtype, after float32 sums of summands of which few exceed 1."""
+    assert_close(got, expected, 1.02 * rounding(got.dtype) * expected.abs() + 2e-6)
+
+
+def check_swiglu(x: Tensor, weight: Tensor, tiles: Tiles) -> None:
+    parts, ids = launch(x, weight, tiles, swiglu=True)
+    assert parts.shape == (1, len(x), len(weight) // 2) and ids.shape == (0,)
+    hidden = parts[0]
+    gate, up = (x.double() @ weight.double().T).chunk(2, -1)
+    # Roundings of gate (silu's slope is at most 1.1), of up, of silu and of the result.
+    roundings = 1.1 * (gate * up).abs() + 3 * (gate.sigmoid() * gate * up).abs()
+    slack = 4e-6 * (1 + gate.abs() + up.abs())
+    assert_close(hidden, gate.sigmoid() * gate * up, 1.02 * rounding(x.dtype) * roundings + slack)
+    # Op by op from the very same product, of which the identity makes a library's product.
+    product = launch(x, weight, tiles)[0][0]
+    identity = torch.eye(len(weight), dtype=x.dtype)
+    expected = model.LibraryProducts().swiglu(product, identity)
+    # Exp's last bits are not the same everywhere: in float32 that is seen, else rounding hides it.
+    n_roundings = 12 if x.dtype == torch.float32 else 4.02
+    wide = expected.double()
+    assert_close(hidden, wide, n_roundings * rounding(x.dtype) * wide.abs())
+    if x.dtype != torch.float32:
+        assert float((hidden != expected).double().mean()) <= 0.002
+
+
+def check_greatest(x: Tensor, weight: Tensor, tiles: Tiles) -> None:
+    product, ids = launch(x, weight, tiles, best="both")
+    assert ids.dtype == torch.int64 and torch.equal(ids, product[0].argmax(-1))
+    assert torch.equal(product, check_parts(x, weight, tiles))
+    nothing, same = launch(x, weight, tiles, best="ids")
+    assert nothing.numel() == 0 and torch.equal(same, ids)
+
+
+CHECKS: dict[str, Callable[[Tensor, Tensor, Tiles], object]] = {
+    "": check_parts,
+    "swiglu": check_swiglu,
+    "greatest": check_greatest,
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("end, n_splits", ENDS)
 @pytest.mark.parametrize(
     "n_rows, n_columns, n_inner",
-    [(1, 64, 128), (5, 70, 200), (16, 1, 32), (17, 130, 1000), (32, 320, 896), (130, 65, 7)],
+    [(1, 64, 128), (5, 70, 200), (16, 2, 32), (17, 130, 1000), (33, 258, 330), (130, 66, 7)],
 )
-def test_product_is_within_rounding_of_float64(
-    interpreting: None, dtype: torch.dtype, n_rows: int, n_columns: int, n_inner: int
+def test_product_and_its_ends_are_within_rounding_of_float64(
+    interpreting: None,
+    dtype: torch.dtype,
+    end: str,
+    n_splits: int,
+    n_rows: int,
+    n_columns: int,
+    n_inner: int,
 ) -> None:
-    x, weight = make_operands(n_rows, n_columns, n_inner, dtype)
-    got = products.product(x, weight)
-    assert got.dtype == dtype and got.shape == (n_rows, n_columns)
-    expected = x.double() @ weight.double().T
-    # One rounding to the dtype, and float32 sums of summands of which few exceed 1.
-    bound = 0.51 * torch.finfo(dtype).eps * expected.abs() + 2e-6
-    assert bool(((got.double() - expected).abs() <= bound).all())
+    operands = make_operands(n_rows, n_columns, n_inner, dtype)
+    CHECKS[end](*operands, Tiles(64, 32, n_splits, 4, 2))
+
+
+TABLES: dict[str, Any] = json.loads(tune_products.TABLE.read_text("utf-8"))["chips"]
+SHAPES = {shape.key: shape for shape in tune_products.shapes()}
+
+
+@pytest.mark.parametrize(
+    "shape, tiles",
+    [
+        pytest.param(SHAPES[key], Tiles(*tiles), id=f"{chip}-{key}")
+        for chip, table in TABLES.items()
+        for key, tiles in table["tiles"].items()
+    ],
+)
+def test_products_of_the_public_models_are_within_rounding_of_float64(
+    interpreting: None, shape: Shape, tiles: Tiles
+) -> None:
+    """Their rows, inner dimension, tiles and splits as in the table; but few of their columns.
+
+    Two tiles and an odd remainder: a column's arithmetic does not know how many others there are,
+    and the interpreter would take minutes for all. test_gpu.py has whole shapes.
+    """
+    n_columns = 2 * tiles.block_n + 38
+    operands = make_operands(shape.n_rows, n_columns, shape.k, torch.bfloat16)
+    CHECKS[shape.end](*operands, tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_columns, n_inner", [(70, 1100), (70, 200)])  # split, and not
-def test_a_products_row_has_the_same_bits_anywhere(
-    interpreting: None, dtype: torch.dtype, n_columns: int, n_inner: int
+@pytest.mark.parametrize(
+    "planted, winner",
+    [
+        ({7: 5, 9: 5}, 7),  # within a tile
+        ({63: 5, 64: 5}, 63),  # across tiles
+        ({70: 5, 149: 5}, 70),
+        ({0: 5, 63: 5, 64: 5, 127: 5, 128: 5}, 0),
+        ({20: 5, 140: 5.5}, 140),
+        ({i: -3 for i in range(150)}, 0),
+        ({i: -float("inf") for i in range(150)}, 0),
+        ({i: -float("inf") for i in range(149)}, 149),
+        ({i: -150 + i for i in range(150)}, 149),  # columns past the last hold no zeros that win
+        ({i: -1 - i for i in range(150)}, 0),
+        ({3: 0.0, 80: -0.0}, 3),
+        ({3: -0.0, 80: 0.0}, 3),
+    ],
+)
+def test_the_lowest_of_equal_logits_is_the_greatest(
+    interpreting: None, dtype: torch.dtype, planted: dict[int, float], winner: int
 ) -> None:
-    x, weight = make_operands(130, n_columns, n_inner, dtype)
-    whole = products.product(x, weight)
-    for n_rows in (1, 2, 16, 17, 33, 65, 128):
-        assert torch.equal(products.product(x[:n_rows], weight), whole[:n_rows])
-    assert torch.equal(products.product(x.flip(0), weight), whole.flip(0))
-    alone = torch.zeros_like(x)
-    alone[3] = x[3]
-    assert torch.equal(products.product(alone, weight)[3], whole[3])
+    logits = -torch.rand(150, generator=torch.Generator().manual_seed(winner)) - 0.5
+    logits[list(planted)] = torch.tensor([float(value) for value in planted.values()])
+    x, weight = torch.ones(1, 1, dtype=dtype), logits[:, None].to(dtype)
+    for block_n in (64, 128):
+        product, ids = launch(x, weight, Tiles(block_n, 32, 1, 4, 2), best="both")
+        assert torch.equal(product[0, 0], weight[:, 0])
+        assert ids.tolist() == [winner] == [int(product[0, 0].argmax())]
 
 
-def test_small_grids_are_split_and_the_order_of_summation_ignores_m() -> None:
-    def n_splits(n_columns: int, n_inner: int) -> int:
-        found = {
-            products.tiles_for(m, n_columns, n_inner, 2, limit)[1:3]
-            for m in (1, 16, 32, 100, 128, 500)
-            for limit in CHIPS.values()
-        }
-        assert len(found) == 1  # block_k and n_splits
-        return found.pop()[1]
-
-    assert n_splits(2048, 2048) == n_splits(2048, 6144) == 4  # 1.7B: o, down
-    assert n_splits(2560, 9728) == 2  # 4B: down
-    assert n_splits(4096, 4096) == n_splits(151936, 2048) == 1
-    assert n_splits(320, 384) == 1  # three steps are not worth splitting
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_rounding_makes_equal_tie(interpreting: None, dtype: torch.dtype) -> None:
+    """Each 2**-13 above the one before, of the first of which bfloat16 and float16 make 1."""
+    x = torch.tensor([[1.0, 2.0**-13]], dtype=dtype)
+    weight = torch.stack((torch.ones(90), torch.arange(90) / 32), 1).to(dtype)
+    product, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), best="both")
+    assert ids.tolist() == product[0].argmax(-1).tolist() == [89 if dtype == torch.float32 else 0]
 
 
-class Tied(nn.Module):
-    """Linears of several shapes, one below another, and one with a bias."""
+@pytest.fixture
+def margins(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What lies past each tensor that a launch allocates, all 77."""
+    found: list[Tensor] = []
+    new_empty = Tensor.new_empty
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(40, 32)
-        self.lm_head = nn.Linear(32, 40, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
-        self.inner = nn.ModuleList(
-            nn.ModuleDict({"o": nn.Linear(32, 24, bias=False)}) for _ in "ab"
-        )
-        self.other = nn.Linear(24, 32, bias=False)
-        self.biased = nn.Linear(32, 24)
+    def padded(like: Tensor, *shape: Any, dtype: torch.dtype | None = None, **rest: Any) -> Tensor:
+        if rest:  # the interpreter's own
+            return new_empty(like, *shape, dtype=dtype, **rest)
+        n_elements = math.prod(shape)
+        whole = torch.full((n_elements + 1024,), 77, dtype=dtype or like.dtype)
+        found.append(whole[n_elements:])
+        return whole[:n_elements].view(shape)
+
+    def padded_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return padded(like, *like.shape, dtype=dtype)
+
+    monkeypatch.setattr(Tensor, "new_empty", padded)
+    monkeypatch.setattr(torch, "empty_like", padded_like)
+    return found
 
 
-def test_only_the_asked_linears_are_replaced_and_weights_stay_tied(interpreting: None) -> None:
-    tree = Tied().requires_grad_(False)
-    x = torch.randn(2, 3, 32)
-    expected = {"o": tree.inner[1]["o"](x), "lm_head": tree.lm_head(x)}
-    names = set(tree.state_dict())
-    assert products.replace_linears(tree, {(24, 32), (40, 32)}) == 3
-    assert tree.lm_head.weight is tree.embed_tokens.weight
-    assert set(tree.state_dict()) == names
-    assert type(tree.other) is nn.Linear and type(tree.biased) is nn.Linear
-    for name, module in (("o", tree.inner[1]["o"]), ("lm_head", tree.lm_head)):
-        assert isinstance(module, products.FixedTileLinear)
-        assert module(x).shape == expected[name].shape
-        assert torch.allclose(module(x), expected[name], atol=1e-6)
-    assert products.replace_linears(tree, {(24, 32), (40, 32)}) == 0
+@pytest.mark.parametrize("end, n_splits", ENDS)
+def test_nothing_is_written_past_the_last_row(
+    interpreting: None, margins: list[Tensor], end: str, n_splits: int
+) -> None:
+    x, weight = make_operands(5, 70, 200, torch.bfloat16)
+    tiles = Tiles(64, 32, n_splits, 4, 2)
+    launch(x, weight, tiles, swiglu=end == "swiglu", best="both" if end == "greatest" else "")
+    norm.add_norm(x, x[None], x[0], 1e-6)
+    assert len(margins) == 6 and all(bool((margin == 77).all()) for margin in margins)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("end, n_splits", ENDS)
+@pytest.mark.parametrize("n_inner", [200, 192])  # masked, and not
+def test_a_products_row_has_the_same_bits_anywhere(
+    interpreting: None, dtype: torch.dtype, end: str, n_splits: int, n_inner: int
+) -> None:
+    x, weight = make_operands(130, 70, n_inner, dtype)
+    tiles = Tiles(64, 32, n_splits, 4, 2)
+    best = "both" if end == "greatest" else ""
+
+    def rows(x: Tensor) -> Tensor:
+        """All that is left of each row, side by side."""
+        parts, ids = launch(x, weight, tiles, swiglu=end == "swiglu", best=best)
+        return torch.cat([*parts.double(), ids[:, None].double()][: len(parts) + bool(best)], 1)
+
+    for block, fewer in ((32, range(1, 32)), (130, (1, 17, 33, 64, 129))):
+        whole = rows(x[:block])
+        assert torch.equal(rows(x[:block]), whole)
+        for n_rows in fewer:
+            assert torch.equal(rows(x[:n_rows]), whole[:n_rows])
+        assert torch.equal(rows(x[:block].flip(0)), whole.flip(0))
+        alone = torch.zeros_like(x[:block])
+        alone[-3] = x[3]
+        assert torch.equal(rows(alone)[-3], whole[3])
+    assert len(set(map(tuple, whole.tolist()))) == 130
+
+
+# FixedTileProducts
+
+
+SHARED = 99 * 1024
+TABLE = {(16, 70, 520): Tiles(64, 32, 3, 4, 2), (32, 70, 520): Tiles(64, 64, 2, 4, 2)}
+FIXED = FixedTileProducts(model.LibraryProducts(), TABLE, SHARED)
+
+
+def test_the_table_or_the_library_or_the_default_serves_a_product() -> None:
+    weight, other = torch.empty(70, 520), torch.empty(520, 70)
+    assert [FIXED.tiles(n, weight) for n in (1, 16, 17, 32)] == [
+        TABLE[rows, 70, 520] for rows in (16, 16, 32, 32)
+    ]
+    for n_rows in (1, 16, 17, 32, 33, 64, 128, 129, 500):
+        assert FIXED.is_own(n_rows, weight) is (n_rows <= 32)
+        assert FIXED.is_own(n_rows, other) is False
+    wide = replace(FIXED, table={(128, 70, 520): Tiles(64, 32, 1, 4, 2)})
+    assert [wide.is_own(n, weight) for n in (64, 65, 128, 129)] == [False, True, True, False]
+
+    forced = FIXED.without_library(frozenset({(70, 520), (520, 70)}))
+    assert forced.tiles(32, weight) == TABLE[32, 70, 520]
+    for n_rows, block_m in ((1, 16), (33, 64), (64, 64), (128, 128), (129, 128), (500, 128)):
+        expected = products.default_tiles(520, 70, block_m, 4, SHARED)
+        assert forced.tiles(n_rows, other) == expected and forced.is_own(n_rows, other)
+    assert forced.is_own(129, weight) and not forced.is_own(129, torch.empty(70, 201))
+    instead = forced.without_library(frozenset({(70, 520)}))
+    assert not instead.is_own(1, other) and instead.is_own(500, weight)
+    assert FIXED.forced == frozenset()
+
+
+def tuple_of(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 32), (17,), (2, 65), ()])
+def test_fixed_tile_products_are_the_kernels_with_leading_dimensions(
+    interpreting: None, shape: tuple[int, ...]
+) -> None:
+    n_rows = math.prod(shape)
+    x, weight = make_operands(n_rows, 70, 520, torch.float32)
+    forced = FIXED.without_library(frozenset({(70, 520)}))
+    tiles = forced.tiles(n_rows, weight)
+    assert tiles is not None and tiles.n_splits > 1  # so that the ends have to leave it
+    single = tiles._replace(n_splits=1)
+    parts = launch(x, weight, tiles)[0]
+    product, ids = launch(x, weight, single, best="both")
+    hidden = launch(x, weight, single, swiglu=True)[0][0]
+
+    x = x.view(*shape, 520)
+    assert torch.equal(forced.parts(x, weight), parts.view(-1, *shape, 70))
+    assert torch.equal(forced.swiglu(x, weight), hidden.view(*shape, 35))
+    got_ids, logits = forced.greatest(x, weight, True)
+    assert torch.equal(got_ids, ids.view(shape)) and torch.equal(logits, product.view(*shape, 70))
+    assert torch.equal(forced.greatest(x, weight, False)[0], ids.view(shape))
+
+
+def test_what_has_no_tiles_is_the_librarys() -> None:
+    """Not interpreted: a kernel of ours would fail here."""
+    library = model.LibraryProducts()
+    x, weight = make_operands(6, 68, 520, torch.float32)
+    x = x.view(2, 3, 520)
+    for keep in (True, False):
+        both = zip(FIXED.greatest(x, weight, keep), library.greatest(x, weight, keep), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
+    assert torch.equal(FIXED.parts(x, weight), library.parts(x, weight))
+    assert torch.equal(FIXED.swiglu(x, weight), library.swiglu(x, weight))
+
+
+@pytest.mark.parametrize(
+    "chip, dtype, found", [((9, 0), "bfloat16", True), ((9, 0), "float32", False)]
+)
+def test_a_devices_tiles_are_its_chips(
+    monkeypatch: pytest.MonkeyPatch, chip: tuple[int, int], dtype: str, found: bool
+) -> None:
+    device = SimpleNamespace(major=chip[0], minor=chip[1], shared_memory_per_block_optin=1234)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    library = model.LibraryProducts()
+    of = FixedTileProducts.of(library, torch.device("cuda"), getattr(torch, dtype))
+    table = products.read_table("sm_90")
+    assert of == FixedTileProducts(library, table if found else {}, 1234) and table
+
+
+# The table
+
+
+def test_an_unknown_chip_has_an_empty_table() -> None:
+    assert products.read_table("sm_75") == products.read_table("") == {}
+
+
+@pytest.mark.parametrize("chip", TABLES)
+def test_the_table_holds_candidates_for_the_public_models(chip: str) -> None:
+    """What it lacks is the library's, on purpose: nothing that has 16 or 32 rows."""
+    table = products.read_table(chip)
+    assert {f"{m}x{n}x{k}" for m, n, k in table} == set(TABLES[chip]["tiles"]) <= set(SHAPES)
+    for (m, n, k), tiles in table.items():
+        assert tiles in list(tune_products.candidates(SHAPES[f"{m}x{n}x{k}"]))
+    missing = {shape.n_rows for key, shape in SHAPES.items() if key not in TABLES[chip]["tiles"]}
+    assert missing <= {64, 128}
 
 
 # rows_are_alike, on products of plain PyTorch
@@ -294,105 +649,192 @@ def test_products_whose_rows_differ_are_found_out(
 
 
 def test_operators_say_what_they_return_and_change(interpreting: None) -> None:
-    checks = ("test_schema", "test_faketensor")
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
-    torch.library.opcheck(rope.qk_norm_rope_write_op, (), inputs, test_utils=checks)
+    check(rope.qk_norm_rope_write_op, (), inputs)
+    split = inputs | {"parts": torch.randn(3, *inputs["parts"].shape[1:])}
+    check(rope.qk_norm_rope_write_op, (), split)
     operands = make_operands(3, 70, 32, torch.bfloat16)
-    torch.library.opcheck(products.product_op, operands, test_utils=checks)
+    for n_splits in (1, 3):
+        check(products.product_op, (*operands, [64, 32, n_splits, 4, 2]))
+    tiles = [64, 32, 1, 4, 2]
+    check(products.swiglu_op, (*operands, tiles))
+    for keep in (True, False):
+        check(products.greatest_op, (*operands, tiles, keep))
+    for n_parts in (1, 3):
+        check(norm.add_norm_op, make_norm_inputs(torch.bfloat16, n_parts, (2, 3, 96)))
 
 
 def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     called: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        called.extend(str(node.target) for node in graph.graph.nodes)
+        called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
         return graph.forward
 
-    inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
-    linear = products.FixedTileLinear(nn.Parameter(torch.randn(128, 32), requires_grad=False))
-    x = torch.randn(2, 3, 32)
+    layer = model.Layer(shape_config("tiny"), draft_view=False).requires_grad_(False)
+    random = torch.Generator().manual_seed(5)
+    for weight in layer.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=random) * weight.shape[-1] ** -0.5)
+    shapes = {(16, *weight.shape) for weight in layer.parameters() if weight.ndim == 2}
+    assert len(shapes) == 4
+    table = {shape: Tiles(64, 32, 2, 4, 2) for shape in shapes}
+    own = FixedTileProducts(model.LibraryProducts(), table, SHARED)
 
-    def layer(x: Tensor, inputs: dict[str, Any]) -> Tensor:
-        q: Tensor = rope.qk_norm_rope_write_op(**(inputs | {"qkv": linear(x)}))
+    def attend(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+    ) -> Tensor:
         return q
 
-    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)
+    kernels = model.Kernels(attend, rope.qk_norm_rope_write_op, norm.add_norm_op, own)
+    inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
+    names = ("positions", "slot", "positions", "cos", "sin")
+    places = model.Places(*(inputs[name] for name in names))
+    x, update = torch.randn(2, 2, 3, 64, generator=random)
+
+    def results(forward: Callable[..., Any], kernels: model.Kernels) -> list[Tensor]:
+        caches = inputs["k_cache"].clone(), inputs["v_cache"].clone()
+        view = model.View.AUTOREGRESSIVE
+        return [*forward(layer, x, update[None], places, *caches, kernels, view), *caches]
+
+    compiled = torch.compile(model.Layer.forward, fullgraph=True, backend=backend, dynamic=False)
     with torch.inference_mode():
-        expected = run(rope.qk_norm_rope_write, inputs | {"qkv": linear(x)})
-        got = run(lambda **inputs: compiled(x, inputs), inputs)
-    assert all(map(torch.equal, got, expected))
+        expected = results(model.Layer.forward, kernels)
+        assert all(map(torch.equal, results(compiled, kernels), expected))
+        plain = model.plain_kernels(attend)
+        for got, wanted in zip(expected, results(model.Layer.forward, plain), strict=True):
+            got = got.sum(0) if got.ndim > wanted.ndim or len(got) != len(wanted) else got
+            assert torch.allclose(got, wanted.view_as(got), atol=1e-5)
     assert [name for name in called if "orthrus_fast" in name] == [
-        "orthrus_fast.product.default",
-        "orthrus_fast.qk_norm_rope_write.default",
+        f"orthrus_fast.{name}.default"
+        for name in (
+            "add_norm product qk_norm_rope_write product add_norm swiglu_product product".split()
+        )
     ]
+    assert not [name for name in called if "linear" in name or "mm" in name or "mul" in name]
 
 
 # Machine code
 
 
-def product_shapes() -> set[tuple[int, int]]:
-    """(N, K) of every product of the public checkpoints."""
-    shapes = set()
-    for hidden, intermediate, n_heads, n_kv_heads in CHECKPOINTS.values():
-        shapes |= {
-            ((n_heads + 2 * n_kv_heads) * 128, hidden),
-            (hidden, n_heads * 128),
-            (2 * intermediate, hidden),
-            (hidden, intermediate),
-            (151936, hidden),
-        }
-    return shapes
+def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
+    """The kernel for one end, fit for the chip, and waiting for its predecessor where it must."""
+    signature = dict.fromkeys(["x", "weight", "out"], f"*{dtype}")
+    if tiles.n_splits > 1:
+        signature["out"] = "*fp32"
+    signature |= {"best": "*fp32", "best_id": "*i32", "n_rows": "i32", "n_columns": "i32"}
+    constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
+    constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    constants |= {"SWIGLU": shape.end == "swiglu", "BEST": "greatest" in shape.end}
+    constants |= {"STORE": shape.end != "greatest alone"}
+    kernel = products._product_kernel
+    return check_compiled(chip, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
+
+
+def check_compiled(
+    chip: int,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int = 3,
+    early: frozenset[str] = frozenset(),
+) -> Any:
+    compiled = compile_for(kernel, signature, constants, chip, num_warps, num_stages)
+    assert compiled.metadata.shared <= CHIPS[chip]
+    ptx = compiled.asm["ptx"]
+    if chip >= 90:
+        assert read_before_waiting(kernel, constants, ptx) == early
+        assert compiled.metadata.launch_pdl
+    else:
+        assert "griddepcontrol" not in ptx and not compiled.metadata.launch_pdl
+    return compiled
+
+
+@pytest.mark.parametrize("chip", TABLES)
+def test_the_tables_products_fit_their_chip(chip: str) -> None:
+    """A launch for all that differs between binaries, but for the number of steps along K."""
+    launches: dict[object, tuple[Shape, Tiles]] = {}
+    for key, entry in TABLES[chip]["tiles"].items():
+        shape, tiles = SHAPES[key], Tiles(*entry)
+        for end in (shape.end, f"{shape.end} alone") if shape.end == "greatest" else (shape.end,):
+            kind = (shape.n_rows, end, tiles._replace(n_splits=min(tiles.n_splits, 2)))
+            launches.setdefault(kind, (shape._replace(end=end), tiles))
+    for shape, tiles in launches.values():
+        compile_product(int(chip.removeprefix("sm_")), "bf16", shape, tiles)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_product_fits_every_chip(chip: int) -> None:
-    cases = [(torch.bfloat16, 32, *shape) for shape in sorted(product_shapes())]
-    cases += [(torch.bfloat16, n_rows, 4096, 4096) for n_rows in (1, 64, 128)]
-    cases += [(dtype, 32, 2048, 2048) for dtype in (torch.float16, torch.float32)]
-    cases += [(torch.float32, 128, 2048, 2048)]
-    launches = {}  # by all that differs between binaries, but for the number of steps along K
-    for dtype, n_rows, n_columns, n_inner in cases:
-        tiles = products.tiles_for(n_rows, n_columns, n_inner, dtype.itemsize, CHIPS[chip])
-        launches[dtype, tiles] = n_inner
-    assert len(launches) == 9
-    for (dtype, tiles), n_inner in launches.items():
-        metadata = compile_product(chip, TRITON_NAMES[dtype], tiles, n_inner)
-        assert metadata.shared <= CHIPS[chip]
+def test_default_tiles_fit_every_chip(chip: int) -> None:
+    cases = [("bf16", shape) for shape in SHAPES.values() if shape.n_rows in (32, 128)]
+    cases += [("bf16", Shape(n_rows, 4096, 4096, "")) for n_rows in (16, 64)]
+    cases += [("bf16", Shape(32, 151936, 4096, "greatest alone"))]
+    for end in ("", "swiglu", "greatest"):
+        cases += [("fp16", Shape(32, 2048, 2048, end)), ("fp32", Shape(32, 2048, 2048, end))]
+    cases += [("fp32", Shape(128, 2048, 2048, ""))]
+    launches: dict[object, tuple[str, Shape, Tiles]] = {}
+    for dtype, shape in cases:
+        itemsize = 4 if dtype == "fp32" else 2
+        tiles = products.default_tiles(shape.n, shape.k, shape.n_rows, itemsize, CHIPS[chip])
+        tiles = tiles._replace(n_splits=1 if shape.end else min(tiles.n_splits, 2))
+        launches.setdefault((dtype, shape.n_rows, shape.end, tiles), (dtype, shape, tiles))
+    for dtype, shape, tiles in launches.values():
+        ptx = compile_product(chip, dtype, shape, tiles).asm["ptx"]
+        assert "tf32" not in ptx and (dtype == "fp32" or "mma" in ptx)
 
 
-def compile_product(chip: int, dtype: str, tiles: products.Tiles, n_inner: int) -> Any:
-    out = "*fp32" if tiles.n_splits > 1 else f"*{dtype}"
-    signature = {"x": f"*{dtype}", "weight": f"*{dtype}", "out": out}
-    constants = {"K": n_inner, "N_SPLITS": tiles.n_splits, "BLOCK_M": tiles.block_m}
-    return compile_for(
-        products._product_kernel,
-        signature | {"n_rows": "i32", "n_columns": "i32"},
-        constants | {"BLOCK_N": products.BLOCK_N, "BLOCK_K": tiles.block_k},
-        chip,
-        num_warps=4,
-        num_stages=tiles.n_stages,
-    )
+def test_default_tiles_split_small_grids_and_the_order_of_summation_ignores_m() -> None:
+    def n_splits(n_columns: int, n_inner: int) -> int:
+        found = {
+            products.default_tiles(n_columns, n_inner, m, 2, limit)[:3]
+            for m in products.ROWS
+            for limit in CHIPS.values()
+        }
+        assert len(found) == 1  # block_n, block_k and n_splits
+        return int(found.pop()[2])
+
+    assert n_splits(2048, 2048) == n_splits(2048, 6144) == 4  # 1.7B: o, down
+    assert n_splits(2560, 9728) == 2  # 4B: down
+    assert n_splits(4096, 4096) == n_splits(151936, 2048) == 1
+    assert n_splits(320, 384) == 1  # three steps are not worth splitting
 
 
-@pytest.mark.parametrize("dtype", TRITON_NAMES.values())
-def test_sum_of_splits_compiles(dtype: str) -> None:
-    signature = {"parts": "*fp32", "out": f"*{dtype}", "n_elements": "i32"}
-    for chip in CHIPS:
-        compile_for(
-            products._sum_splits_kernel, signature, {"N_SPLITS": 4, "BLOCK": 1024}, chip, 4, 3
-        )
+@pytest.mark.parametrize("chip", CHIPS)
+def test_search_for_the_greatest_compiles_for_every_chip(chip: int) -> None:
+    signature = {"best": "*fp32", "best_id": "*i32", "out": "*i64"}
+    for block_n in (64, 128):
+        n_tiles = math.ceil(151936 / block_n)
+        constants = {"N_TILES": n_tiles, "BLOCK": 1 << (n_tiles - 1).bit_length()}
+        check_compiled(chip, products._best_kernel, signature, constants, 8)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
+    hidden = sorted({config.hidden_size for config in MODELS.values()})
+    cases = [("bf16", size, n_parts) for size in hidden for n_parts in (1, 8)]
+    for dtype, size, n_parts in [*cases, ("fp16", 2560, 2), ("fp32", 96, 1), ("fp32", 4096, 4)]:
+        signature = dict.fromkeys(["x", "weight", "total", "normed"], f"*{dtype}")
+        signature |= {"parts": "*fp32" if n_parts > 1 else f"*{dtype}", "n_elements": "i32"}
+        block = 1 << (size - 1).bit_length()
+        constants = {"SIZE": size, "BLOCK": block, "N_PARTS": n_parts, "EPS": 1e-6}
+        num_warps = min(max(block // 128, 1), 16)
+        early = frozenset({"weight"})  # no kernel writes it
+        check_compiled(chip, norm._add_norm_kernel, signature, constants, num_warps, early=early)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_rope_kernel_compiles_for_every_chip(chip: int) -> None:
-    heads = {(n_heads, n_kv_heads) for _, _, n_heads, n_kv_heads in CHECKPOINTS.values()}
-    cases = [("bf16", *pair) for pair in heads] + [("fp16", 16, 8), ("fp32", 16, 8)]
-    for dtype, n_heads, n_kv_heads in cases:
+    heads = sorted({(config.n_heads, config.n_kv_heads) for config in MODELS.values()})
+    cases = [("bf16", *pair, n_parts) for pair in heads for n_parts in (1, 4)]
+    for dtype, n_heads, n_kv_heads, n_parts in [*cases, ("fp16", 16, 8, 1), ("fp32", 16, 8, 2)]:
         tensors = ("qkv", "q_norm", "k_norm", "cos", "sin", "q", "k_cache", "v_cache")
         signature = {name: f"*{dtype}" for name in tensors}
-        signature |= {"positions": "*i64", "slot": "*i64", "capacity": "i32"}
-        constants = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads, "HEAD_DIM": 128}
-        constants |= {"HEADS": 4, "EPS": 1e-6}
+        if n_parts > 1:
+            signature["qkv"] = "*fp32"
+        signature |= {"positions": "*i64", "slot": "*i64", "capacity": "i32", "n_elements": "i32"}
+        constants: dict[str, Any] = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads}
+        constants |= {"HEAD_DIM": 128, "HEADS": 4, "EPS": 1e-6, "N_PARTS": n_parts}
         kernel = rope._qk_norm_rope_write_kernel
-        metadata = compile_for(kernel, signature, constants, chip, 1, 3)
-        assert metadata.shared <= CHIPS[chip]
+        ptx = check_compiled(chip, kernel, signature, constants, 1).asm["ptx"]
+        # Attention reads start and slot before it waits: for that all before this must be done.
+        assert ptx.find("launch_dependents") >= ptx.find("griddepcontrol.wait")

@@ -7,6 +7,7 @@ a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,12 @@ from torch._dynamo.utils import counters
 
 import orthrus_fast
 from orthrus_fast import Decoder, runners, steps
-from orthrus_fast.attention import edges
+from orthrus_fast.attention import edges, sdpa
 from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.decoder import GPU_PASSES, GPU_PASSES_SLOT, Generation, memory_needed
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.invariance import check
+from orthrus_fast.model import Kernels, LibraryProducts, plain_kernels
 from orthrus_fast.runners import COMPILE_MODES, RUNNERS, check_runner
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge
@@ -246,6 +248,7 @@ def test_one_layers_code_serves_all_layers(tmp_path: Path, plain_compile: None) 
             tmp_path / f"{n_layers}",
             num_hidden_layers=n_layers,
             hidden_size=hidden_size,
+            block_size=hidden_size // 8,
             vocab_size=300 + hidden_size,
         )
         before = n_graphs()
@@ -824,6 +827,77 @@ def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> Non
     assert len(mailbox) == 1
     Event.interrupt = False
     assert mailbox.receive() == report(4).tolist()
+
+
+# Kernels: which ones, and made ready before they are needed
+
+
+def test_plain_kernels_are_left_for_the_compiler_to_see_through() -> None:
+    plain = plain_kernels(sdpa.attend)
+    opaque = runners.opaque("sdpa", plain)
+    assert dataclasses.replace(opaque, attend=plain.attend) == plain
+    assert opaque.attend is not plain.attend
+    assert runners.find_kernels("sdpa", CPU, torch.float32, 16)[1].products.has_own is False
+
+
+def test_our_own_kernels_become_operators() -> None:
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    from orthrus_fast.kernels import norm, qk_norm_rope
+
+    products = LibraryProducts()
+    own = Kernels(sdpa.attend, qk_norm_rope.qk_norm_rope_write, norm.add_norm, products)
+    opaque = runners.opaque("sdpa", own)
+    assert opaque.products is products  # whose kernels are operators in eager code, too
+    assert opaque.attend is runners.opaque("sdpa", own).attend
+    assert opaque.qk_norm_rope_write is qk_norm_rope.qk_norm_rope_write_op
+    assert opaque.add_norm is norm.add_norm_op
+
+
+@pytest.mark.parametrize("slots, width", [(1, 16), (3, 16), (3, 1)])
+def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
+    tiny: Path, slots: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each product its own end, at as many rows; attention in both views."""
+    called: list[tuple[str, tuple[int, ...], tuple[int, ...], bool]] = []
+
+    class Noting(LibraryProducts):
+        has_own = True
+
+        def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+            called.append(("parts", tuple(x.shape), tuple(weight.shape), False))
+            return super().parts(x, weight)
+
+        def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+            called.append(("swiglu", tuple(x.shape), tuple(weight.shape), False))
+            return super().swiglu(x, weight)
+
+        def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+            called.append(("greatest", tuple(x.shape), tuple(weight.shape), keep))
+            return super().greatest(x, weight, keep)
+
+    def attend(q: Tensor, *rest: Tensor, causal: bool) -> Tensor:
+        called.append(("attend", tuple(q.shape), tuple(rest[0].shape), causal))
+        out: Tensor = sdpa.attend(q, *rest, causal=causal)
+        return out
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    old = load(tiny, slots=slots)._runner
+    kernels = dataclasses.replace(old.model.kernels, attend=attend, products=Noting())
+    old.model.kernels = kernels
+    runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
+    before = contents(runner.state)
+    runner._build_kernels(width)
+    built, called[:] = set(called), []
+    assert all(map(torch.equal, contents(runner.state), before))
+    assert not any(rows.any() for rows in (*runner.cache.k, *runner.cache.v))
+    with torch.inference_mode():
+        old.verify(width)
+        if width == 16:
+            old.draft()
+    # The draft's search is of one row less, by the same kernel.
+    needed = {(name, (slots, width, *size[2:]), *rest) for name, size, *rest in called}
+    assert len(needed) == (8 if width == 16 else 6)
+    assert needed <= built
 
 
 # The graph runner's own lines, with a stand-in for CUDA graphs

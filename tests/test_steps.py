@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthrus_fast import steps
+from orthrus_fast import SamplingParams, steps
 
 
 def make_state(lengths: list[int], limits: list[int], done: list[bool]) -> steps.State:
@@ -71,6 +73,43 @@ def test_commit_moves_each_slot_as_a_plain_loop_does(data: st.DataObject) -> Non
         assert torch.equal(
             state.tokens[slot, : lengths[slot] + 1], before[slot, : lengths[slot] + 1]
         )
+
+
+@pytest.mark.parametrize("drafting", [True, False])
+def test_settling_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
+    """A kernel finds them; the logits beside them are for sampling alone."""
+    state = make_state([10, 20], [60, 60], [False, False])
+    state.drafting.fill_(drafting)
+    block = torch.tensor([[100, 7, 8, 9], [101, 7, 8, 9]])
+    greedy = torch.tensor([[7, 8, 1, 9], [1, 8, 9, 2]])
+    nothing, eos = torch.full((2, 4, 30), torch.nan), torch.tensor([29])
+    report = steps.settle(state, block, greedy, nothing, eos, False)
+    n_accepted = [2, 0] if drafting else [0, 0]
+    assert report.tolist() == [
+        [*row, n + 1, n, 0] for row, n in zip(greedy.tolist(), n_accepted, strict=True)
+    ]
+    assert state.length.tolist() == [10 + n_accepted[0] + 1, 21]
+    assert state.anchor.tolist() == [1 if drafting else 7, 1]
+
+
+def test_settling_with_sampling_takes_the_logits() -> None:
+    """Of a greedy slot, too, which are then equal to the ids; the log-probabilities follow."""
+    state = make_state([10, 20], [60, 60], [False, False])
+    state.drafting.fill_(True)
+    state.settings.put(1, SamplingParams(temperature=1.0, seed=5))
+    logits = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(0))
+    target = steps.sampled(state, logits)
+    assert torch.equal(target[0], logits[0].argmax(-1))
+    block = torch.cat((torch.tensor([[100], [101]]), target[:, :-1]), dim=1)
+    block[1, 2] += 1  # two of the second slot's tokens are emitted
+    wrong = torch.full_like(target, 3)
+    report = steps.settle(state, block, wrong, logits, torch.tensor([]).long(), True)
+    probabilities = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
+    for slot, n_accepted in enumerate([3, 1]):
+        row = report[slot].tolist()
+        assert row[:7] == [*target[slot].tolist(), n_accepted + 1, n_accepted, 0]
+        got = [struct.unpack("f", struct.pack("i", value))[0] for value in row[7:]]
+        assert got == pytest.approx(probabilities[slot].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 2047, 2048, 2049, 4096, 4500])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.config import read_config
-from tests.kernel_compile import CHIPS, compiled_for, interpreted
+from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
 from tests.test_attention import dense
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
@@ -186,6 +186,7 @@ def test_split_edges_are_those_of_the_kernels(bands: backend.Bands, capacity: in
 
 
 EMBEDDED = read_config(Path(__file__).parents[1] / "model")
+assert EMBEDDED.block_size is not None
 SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "1.7B": (16, 8, 128, 32),
     "8B": (32, 8, 128, 32),  # and the 4B
@@ -224,11 +225,17 @@ def test_compiles_within_each_chips_shared_memory(
     own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
     kernel = backend._split_kernel
     options = (capability, tiles.num_warps, tiles.num_stages)
-    split = compiled_for(kernel, signature, own, *options)
+    split = compile_for(kernel, signature, own, *options)
     assert split.metadata.shared <= CHIPS[capability]
     assert ("tf32" not in split.asm["ptx"]) and (dtype == "fp32" or "mma" in split.asm["ptx"])
+    compiled = [(kernel, own, split, {"start", "slot"})]  # see attend: these stand still
     if n_splits > 1:
-        joined = compiled_for(
-            backend._join_kernel, signature, common | {"BLOCK": 16}, capability, 2, 3
-        )
+        own = common | {"BLOCK": 32}
+        joined = compile_for(backend._join_kernel, signature, own, capability, 1, 3)
         assert joined.metadata.shared <= CHIPS[capability]
+        compiled.append((backend._join_kernel, own, joined, {"start"}))
+    for kernel, own, made, early in compiled:
+        if capability >= 90:
+            assert read_before_waiting(kernel, own, made.asm["ptx"]) == early
+        else:
+            assert "griddepcontrol" not in made.asm["ptx"]

@@ -19,15 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthrus_fast.kernels.overlap import overlaps, release, wait
+
 Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
 # (keys in a split, position up to which): short splits first, so that a short context fills the
 # chip; longer ones later, so that a long one does not drown in partial results. With 8 KV heads, 16
-# splits (4096 keys) fill the 132 multiprocessors of an H100 or H200 once, and 32 (16384) twice.
-SPLITS: Bands = ((128, 1024), (384, 4096), (512, 8192), (1024, None))
+# splits fill the 132 multiprocessors of an H100 or H200 once; a 17th would make it two rounds, so
+# 15 hold 4096 keys and a block.
+SPLITS: Bands = ((128, 1024), (448, 4160), (512, 8256), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
-JOINED_AT_ONCE = 16  # partial results that the second kernel loads together
+JOINED_AT_ONCE = 32  # partial results that the second kernel loads together
 
 
 class Tiles(NamedTuple):
@@ -49,7 +52,7 @@ def choose_tiles(itemsize: int, head_dim: int, n_rows: int, shared_memory: int) 
         return Tiles(min(rows, 64), 64 if large else 32, 8, 2)
     if rows >= 128:
         return Tiles(128, 64, 8, 3 if large else 2)
-    return Tiles(min(rows, 64), 64, 4, 3 if large else 2)
+    return Tiles(min(rows, 64), 64, 4, 4 if large else 2)
 
 
 def split_edges(capacity: int, bands: Bands = SPLITS) -> list[int]:
@@ -69,6 +72,8 @@ def attend(
     """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host.
 
     bfloat16, float16 or float32; head_dim a power of two from 16 to 256; S a multiple of KEY_TILE.
+    ``start`` and ``slot`` are read while the kernel launched last may still run: not by that one
+    may they have been written.
     """
     n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
     tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, _shared_memory(q.device))
@@ -96,7 +101,8 @@ def _attend(
     part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     part_sum = torch.empty_like(part_max)
     part_acc = part_max.new_empty(*shape, head_dim)
-    common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal)
+    overlap = overlaps(q.device)
+    common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
     _split_kernel[(n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)](
         *(q, k_cache, v_cache, start, slot, out, part_max, part_sum, part_acc, capacity),
         *common,
@@ -104,11 +110,14 @@ def _attend(
         tiles.keys,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        launch_pdl=overlap,
     )
     if n_splits > 1:
         block = min(JOINED_AT_ONCE, triton.next_power_of_2(n_splits))
         _join_kernel[(n_heads, width, n_blocks)](
-            part_max, part_sum, part_acc, start, out, *common, block, num_warps=2
+            *(part_max, part_sum, part_acc, start, out, *common, block),
+            num_warps=1,
+            launch_pdl=overlap,
         )
     return out
 
@@ -181,6 +190,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     LINES: tl.constexpr,
     N_SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     ROW_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
 ):
@@ -192,6 +202,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     first_row = tl.program_id(1) // N_KV_HEADS * ROW_TILE
     block = tl.program_id(2).to(tl.int64)
 
+    release(OVERLAP)
     row = first_row + tl.arange(0, ROW_TILE)
     t = row // GROUP
     length = tl.load(start + block).to(tl.int32) + WIDTH
@@ -212,8 +223,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     dim = tl.arange(0, HEAD_DIM)
     q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
     in_block = (row < N_ROWS)[:, None]
-    queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
+    wait(OVERLAP)
+    queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
     row_max = tl.full((ROW_TILE,), -float("inf"), tl.float32)
     row_sum = tl.zeros((ROW_TILE,), tl.float32)
@@ -258,11 +270,13 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     LINES: tl.constexpr,
     N_SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Join the splits that a row of one head sees; the first holds key 0, so row_max is finite."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
     head, t, block = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    release(OVERLAP)
     n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else WIDTH)
     n_splits = _splits_of(n_visible, LINES)
     first_split = (block * N_KV_HEADS + head // GROUP) * N_SPLITS
@@ -270,6 +284,7 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     row_max = -float("inf")
     row_sum = 0.0
     acc = tl.zeros((HEAD_DIM,), tl.float32)
+    wait(OVERLAP)
     for first in range(0, n_splits, BLOCK):
         split = first + tl.arange(0, BLOCK)
         seen = split < n_splits

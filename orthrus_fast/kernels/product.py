@@ -1,45 +1,68 @@
-"""Matrix products whose rows do not depend on each other: fixed tiles, fixed order of summation.
+"""Matrix products for blocks of rows: fixed tiles, a fixed order of summation, and their ends.
 
-The fallback where a library's product fails ``rows_are_alike`` on the user's card.
+A row of a result depends on that row of x alone, not on its index or its neighbours. What follows a
+product is done where its sums already are, in registers: SwiGLU after gate and up, the search for
+the greatest logit after the output head. Where the inner dimension is split, the parts are left to
+the kernel that comes next, which adds them in order as it reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
-BLOCK_N = 64  # weight rows of a tile
-_REDUCE_BLOCK = 1024
+from orthrus_fast.kernels.overlap import overlaps, release, wait
+
+if TYPE_CHECKING:
+    from orthrus_fast.model import Products
+
+
+ROWS = (16, 32, 64, 128)  # the tiles' rows of x; the table has none for more
 
 
 class Tiles(NamedTuple):
-    """What a launch is made of. Of these only block_m depends on the number of rows of x."""
+    """What a launch is made of."""
 
-    block_m: int
+    block_n: int  # rows of the weight in a tile
     block_k: int
-    n_splits: int
-    n_stages: int
+    n_splits: int  # of the inner dimension
+    num_warps: int
+    num_stages: int
 
 
-def tiles_for(n_rows: int, n_columns: int, n_inner: int, itemsize: int, shared_limit: int) -> Tiles:
-    """Tiles of an [n_rows, n_inner] x [n_columns, n_inner] product; ``shared_limit`` in bytes.
+def read_table(chip: str) -> dict[tuple[int, int, int], Tiles]:
+    """The committed tiles of a chip ("sm_90"): (rows, N, K) -> Tiles; empty for an unknown chip.
 
-    Best on an H100 among the tiles tried (bfloat16, 32 rows): 64 x 128, up to 5 stages; 4 splits
-    of the inner dimension where the grid has 32 tiles, 2 where it has 40, none from 64 on.
+    ``python -m scripts.tune_products`` writes them; running never does.
     """
-    block_m = min(max(triton.next_power_of_2(n_rows), 16), 128)
+    text = resources.files("orthrus_fast.kernels").joinpath("tiles.json").read_text("utf-8")
+    table: dict[tuple[int, int, int], Tiles] = {}
+    for key, tiles in json.loads(text)["chips"].get(chip, {"tiles": {}})["tiles"].items():
+        n_rows, n_columns, n_inner = map(int, key.split("x"))
+        table[n_rows, n_columns, n_inner] = Tiles(*tiles)
+    return table
+
+
+def default_tiles(n_columns: int, n_inner: int, block_m: int, itemsize: int, shared: int) -> Tiles:
+    """Tiles for a shape that has none in the table; ``shared``: bytes of a block's shared memory.
+
+    For the library's products that are not row-invariant: not tuned, the same on every chip but
+    for the number of stages.
+    """
     block_k = 128 if itemsize == 2 else 32  # float32 has no matrix unit: operands sit in registers
-    n_tiles = triton.cdiv(n_columns, BLOCK_N)
+    n_tiles = triton.cdiv(n_columns, 64)
     wanted = 4 if n_tiles <= 32 else 2 if n_tiles <= 48 else 1
     n_splits = max(1, min(wanted, triton.cdiv(n_inner, block_k) // 4))
-    stage = (BLOCK_N + block_m) * block_k * itemsize
-    return Tiles(block_m, block_k, n_splits, min(5, shared_limit // stage))
+    stage = (64 + block_m) * block_k * itemsize
+    return Tiles(64, block_k, n_splits, 4, min(5, shared // stage))
 
 
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for every M of a tile size
@@ -47,6 +70,8 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,
+    best,
+    best_id,
     n_rows,
     n_columns,
     K: tl.constexpr,
@@ -54,6 +79,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BEST: tl.constexpr,
+    STORE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of out [N_SPLITS, n_rows, n_columns], summed over one split of the inner dimension.
 
@@ -61,114 +90,214 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     for Hopper's matrix unit. Programs that share a weight tile are neighbours, for the cache.
     """
     STEPS: tl.constexpr = (K + BLOCK_K * N_SPLITS - 1) // (BLOCK_K * N_SPLITS)
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N  # of out in a tile
+    release(OVERLAP)
     split = tl.program_id(2)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    k = tl.arange(0, BLOCK_K)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.arange(0, BLOCK_N)
+    # With SWIGLU the tile's first half are rows of gate, the second the same ones of up.
+    column = tl.program_id(1) * COLUMNS + index % COLUMNS
     # Past the edges the last row is read again, and not stored: no mask in the loop.
+    weight_row = tl.minimum(column, n_columns - 1) + index // COLUMNS * n_columns
+    weight_row = weight + weight_row.to(tl.int64) * K
+    wait(OVERLAP)
     x_row = x + tl.minimum(row, n_rows - 1).to(tl.int64) * K
-    weight_row = weight + tl.minimum(column, n_columns - 1).to(tl.int64) * K
+    k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(split * STEPS, (split + 1) * STEPS):
         inner = step * BLOCK_K + k
         if K % (BLOCK_K * N_SPLITS) == 0:
-            weight_tile = tl.load(weight_row + inner[None, :])
-            x_tile = tl.load(x_row + inner[:, None])
+            weight_tile = tl.load(weight_row[:, None] + inner[None, :])
+            x_tile = tl.load(x_row[None, :] + inner[:, None])
         else:
-            weight_tile = tl.load(weight_row + inner[None, :], mask=inner[None, :] < K, other=0.0)
-            x_tile = tl.load(x_row + inner[:, None], mask=inner[:, None] < K, other=0.0)
+            inside = inner < K
+            weight_tile = tl.load(
+                weight_row[:, None] + inner[None, :], mask=inside[None, :], other=0.0
+            )
+            x_tile = tl.load(x_row[None, :] + inner[:, None], mask=inside[:, None], other=0.0)
         total = tl.dot(weight_tile, x_tile, total, input_precision="ieee")
-    target = out + (split * n_rows + row).to(tl.int64) * n_columns + column
-    inside = (row < n_rows) & (column < n_columns)
-    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+    dtype = x.dtype.element_ty
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
+    inside = (row[None, :] < n_rows) & (column < n_columns)
+    if SWIGLU:  # rounded as PyTorch rounds it op by op
+        pair = tl.permute(tl.reshape(total.to(dtype), (2, COLUMNS, BLOCK_M)), (1, 2, 0))
+        gate, up = tl.split(pair)
+        gate = gate.to(tl.float32)
+        gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        result = (gate * up.to(tl.float32)).to(dtype)
+    else:
+        result = total.to(out.dtype.element_ty)
+    if STORE:
+        tl.store(out + at, result, mask=inside)
+    if BEST:
+        value = tl.where(column < n_columns, result.to(tl.float32), -float("inf"))
+        greatest, where = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
+        tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(best + tile, greatest, mask=row < n_rows)
+        tl.store(best_id + tile, where + tl.program_id(1) * BLOCK_N, mask=row < n_rows)
 
 
 @triton.jit
-def _sum_splits_kernel(  # type: ignore[no-untyped-def]
-    parts, out, n_elements, N_SPLITS: tl.constexpr, BLOCK: tl.constexpr
+def _best_kernel(  # type: ignore[no-untyped-def]
+    best, best_id, out, N_TILES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """parts [N_SPLITS, n_elements] -> out [n_elements], summed in the splits' order."""
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = element < n_elements
-    total = tl.load(parts + element, mask=inside)
-    for split in tl.static_range(1, N_SPLITS):
-        total += tl.load(parts + split * n_elements + element, mask=inside)
-    tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)
+    """One row: the id of the greatest among the tiles' greatest, the lowest where several tie."""
+    wait(OVERLAP)
+    tile = tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * N_TILES
+    value = tl.load(best + at + tile, mask=tile < N_TILES, other=-float("inf"))
+    winner = tl.argmax(value, 0)
+    tl.store(out + tl.program_id(0), tl.load(best_id + at + winner).to(tl.int64))
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] times weight [N, K] transposed -> [M, N]; bfloat16, float16 or float32.
+def launch(
+    x: Tensor, weight: Tensor, tiles: Tiles, *, swiglu: bool = False, best: str = ""
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] times weight [N, K] transposed -> parts [P, M, N], ids [M].
 
-    Sums are float32, without TF32. A row of the result depends on that row of x alone, not on its
-    index or its neighbours. Nor does the order of summation depend on M: the bits of a row are the
-    same at every M as far as the matrix unit sums alike in tiles of 16, 32, 64 and 128 rows.
+    P is ``tiles.n_splits``; parts are float32 where it is not 1. ``swiglu``: the parts are
+    [1, M, N / 2]. ``best``: "ids" leaves the product out, "both" keeps it; otherwise ids is empty.
+    bfloat16, float16 or float32; sums are float32, without TF32. A row of a result depends on that
+    row of x alone, not on its index or its neighbours.
     """
     (n_rows, n_inner), n_columns = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
-    tiles = tiles_for(n_rows, n_columns, n_inner, x.itemsize, _shared_limit(x.device))
-    out = x.new_empty(n_rows, n_columns)
-    parts = out
-    if tiles.n_splits > 1:
-        parts = x.new_empty(tiles.n_splits, n_rows, n_columns, dtype=torch.float32)
-    n_tiles = triton.cdiv(n_columns, BLOCK_N)
-    launch: Any = _product_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, tiles.n_splits]
-    launch(
-        *(x, weight, parts, n_rows, n_columns),
-        *(n_inner, tiles.n_splits, tiles.block_m, BLOCK_N, tiles.block_k),
-        num_warps=4,
-        num_stages=tiles.n_stages,
+    assert tiles.n_splits == 1 or not (swiglu or best)
+    block_m, overlap = block_rows(n_rows), overlaps(x.device)
+    columns = tiles.block_n
+    if swiglu:
+        columns, n_columns = columns // 2, n_columns // 2
+    n_tiles = triton.cdiv(n_columns, columns)
+    parts = _empty_parts(x, n_columns if best != "ids" else 0, tiles)
+    greatest = x.new_empty(n_rows if best else 0, n_tiles, dtype=torch.float32)
+    where = torch.empty_like(greatest, dtype=torch.int32)
+    ids = x.new_empty(len(greatest), dtype=torch.int64)
+    start: Any = _product_kernel[triton.cdiv(n_rows, block_m), n_tiles, tiles.n_splits]
+    start(
+        *(x, weight, parts, greatest, where, n_rows, n_columns),
+        *(n_inner, tiles.n_splits, block_m, tiles.block_n, tiles.block_k),
+        *(swiglu, bool(best), best != "ids", overlap),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # said, because the default differs between Triton's versions
+        launch_pdl=overlap,
     )
-    if tiles.n_splits > 1:
-        launch = _sum_splits_kernel[(triton.cdiv(out.numel(), _REDUCE_BLOCK),)]
-        launch(parts, out, out.numel(), tiles.n_splits, _REDUCE_BLOCK, enable_fp_fusion=True)
-    return out
+    if best:
+        start = _best_kernel[(n_rows,)]
+        block = triton.next_power_of_2(n_tiles)
+        start(*(greatest, where, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
+    return parts, ids
 
 
-@cache
-def _shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory a block may ask for; the interpreter, on the CPU, has no limit."""
-    if device.type == "cpu":
-        return 99 * 1024
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(properties["max_shared_mem"])
+def block_rows(n_rows: int) -> int:
+    """The tile's rows for a block of ``n_rows``."""
+    return next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
 
 
-product_op = torch.library.custom_op("orthrus_fast::product", product, mutates_args=())
+def _empty_parts(x: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
+    dtype = torch.float32 if tiles.n_splits > 1 else x.dtype
+    return x.new_empty(tiles.n_splits, len(x), n_columns, dtype=dtype)
+
+
+# The same as operators that a compiler calls without looking inside; ``tiles`` as a list of ints.
+
+
+@torch.library.custom_op("orthrus_fast::product", mutates_args=())
+def product_op(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
+    return launch(x, weight, Tiles(*tiles))[0]
 
 
 @product_op.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
+    return _empty_parts(x, weight.shape[0], Tiles(*tiles))
 
 
-class FixedTileLinear(nn.Module):
-    """A linear layer without bias over ``product``: forward takes x [..., K] to [..., N]."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        multiply = product_op if torch.compiler.is_compiling() else product
-        out: Tensor = multiply(x.reshape(-1, x.shape[-1]), self.weight)
-        return out.view(*x.shape[:-1], -1)
+@torch.library.custom_op("orthrus_fast::swiglu_product", mutates_args=())
+def swiglu_op(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
+    return launch(x, weight, Tiles(*tiles), swiglu=True)[0][0]
 
 
-def replace_linears(model: nn.Module, shapes: set[tuple[int, int]]) -> int:
-    """Swap every bias-free nn.Linear whose weight is one of ``shapes``, (N, K) each.
+@swiglu_op.register_fake
+def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
+    return x.new_empty(len(x), weight.shape[0] // 2)
 
-    The weights are shared with what they replace, so tied ones stay tied. Returns the number.
+
+@torch.library.custom_op("orthrus_fast::greatest_of_product", mutates_args=())
+def greatest_op(
+    x: Tensor, weight: Tensor, tiles: Sequence[int], keep: bool
+) -> tuple[Tensor, Tensor]:
+    parts, ids = launch(x, weight, Tiles(*tiles), best="both" if keep else "ids")
+    return ids, parts[0]
+
+
+@greatest_op.register_fake
+def _(x: Tensor, weight: Tensor, tiles: Sequence[int], keep: bool) -> tuple[Tensor, Tensor]:
+    product = x.new_empty(len(x), weight.shape[0] if keep else 0)
+    return x.new_empty(len(x), dtype=torch.int64), product
+
+
+@dataclass(frozen=True)
+class FixedTileProducts:
+    """``model.Products`` by these kernels where the table has tiles, else by the library.
+
+    ``forced`` are shapes (N, K) that the library may not serve, because its rows are not alike.
     """
-    n_replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear) or child.bias is not None:
-                continue
-            if tuple(child.weight.shape) in shapes:
-                setattr(parent, name, FixedTileLinear(child.weight))
-                n_replaced += 1
-    return n_replaced
+
+    has_own: ClassVar[bool] = True
+    library: Products
+    table: Mapping[tuple[int, int, int], Tiles]  # (rows, N, K)
+    shared: int  # bytes of shared memory that a block may use
+    forced: frozenset[tuple[int, int]] = frozenset()
+
+    @staticmethod
+    def of(library: Products, device: torch.device, dtype: torch.dtype) -> FixedTileProducts:
+        """What the committed table has for a CUDA device; the rest is ``library``'s."""
+        properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
+        chip = f"sm_{properties.major}{properties.minor}"
+        table = read_table(chip) if dtype.itemsize == 2 else {}
+        return FixedTileProducts(library, table, int(properties.shared_memory_per_block_optin))
+
+    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+        return self.tiles(n_rows, weight) is not None
+
+    def without_library(self, shapes: frozenset[tuple[int, int]]) -> FixedTileProducts:
+        return replace(self, forced=shapes)
+
+    def tiles(self, n_rows: int, weight: Tensor) -> Tiles | None:
+        """The tiles of a product of ``n_rows`` rows; None: the library's."""
+        n_columns, n_inner = weight.shape
+        block_m = block_rows(n_rows)
+        tiles = self.table.get((block_m, n_columns, n_inner)) if n_rows <= block_m else None
+        if tiles is None and (n_columns, n_inner) in self.forced:
+            return default_tiles(n_columns, n_inner, block_m, weight.itemsize, self.shared)
+        return tiles
+
+    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        tiles = self.tiles(len(rows), weight)
+        if tiles is None:
+            return self.library.parts(x, weight)
+        parts: Tensor = product_op(rows, weight, list(tiles))
+        return parts.view(len(parts), *x.shape[:-1], -1)
+
+    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        tiles = self.tiles(len(rows), weight)
+        if tiles is None:
+            return self.library.swiglu(x, weight)
+        tiles = tiles._replace(n_splits=1)
+        hidden: Tensor = swiglu_op(rows, weight, list(tiles))
+        return hidden.view(*x.shape[:-1], -1)
+
+    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        tiles = self.tiles(len(rows), weight)
+        if tiles is None:
+            return self.library.greatest(x, weight, keep)
+        ids, product = greatest_op(rows, weight, list(tiles._replace(n_splits=1)), keep)
+        return ids.view(x.shape[:-1]), product.view(*x.shape[:-1], product.shape[-1])
 
 
 def rows_are_alike(

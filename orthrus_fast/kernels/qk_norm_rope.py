@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthrus_fast.kernels.overlap import overlaps, release, wait
+
 
 @triton.jit
 def _norm_and_rotate(  # type: ignore[no-untyped-def]
@@ -53,11 +55,14 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     k_cache,
     v_cache,
     capacity,
+    n_elements,
     N_HEADS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     EPS: tl.constexpr,
+    N_PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (t, r, group): HEADS neighbouring heads of one row, all of them q, k or v heads."""
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -68,11 +73,18 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     head = group + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
 
-    source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + head) * HEAD_DIM + column
-    first, second = tl.load(source), tl.load(source + HALF)
+    # Released after the wait: the next kernel then starts knowing that all before this are done.
+    wait(OVERLAP)
+    release(OVERLAP)
     cos_row = tl.load(cos + row * HEAD_DIM + column)  # its second half repeats the first
     sin_row = tl.load(sin + row * HEAD_DIM + column)
     slot_row = tl.load(slot + r) * N_KV_HEADS * capacity + tl.load(positions + row)
+    source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + head) * HEAD_DIM + column
+    first, second = tl.load(source), tl.load(source + HALF)
+    for part in tl.static_range(1, N_PARTS):
+        first += tl.load(source + part * n_elements)
+        second += tl.load(source + part * n_elements + HALF)
+    first, second = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
 
     if group < N_HEADS:
         first, second = _norm_and_rotate(first, second, q_norm, cos_row, sin_row, EPS, HALF)
@@ -89,7 +101,7 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
 
 
 def qk_norm_rope_write(
-    qkv: Tensor,
+    parts: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     eps: float,
@@ -102,35 +114,38 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """Norm and rotate q and k, write k and v to the cache, return q [R, T, n_heads, head_dim].
 
-    ``qkv`` [R, T, (n_heads + 2 n_kv_heads) * head_dim]: the q heads, then the k, then the v heads.
+    ``parts`` [P, R, T, (n_heads + 2 n_kv_heads) * head_dim]: the q heads, then the k, then the v
+    heads, as the sum of P parts, which are added in order and then rounded to the cache's dtype.
     ``q_norm``, ``k_norm`` [head_dim]; ``cos``, ``sin`` [R, T, head_dim], whose second half repeats
     the first; ``positions`` [R, T] and ``slot`` [R], int64, say where row t of r is written.
     ``k_cache``, ``v_cache`` [B, n_kv_heads, S, head_dim] are changed in place. All are contiguous;
     bfloat16, float16 or float32 throughout; head_dim is a power of two. A row's results depend on
     that row alone. Reads nothing on the host, so CUDA graphs can capture it.
     """
-    q = _empty_q(qkv, q_norm, k_cache)
+    q = _empty_q(parts, q_norm, k_cache)
     n_rows, width, n_heads, head_dim = q.shape
     _, n_kv_heads, capacity, _ = k_cache.shape
-    assert qkv.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert parts.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert cos.shape == sin.shape == (n_rows, width, head_dim)
     assert cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()
+    overlap = overlaps(q.device)
     heads = math.gcd(n_heads, n_kv_heads, 4)  # of one kind; 4 x 64 elements load 16 bytes a lane
     grid = (width, n_rows, (n_heads + 2 * n_kv_heads) // heads)
     launch: Any = _qk_norm_rope_write_kernel[grid]
     launch(
-        *(qkv, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
-        *(n_heads, n_kv_heads, head_dim, heads, eps),
+        *(parts, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
+        *(parts[0].numel(), n_heads, n_kv_heads, head_dim, heads, eps, len(parts), overlap),
         num_warps=1,
+        launch_pdl=overlap,
         enable_fp_fusion=False,  # in float32 a fused x * cos + y * sin would skip a rounding
     )
     return q
 
 
-def _empty_q(qkv: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
-    n_rows, width, n_features = qkv.shape
+def _empty_q(parts: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
+    _, n_rows, width, n_features = parts.shape
     head_dim = q_norm.shape[0]
-    return qkv.new_empty(n_rows, width, n_features // head_dim - 2 * k_cache.shape[1], head_dim)
+    return k_cache.new_empty(n_rows, width, n_features // head_dim - 2 * k_cache.shape[1], head_dim)
 
 
 qk_norm_rope_write_op = torch.library.custom_op(
@@ -140,7 +155,7 @@ qk_norm_rope_write_op = torch.library.custom_op(
 
 @qk_norm_rope_write_op.register_fake
 def _(
-    qkv: Tensor,
+    parts: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     eps: float,
@@ -151,4 +166,4 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    return _empty_q(qkv, q_norm, k_cache)
+    return _empty_q(parts, q_norm, k_cache)
