@@ -143,6 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=TABLE)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tune_products: needs a CUDA device")
     jobs = [(shape, tiles) for shape in shapes() for tiles in candidates(shape)]
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
         for _ in pool.imap_unordered(compile_one, jobs, chunksize=8):

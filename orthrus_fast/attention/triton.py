@@ -72,8 +72,8 @@ def attend(
     """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host.
 
     bfloat16, float16 or float32; head_dim a power of two from 16 to 256; S a multiple of KEY_TILE.
-    ``start`` and ``slot`` are read while the kernel launched last may still run: not by that one
-    may they have been written.
+    ``start`` and ``slot`` are read while the kernel launched last may still run: it must not write
+    them, nor let this one start before what wrote them is done (qk_norm_rope_write keeps to that).
     """
     n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
     tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, _shared_memory(q.device))
