@@ -239,9 +239,11 @@ class CompiledRunner(EagerRunner):
             product(rows(weight), weight, *rest)
 
         products, head = kernels.products, model.lm_head.weight
+        # Verification is causal and keeps the logits, the draft neither.
+        passes = (True, False) if self._drafts_at(width) else (True,)
         jobs = [
-            *(partial(multiply, products.greatest, head, keep) for keep in (True, False)),
-            *(partial(attend, causal) for causal in (True, False)),
+            *(partial(multiply, products.greatest, head, verifies) for verifies in passes),
+            *(partial(attend, verifies) for verifies in passes),
             partial(multiply, products.swiglu, layer.gate_up.weight),
             partial(multiply, products.parts, layer.attention.qkv.weight),
             partial(multiply, products.parts, layer.attention.o.weight),
