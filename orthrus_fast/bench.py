@@ -1341,6 +1341,11 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """0: all parts done; 1: a part failed; 2: bad input; 130: interrupted, the file is whole."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["report"]:
+        from orthrus_fast import bench_report
+
+        return bench_report.main(arguments[1:])
     try:
         args = build_parser().parse_args(arguments)
         check_flags(args)
