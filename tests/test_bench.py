@@ -15,7 +15,11 @@ from torch._dynamo.utils import counters
 
 from benchmarks import peers
 from orthrus_fast import bench, steps
+from orthrus_fast.bench import command, passes, streaming
+from orthrus_fast.bench import cycles as cycles_part
+from orthrus_fast.bench.prompts import read_prompts
 from orthrus_fast.checkpoint import _build_on_meta
+from orthrus_fast.errors import RequestError
 from orthrus_fast.model import View, plain_kernels
 from tests.checkpoints import write_checkpoint
 
@@ -217,10 +221,10 @@ def test_streamed_bytes_are_those_counted_by_hand(
     nothing: Any = None
     model = _build_on_meta(config, plain_kernels(nothing), True).to(torch.bfloat16)
     for view in View:
-        n_bytes = bench.streamed_bytes(model, view)
+        n_bytes = streaming.streamed_bytes(model, view)
         assert n_bytes == 2 * (n_layers * layer + head)
         assert round(n_bytes / 1e9, 2) == gigabytes
-    assert bench.cache_bytes(config, 1000, 2) == 2 * n_layers * 8 * 128 * 1000 * 2
+    assert streaming.cache_bytes(config, 1000, 2) == 2 * n_layers * 8 * 128 * 1000 * 2
 
 
 def test_random_weights_follow_the_seed() -> None:
@@ -259,8 +263,12 @@ def test_nothing_is_compiled_while_the_clock_runs(
 
         return run_and_compare
 
-    for name in ("time_steps", "time_cycles"):
-        monkeypatch.setattr(bench, name, watched(getattr(bench, name)))
+    for module, name in (
+        (passes, "time_steps"),
+        (passes, "time_cycles"),
+        (streaming, "time_steps"),
+    ):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     flags = ("--contexts", "70", "--new-tokens", "24", "--runner", "compiled")
     content = run(tmp_path / "r.json", *TINY, *flags, "--parts", "startup,passes,cycles,eager")
     assert list(content["parts"]) == ["startup", "passes", "cycles", "eager"]
@@ -290,7 +298,7 @@ def test_a_rerun_measures_only_what_is_missing(
     after = run(path, *flags, "--parts", "startup,ceiling,prefill")
     assert after["parts"]["startup"] == before["parts"]["startup"]
     assert after["parts"]["ceiling"]["run"] == 1 and len(after["runs"]) == 2
-    monkeypatch.setattr(bench, "build", lambda _: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(command, "build", lambda _: pytest.fail("nothing is missing"))
     capsys.readouterr()
     assert run(path, *flags, "--parts", "startup,ceiling,prefill") == after
     printed = capsys.readouterr().out
@@ -350,7 +358,7 @@ def test_ends_of_text_hold_again_after_the_cycles_part(tmp_path: Path) -> None:
     flags = ["--checkpoint", str(directory), "--device", "cpu", "--contexts", "30"]
     flags += ["--new-tokens", "20", "--repeats", "1"]
     built = bench.build(bench.build_parser().parse_args(flags))
-    assert bench.cycles(built)["at"][0]["cycles"] > 0
+    assert cycles_part.cycles(built)["at"][0]["cycles"] > 0
     assert built.runner.eos.tolist() == [256]
     assert "draft" not in vars(built.runner)
 
@@ -392,8 +400,8 @@ def test_bad_arguments_are_refused_in_one_line(
 def test_a_file_without_prompts_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
-    with pytest.raises(bench.RequestError, match="prompts_file"):
-        bench.read_prompts(path)
+    with pytest.raises(RequestError, match="prompts_file"):
+        read_prompts(path)
 
 
 def test_help_does_not_wait_for_torch() -> None:

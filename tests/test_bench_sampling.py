@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from orthrus_fast import bench
+from orthrus_fast.bench import identity, passes, temperatures
+from orthrus_fast.bench.prompts import identity_prompts
 from tests.checkpoints import write_checkpoint
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--repeats", "2", "--max-seq-len", "1100"]
@@ -139,8 +141,8 @@ def test_other_noise_in_one_mode_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
             each = [*each[1:], each[0]]
         return true_decode(decoder, prompts, n_tokens, drafting, width, each)
 
-    true_decode = bench.decode
-    monkeypatch.setattr(bench, "decode", with_another_seed_in_diffusion)
+    true_decode = identity.decode
+    monkeypatch.setattr(identity, "decode", with_another_seed_in_diffusion)
     flags = ("--parts", "identity", "--new-tokens", "24", "--sequences", "3")
     part = run(tmp_path / "r.json", *TINY, "--temperature", "1", *flags)["parts"]["identity"]
     assert part["sequences_equal"] == 0
@@ -154,7 +156,7 @@ def test_cycles_are_timed_greedy_sampled_and_filtered(
 ) -> None:
     flags = ("--contexts", "30,70", "--parts", "sampling", "--slots", "2")
     part = run(tmp_path / "r.json", *TINY, *flags)["parts"]["sampling"]
-    assert part["mode"] == "diffusion" and part["settings"] == bench.CYCLE_SETTINGS
+    assert part["mode"] == "diffusion" and part["settings"] == passes.CYCLE_SETTINGS
     assert [at["context"] for at in part["at"]] == [30, 70]
     for at in part["at"]:
         assert list(at["cycle_ms"]) == ["greedy", "sampled", "filtered"]
@@ -179,10 +181,10 @@ def test_each_timing_has_its_settings_and_the_slots_are_left_as_new(
         return [1.0]
 
     seen: list[Any] = []
-    monkeypatch.setattr(bench, "cycle_spans", note)
+    monkeypatch.setattr(passes, "cycle_spans", note)
     built = build(*TINY, "--contexts", "40", "--slots", "2", "--new-tokens", "8")
     with bench.measuring(built.device):
-        bench.sampled_cycles(built)
+        passes.sampled_cycles(built)
     greedy = (False, True, [0.0, 0.0], [0, 0], [1.0, 1.0], [40, 40])
     sampled = (True, True, [0.7, 0.7], [0, 0], [1.0, 1.0], [40, 40])
     filtered = (True, True, [0.6, 0.6], [20, 20], [0.95, 0.95], [40, 40])
@@ -201,10 +203,10 @@ def test_the_runner_is_ready_to_sample_before_the_clock_runs(
         events.append((width, sampling))
 
     events: list[Any] = []
-    monkeypatch.setattr(bench, "cycle_spans", note_timing)
+    monkeypatch.setattr(passes, "cycle_spans", note_timing)
     built = build(*TINY, "--contexts", "40", "--new-tokens", "8")
     monkeypatch.setattr(built.runner, "prepare", note_preparation)
-    bench.sampled_cycles(built)
+    passes.sampled_cycles(built)
     assert events == [(8, True), *["timed"] * 3 * bench.ROUNDS]
 
 
@@ -244,7 +246,7 @@ def test_expected_acceptance_is_that_of_rejection_sampling() -> None:
 
     blocks = torch.tensor(list(itertools.product(range(5), repeat=3)))  # all of them, [125, 3]
     rows = target[blocks[:, 0], blocks[:, 1]]
-    accepted = bench.expected_accepted(draft.expand_as(rows), rows, blocks, temperature)
+    accepted = temperatures.expected_accepted(draft.expand_as(rows), rows, blocks, temperature)
     weight = draft_p.gather(1, blocks.T).prod(dim=0)
     exact = float((weight * accepted).sum())
     at_first = float((target_p[0, 0, 0].minimum(draft_p[0])).sum())
@@ -265,13 +267,15 @@ def test_expected_acceptance_is_that_of_rejection_sampling() -> None:
 def test_a_draft_that_is_the_target_is_accepted_whole(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 7, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
     drafts = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(2))
-    assert bench.expected_accepted(logits, logits, drafts, 0.3).tolist() == [7.0, 7.0]
+    assert temperatures.expected_accepted(logits, logits, drafts, 0.3).tolist() == [7.0, 7.0]
 
 
 def test_what_the_target_never_says_ends_the_block() -> None:
     draft, target = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)
     target[0, 1, 2] = -math.inf
-    assert bench.expected_accepted(draft, target, torch.tensor([[0, 2, 1]]), 1.0).tolist() == [1.0]
+    assert temperatures.expected_accepted(
+        draft, target, torch.tensor([[0, 2, 1]]), 1.0
+    ).tolist() == [1.0]
 
 
 # --- the temperatures part ---
@@ -302,9 +306,9 @@ def test_temperatures_of_the_embedded_checkpoint(
 
 def test_the_judge_sees_the_blocks_that_are_served() -> None:
     built = build(*EMBEDDED, "--new-tokens", "24")
-    prompts = bench.identity_prompts(built)
+    prompts = identity_prompts(built)
     each = bench.seeded(built, len(prompts), 0.7)
-    judge = bench.BlockJudge(built, 0.7)
+    judge = temperatures.BlockJudge(built, 0.7)
     with bench.measuring(built.device):
         served = bench.decode(built.decoder, prompts, 24, True, built.width, each)
         with bench.served_by(built.decoder, judge.runner):
@@ -317,12 +321,12 @@ def test_the_judge_sees_the_blocks_that_are_served() -> None:
 
 def test_the_ratios_error_knows_of_pairs() -> None:
     values = [1.0, 2.0, 4.0, 3.0]
-    half = bench.ratio_of(values, [2 * value for value in values])
+    half = temperatures.ratio_of(values, [2 * value for value in values])
     assert half == {"mean": 0.5, "standard_error": 0.0, "n": 4}
-    assert bench.ratio_of([], []) == {"mean": None, "standard_error": None, "n": 0}
+    assert temperatures.ratio_of([], []) == {"mean": None, "standard_error": None, "n": 0}
     # By hand: ratio 1, rests -1, 1 over a mean of 2; deviation 1/2, over the root of 2.
     by_hand = {"mean": 1.0, "standard_error": pytest.approx(0.5 / 2**0.5), "n": 2}
-    assert bench.ratio_of([1.0, 3.0], [2.0, 2.0]) == by_hand
+    assert temperatures.ratio_of([1.0, 3.0], [2.0, 2.0]) == by_hand
 
 
 def test_where_no_trained_draft_is_the_part_is_left_out(

@@ -1,0 +1,22 @@
+"""What all files of the benchmark share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+EMBEDDED = REPOSITORY / "model"
+WARM_UP = 3  # runs before what is timed
+ROUNDS = 3  # repeats of whole decodes, which average over hundreds of cycles each
+PREFILL_LENGTHS = (1024, 8192)  # prompt tokens
+LONGEST_PROMPT = 1024  # tokens; of the identity part's random prompts
+
+Result = dict[str, Any]
+
+
+def tell(text: str) -> None:
+    """Progress, where someone watches."""
+    if sys.stderr.isatty():
+        print(f"{text} …", file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""The JSON file and what is needed to repeat a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orthrus_fast.bench.common import REPOSITORY, Result
+from orthrus_fast.errors import RequestError
+
+if TYPE_CHECKING:
+    from orthrus_fast.decoder import Decoder
+
+FORMAT = 1  # of the JSON file
+
+
+class Report:
+    """The JSON file, kept whole on disk after every part."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path = Path(args.json) if args.json else None
+        arguments = {k: v for k, v in vars(args).items() if k not in ("json", "parts")}
+        self.content: Result = {
+            "format": FORMAT,
+            "arguments": json.loads(json.dumps(arguments)),
+            "runs": [],  # each start of this program that measured a part
+            "parts": {},
+            "failed": {},
+        }
+        if self.path is not None and self.path.exists():
+            self.content = self._held(self.path, self.content["arguments"])
+        elif self.path is not None and not self.path.absolute().parent.is_dir():
+            raise RequestError(f"json: {self.path}: there is no such directory")
+
+    @staticmethod
+    def _held(path: Path, arguments: Result) -> Result:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            held = content["arguments"]
+            content = {name: content[name] for name in ("format", "arguments", "runs", "parts")}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RequestError(f"json: {path}: exists and is no result of this program") from None
+        if held != arguments or content["format"] != FORMAT:
+            both = {*held, *arguments}
+            names = sorted(name for name in both if held.get(name) != arguments.get(name))
+            raise RequestError(
+                f"json: {path}: was made with other arguments ({', '.join(names) or 'format'}); "
+                "name another file, or remove this one"
+            )
+        return {**content, "failed": {}}
+
+    @property
+    def parts(self) -> dict[str, Result]:
+        parts: dict[str, Result] = self.content["parts"]
+        return parts
+
+    def begin_run(self, decoder: Decoder) -> None:
+        self.content["runs"].append(surroundings(decoder))
+
+    def add(self, name: str, result: Result, seconds: float) -> None:
+        """``run`` is the index of the run that measured the part, in ``part_seconds``."""
+        run = len(self.content["runs"]) - 1
+        self.parts[name] = {"run": run, "part_seconds": seconds, **result}
+        self._write()
+
+    def fail(self, name: str, problem: str) -> None:
+        self.content["failed"][name] = problem
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        draft = self.path.with_name(self.path.name + ".part")
+        draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, self.path)
+
+
+def surroundings(decoder: Decoder) -> Result:
+    """What is needed to repeat a run."""
+    import torch
+
+    commit = first_line("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
+    changed = first_line("git", "-C", str(REPOSITORY), "status", "--porcelain")
+    on_gpu = decoder.configuration["device"].startswith("cuda")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "configuration": decoder.configuration,
+        "gpu": decoder.configuration["hardware"] if on_gpu else None,
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "commit": commit,
+        "dirty": None if commit is None else changed is not None,
+    }
+
+
+def first_line(*command: str) -> str | None:
+    """Of what a program prints; None where it is absent, fails or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
