@@ -1,0 +1,167 @@
+"""Result files: what is read from benchmarks/results/, and how it is named on a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from orthrus_fast.bench_report.tables import Result
+from orthrus_fast.errors import RequestError, one_line
+
+RESULTS = "benchmarks/results"
+MODELS = ("1.7B", "4B", "8B")  # the order of rows; others follow by name
+PEERS_OWN_DEFAULTS = ("contexts", "new_tokens", "repeats")  # other than the benchmark's
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """One JSON file of the benchmark or of benchmarks/peers.py."""
+
+    path: Path
+    content: Result
+
+    @property
+    def arguments(self) -> Result:
+        arguments: Result = self.content["arguments"]
+        return arguments
+
+    @property
+    def parts(self) -> dict[str, Result]:
+        """What was measured, by part; the breakdown by kernel and a peers' file count as parts."""
+        parts = {n: p for n, p in self.content.get("parts", {}).items() if "skipped" not in p}
+        if "kernels" in self.content:
+            parts["kernels"] = {"kernels": self.content["kernels"]}
+        if "transformers" in self.content:
+            parts["peers"] = self.content
+        return parts
+
+    @property
+    def model(self) -> str:
+        shape, checkpoint = self.arguments.get("shape"), self.arguments.get("checkpoint")
+        return str(shape or (checkpoint.rstrip("/").split("/")[-1] if checkpoint else "embedded"))
+
+    @property
+    def label(self) -> str:
+        """The model, and what was asked for that is not the rule."""
+        words = [self.model]
+        arguments = self.arguments
+        if arguments.get("slots", 1) != 1:
+            words.append(f"{arguments['slots']} slots")
+        if arguments.get("block_size"):
+            words.append(f"width {arguments['block_size']}")
+        for name in ("runner", "attention", "compile_mode", "dtype"):
+            if arguments.get(name) not in (None, "auto", "default"):
+                words.append(str(arguments[name]))
+        return ", ".join(words)
+
+    def run_of(self, part: str) -> Result:
+        """Where and when the part was measured."""
+        if "run" in self.content:  # a peers' file
+            run: Result = self.content["run"]
+        else:
+            run = self.content["runs"][self.content["parts"].get(part, {}).get("run", -1)]
+        return run
+
+    def command(self) -> str:
+        """What measures the file again."""
+        from orthrus_fast.bench import build_parser
+
+        parser, peers = build_parser(), "transformers" in self.content
+        words = ["python benchmarks/peers.py" if peers else "python -m orthrus_fast.bench"]
+        for name, value in self.arguments.items():
+            own = peers and name in PEERS_OWN_DEFAULTS
+            if value is not None and (own or value != parser.get_default(name)):
+                words.append(_flag(name, value))
+        if not peers:
+            words.append(f"--parts {','.join(self.content['parts'])}")
+        return " ".join(words)
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def read_result(path: Path) -> ResultFile:
+    """Raises RequestError for what is no result file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path}: {one_line(str(error))}") from None
+    known = isinstance(content, dict) and isinstance(content.get("arguments"), dict)
+    benchmark = known and all(isinstance(content.get(n), k) for n, k in HELD.items())
+    if not benchmark and not (known and {"run", "transformers", "at"} <= set(content)):
+        raise RequestError(f"{path}: is no result of the benchmark (arguments, runs, parts)")
+    return ResultFile(path, content)
+
+
+HELD = {"runs": list, "parts": dict}
+
+
+def read_folder(root: Path, device: str) -> list[ResultFile]:
+    """A device's results, models in order of size, later runs after earlier ones."""
+    folder = root / RESULTS / device
+    if not folder.is_dir():
+        raise RequestError(f"{RESULTS}/{device}: there is no such folder")
+    files = [read_result(path) for path in sorted(folder.glob("*.json"))]
+    return sorted(files, key=lambda file: (model_order(file), file.label, date(file)))
+
+
+def model_order(file: ResultFile) -> tuple[int, str]:
+    return (MODELS.index(file.model) if file.model in MODELS else len(MODELS), file.model)
+
+
+def date(file: ResultFile) -> str:
+    return guarded(file, "runs", lambda: str(file.run_of("")["date"]))
+
+
+def guarded(
+    file: ResultFile, part: str, make: Callable[P, T], *args: P.args, **rest: P.kwargs
+) -> T:
+    """``make(*args)``; a file that lacks what is read from it becomes an error of one line."""
+    try:
+        return make(*args, **rest)
+    except KeyError as error:
+        raise RequestError(f"{file.path}: {part}: has no {error}") from None
+    except (TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise RequestError(f"{file.path}: {part}: {one_line(str(error))}") from None
+
+
+def surroundings(files: Iterable[ResultFile], part: str) -> str:
+    """Hardware, versions, date and commit of what the files hold of a part, in a line."""
+    said: dict[str, dict[str, None]] = {}
+    for file in files:
+        machine, when = guarded(file, "runs", _surroundings, file, part)
+        said.setdefault(machine, {})[when] = None
+    return "; ".join(f"{machine}; {', '.join(when)}" for machine, when in said.items())
+
+
+def _surroundings(file: ResultFile, part: str) -> tuple[str, str]:
+    """Hardware and versions, and when: the day and the commit."""
+    run = file.run_of(part)
+    words = [str(run["gpu"] or run["configuration"]["hardware"])]
+    if run["driver"]:
+        words.append(f"driver {run['driver']}")
+    words.append(f"torch {run['torch']}")
+    if run["triton"] and run["gpu"]:
+        words.append(f"Triton {run['triton']}")
+    when = run["date"][:10]
+    if run["commit"]:
+        when += f" at commit {run['commit'][:8]}{' with changes' if run['dirty'] else ''}"
+    return ", ".join(words), when
+
+
+def hardware(file: ResultFile, part: str) -> tuple[str, str]:
+    """The GPU's or CPU's name, and the day."""
+    run = file.run_of(part)
+    return str(run["gpu"] or run["configuration"]["hardware"]), str(run["date"][:10])
