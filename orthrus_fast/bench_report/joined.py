@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from orthrus_fast.bench_report.files import MODELS, ResultFile, guarded
 from orthrus_fast.bench_report.tables import (
@@ -37,8 +39,8 @@ class Recipe:
     make: Callable[[list[ResultFile]], Joined]
 
 
-def below(part: str, table: PartTable, n_keys: int) -> Recipe:
-    """Rows of all files below each other, the model first.
+def below(part: str, table: PartTable, n_keys: int, as_filed: bool = False) -> Recipe:
+    """Rows of all files below each other, the model first; sorted, or ``as_filed``.
 
     Of rows of one model and the same first ``n_keys`` cells, the latest file's stands. Files whose
     columns differ get a table for each kind.
@@ -53,6 +55,8 @@ def below(part: str, table: PartTable, n_keys: int) -> Recipe:
                 key = (file.label, *row[:n_keys])
                 rows[key] = (file, one.columns, (file.label, *row))
             notes.update({f"{file.label}: {note}": None for note in one.notes})
+        if not as_filed:
+            rows = {key: rows[key] for key in sorted(rows, key=natural)}
         kinds = dict.fromkeys(columns for _, columns, _ in rows.values())
         tables = [
             Table("", ("", *kind), [row for _, columns, row in rows.values() if columns == kind])
@@ -65,6 +69,16 @@ def below(part: str, table: PartTable, n_keys: int) -> Recipe:
         return Joined(tables, [file for file in files if id(file) in used])
 
     return Recipe(part, make)
+
+
+def natural(key: tuple[str, ...]) -> list[Any]:
+    """An order in which models go by size and "4096" comes after "128"."""
+    model = key[0].split(",")[0]
+    order: list[Any] = [MODELS.index(model) if model in MODELS else len(MODELS)]
+    for cell in key:
+        pieces = re.split(r"(\d+(?:\.\d+)?)", cell)
+        order += [(float(p), "") if i % 2 else (-1.0, p) for i, p in enumerate(pieces)]
+    return order
 
 
 def beside(part: str) -> Recipe:
@@ -130,7 +144,7 @@ def headline_rows(file: ResultFile) -> list[tuple[str, str]]:
         ),
         ("drafting over the faster AR", f"{at['speedup_over_faster_ar']:.2f}"),
         ("verify pass, ms", short(verify["ms"]["median"])),
-        ("share of the best product's rate, of the best read's", f"{of_product}, {of_best}"),
+        ("its weights over its time: share of the output head's rate, of the best rate seen", f"{of_product}, {of_best}"),
         (
             "AR against drafting: logit rows that differ in a bit",
             f"{identity['rows_differing']} of {identity['rows']}",
@@ -177,7 +191,7 @@ JOINED: dict[str, Recipe] = {
     "startup": beside("startup"),
     "ceiling": below("ceiling", TABLES["ceiling"], 0),
     "passes": below("passes", TABLES["passes"], 1),
-    "modes": below("modes", TABLES["modes"], 3),
+    "modes": below("modes", TABLES["modes"], 3, as_filed=True),
     "cycles": below("cycles", TABLES["cycles"], 1),
     "slots": below("slots", TABLES["slots"], 1),
     "sampling": below("sampling", TABLES["sampling"], 1),
@@ -187,7 +201,7 @@ JOINED: dict[str, Recipe] = {
     "positions": Recipe("acceptance", _positions),
     "temperatures": below("temperatures", TABLES["temperatures"], 1),
     "prefill": below("prefill", TABLES["prefill"], 1),
-    "kernels": below("kernels", TABLES["kernels"], 1),
-    "peers": below("peers", peer_rates, 2),
-    "first-token": below("peers", peer_first_tokens, 2),
+    "kernels": below("kernels", TABLES["kernels"], 1, as_filed=True),
+    "peers": below("peers", peer_rates, 2, as_filed=True),
+    "first-token": below("peers", peer_first_tokens, 2, as_filed=True),
 }

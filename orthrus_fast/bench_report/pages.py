@@ -75,7 +75,7 @@ def render(site: Site, page: str) -> tuple[str, str, list[tuple[Place, str]]]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}") from None
-    shown: set[tuple[str, str, str]] = set()
+    shown: set[object] = set()
     places = []
     for place in find_places(page, text):
         try:
@@ -99,8 +99,8 @@ def find_places(page: str, text: str) -> Iterator[Place]:
         yield Place(page, line, found[2], words[0], tuple(words[1:]), found[4])
 
 
-def body(site: Site, place: Place, shown: set[tuple[str, str, str]]) -> str:
-    """What belongs between the markers."""
+def body(site: Site, place: Place, shown: set[object]) -> str:
+    """What belongs between the markers. ``shown``: what the page has had so far; added to."""
     if (place.kind, place.name, place.devices) == ("table", "demos", (MODEL,)):
         return markdown(demo_table(site.root / MODEL)) + "\n"
     parts = {
@@ -116,35 +116,36 @@ def body(site: Site, place: Place, shown: set[tuple[str, str, str]]) -> str:
     if (place.kind, place.name, device) in shown:
         return f"*The {place.kind} above is of this device already.*\n"
     shown.add((place.kind, place.name, device))
-    make = table if place.kind == "table" else picture
-    return make(site, place, device, files)
-
-
-def table(site: Site, place: Place, device: str, files: list[ResultFile]) -> str:
+    if place.kind == "picture":
+        return picture(site, place, device, files)
     joined = JOINED[place.name].make(files)
     if not joined.tables:
         return f"*Not measured: {RESULTS}/{device} has no file with all that it takes.*\n"
-    part = JOINED[place.name].part
-    return "\n\n".join([*map(markdown, joined.tables), sources(site, place, part, joined.files)])
+    tables = [markdown(table) for table in joined.tables]
+    return "\n\n".join([*tables, sources(site, place, part, joined.files, shown)])
 
 
-def sources(site: Site, place: Place, part: str, files: list[ResultFile]) -> str:
-    """Where the figures are from: files, machine, versions, and on one page the commands."""
+def sources(
+    site: Site, place: Place, part: str, files: list[ResultFile], shown: set[object]
+) -> str:
+    """Where the figures are from: files, machine, versions; on one page commands, once each."""
     links = ", ".join(f"[{f.path.stem}]({relative(site, place.page, f.path)})" for f in files)
-    said = f"From {links}: {surroundings(files, part)}.\n"
+    said = f"From {links}: {surroundings(files, part)}"
     if place.page != WITH_COMMANDS:
-        return said
-    commands = "\n".join(file.command() for file in files)
-    return (
-        f"{said}\n<details><summary>Commands</summary>\n\n```bash\n{commands}\n```\n\n</details>\n"
-    )
+        return f"{said}.\n"
+    commands = [file.command() for file in files if file.path not in shown]
+    if not commands:
+        return f"{said}; commands above.\n"
+    shown.update(file.path for file in files)
+    block = "\n".join(["```bash", *commands, "```"])
+    return f"{said}.\n\n<details><summary>Commands</summary>\n\n{block}\n\n</details>\n"
 
 
 def picture(site: Site, place: Place, device: str, files: list[ResultFile]) -> str:
     name = f"{device}-{place.name}.png"
     chart = site.charts[name] = chart_of(place.name, files)
     where = relative(site, place.page, site.root / PICTURES / name)
-    return f"![{chart.title}. {chart.caption}]({where})\n"
+    return f"![{chart.title}: {chart.caption}]({where})\n"
 
 
 def relative(site: Site, page: str, path: Path) -> str:

@@ -90,20 +90,22 @@ def spread(name: str, x: Any, at: Sequence[dict[str, float]], **style: int) -> S
 def speed(files: list[ResultFile]) -> Chart:
     """Tokens/s by mode and model."""
     found: dict[str, Result] = {}
-    asked = {}
     for file in files:
         for at in file.parts["cycles"]["at"]:
             if at["context"] == CONTEXT:
                 found[file.label] = at
-                asked[file.label] = at["tokens_per_cycle"]
-    groups = [f"{label}\n{asked[label]:.2f} tokens a cycle" for label in found]
+    groups = [
+        f"{label}\n{at['tokens_per_cycle']:.2f} tokens a cycle\n"
+        f"{at['speedup_over_faster_ar']:.2f} × the faster AR"
+        for label, at in found.items()
+    ]
     series = tuple(
         spread(
             name, groups, [at["tokens_per_second"][mode] for at in found.values()], colour=colour
         )
         for colour, (mode, name) in enumerate(MODES.items())
     )
-    note = f"one sequence after {CONTEXT} tokens; lines: 10th to 90th percentile"
+    note = f"after {CONTEXT} tokens; medians, lines: 10th to 90th percentile"
     return Chart(
         "bars",
         f"Tokens per second, {REPLAYED}",

@@ -67,7 +67,7 @@ def median(values: dict[str, float] | None) -> str:
 
 def short(value: float) -> str:
     """Three digits, or all before the point."""
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def percent(share: float) -> str:
