@@ -97,8 +97,8 @@ class Chunk:
 class Decoder:
     """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time.
 
-    ``configuration`` is what its promise holds within; ``invariance`` what the check of the
-    captured verify pass found (None without CUDA graphs); ``startup`` seconds by stage.
+    ``configuration`` is what its promise holds within; ``invariance`` what the check of the verify
+    pass found (None without CUDA graphs or a ``compile_mode``); ``startup`` seconds by stage.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Decoder:
         slots: int,
         runner: str,
         attention: str,
+        compile_mode: str = "default",
     ) -> None:
         self.name = name
         self.checkpoint: Checkpoint | None = None  # the files behind it, where ``load`` read them
@@ -127,10 +128,10 @@ class Decoder:
         state = steps.State.create(slots, capacity, self._width, weight.device)
 
         def build() -> EagerRunner:
-            return make_runner(runner, model, state, cache, attention)
+            return make_runner(runner, model, state, cache, attention, compile_mode)
 
         self.invariance: Invariance | None = None
-        if runner == "graph":
+        if runner == "graph" or compile_mode != "default":
             places = edges(attention, capacity)
             self._runner, self.invariance = secure(model, build, slots, self._width, places)
         else:
@@ -148,7 +149,7 @@ class Decoder:
             "device": str(weight.device),
             "dtype": str(weight.dtype).removeprefix("torch."),
             "runner": runner,
-            "compile_mode": None if runner == "eager" else "default",
+            "compile_mode": None if runner == "eager" else compile_mode,
             "attention": attention,
             "own_products": own_products(model, slots * self._width),
             "slots": slots,
@@ -536,10 +537,12 @@ def load(
     ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
     on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
     ``runner`` to graph on CUDA and eager on CPU; ``block_size`` to the checkpoint's own: a smaller
-    one proposes less and computes less, for many slots or a slow processor. ``draft_view`` False
-    leaves that view's weights on disk, for mode ar alone. ``progress`` is called with bytes loaded
-    and bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's global
-    settings and random state stay as they were.
+    one proposes less and computes less, for many slots or a slow processor. ``compile_mode`` is
+    torch.compile's, for runner compiled; max-autotune picks tiles by timing, so with it the texts
+    of two starts may differ, those of one start's two modes may not. ``draft_view`` False leaves
+    that view's weights on disk, for mode ar alone. ``progress`` is called with bytes loaded and
+    bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's global settings
+    and random state stay as they were.
     """
     begin = time.perf_counter()
     torch_device = parse_device(device)
@@ -577,6 +580,7 @@ def load(
         slots=slots,
         runner=runner,
         attention=attention,
+        compile_mode=compile_mode,
     )
     decoder.checkpoint = checkpoint
     decoder.configuration["commit"] = checkpoint.commit

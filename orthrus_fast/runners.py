@@ -34,6 +34,7 @@ from orthrus_fast.sampling import SamplingParams, logprobs
 
 RUNNERS = ("eager", "compiled", "graph")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+RECORDED_AFTER = 3  # calls of what torch's own CUDA graphs hold: warm-up, recording, first replay
 
 _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 _log = logging.getLogger("orthrus_fast")
@@ -175,24 +176,19 @@ class CompiledRunner(EagerRunner):
         state: steps.State,
         cache: KVCache,
         kernels: Kernels,
+        compile_mode: str = "default",
     ) -> None:
         super().__init__(model, state, cache)
+        self._options = compiler_options(compile_mode)
+        self._torchs_graphs = bool(self._options["triton.cudagraphs"]) and self.device.type != "cpu"
         self.passes = model.compiled(kernels, self._compile)
         self._settle = self._compile(steps.settle)
         self._sampled = self._compile(steps.sampled)
         self._prepared: set[tuple[int, bool]] = set()
 
     def _compile(self, function: Callable[..., _T]) -> Callable[..., _T]:
-        """``function`` compiled for exact shapes, by rules that pick nothing by timing."""
-        options: dict[str, Any] = {
-            "triton.cudagraphs": False,
-            "deterministic": True,
-            "max_autotune": False,
-            "max_autotune_gemm": False,
-            "max_autotune_pointwise": False,
-            "coordinate_descent_tuning": False,
-        }
-        return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+        """``function`` compiled for exact shapes."""
+        return torch.compile(function, fullgraph=True, dynamic=False, options=self._options)
 
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False) -> None:
@@ -210,9 +206,10 @@ class CompiledRunner(EagerRunner):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
                 self._build_kernels(width)
-                if self._drafts_at(width):
-                    EagerRunner.draft(self, sampling)
-                EagerRunner.verify(self, width, sampling)
+                for _ in range(RECORDED_AFTER if self._torchs_graphs else 1):
+                    if self._drafts_at(width):
+                        CompiledRunner.draft(self, sampling)
+                    CompiledRunner.verify(self, width, sampling)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             raise UnsupportedError(
                 f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
@@ -265,6 +262,19 @@ class CompiledRunner(EagerRunner):
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         with compiler_limits():  # torch compiles anew where its global settings have changed
             super().launch(drafting, width, sampling)
+
+    def draft(self, sampling: bool = False) -> None:
+        self._begin_pass()
+        super().draft(sampling)
+
+    def verify(self, width: int, sampling: bool = False) -> Tensor:
+        self._begin_pass()
+        return super().verify(width, sampling)
+
+    def _begin_pass(self) -> None:
+        """Torch's own graphs may reuse the memory of the last pass, but not of this one."""
+        if self._torchs_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -410,20 +420,31 @@ def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:
         raise UnsupportedError(
             f"runner 'graph' needs a CUDA device, not {device}; use 'eager' or 'compiled'"
         )
-    obstacle = _why_not(compile_mode)
-    if obstacle:
-        raise UnsupportedError(f"compile_mode {compile_mode!r}: {obstacle}")
+    if compile_mode != "default" and runner != "compiled":
+        raise UnsupportedError(
+            f"compile_mode {compile_mode!r}: runner {runner!r} has none; use runner 'compiled'"
+        )
     return runner
 
 
-def _why_not(compile_mode: str) -> str | None:
-    """Which condition of bit identity a mode of torch.compile would break."""
-    if compile_mode == "default":
-        return None
-    if compile_mode.startswith("max-autotune"):
-        return "it picks tiles by timing, so that two starts may round differently; use 'default'"
-    # Tried with torch 2.11: recording crashes the process.
-    return "torch's own CUDA graphs can't hold passes that write a cache; use runner 'graph'"
+def compiler_options(compile_mode: str) -> dict[str, Any]:
+    """What torch.compile's ``mode`` stands for, as options, since it takes one or the other.
+
+    The default picks nothing by timing. max-autotune does, so two starts may round differently.
+    """
+    options: dict[str, Any] = {
+        "triton.cudagraphs": False,
+        "deterministic": True,
+        "max_autotune": False,
+        "max_autotune_gemm": False,
+        "max_autotune_pointwise": False,
+        "coordinate_descent_tuning": False,
+    }
+    of_mode = torch._inductor.list_mode_options(compile_mode)
+    if of_mode.get("max_autotune"):  # which these would forbid
+        for name in ("deterministic", "max_autotune_gemm", "max_autotune_pointwise"):
+            del options[name]
+    return options | of_mode
 
 
 def make_runner(
@@ -432,12 +453,15 @@ def make_runner(
     state: steps.State,
     cache: KVCache,
     attention: str,
+    compile_mode: str = "default",
 ) -> EagerRunner:
     """The runner of that name, not yet prepared for any width."""
     if name == "eager":
         return EagerRunner(model, state, cache)
-    make = GraphRunner if name == "graph" else CompiledRunner
-    return make(model, state, cache, opaque(attention, model.kernels))
+    kernels = opaque(attention, model.kernels)
+    if name == "graph":
+        return GraphRunner(model, state, cache, kernels)
+    return CompiledRunner(model, state, cache, kernels, compile_mode)
 
 
 def compiler_limits() -> Any:

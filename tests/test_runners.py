@@ -386,16 +386,67 @@ def test_every_runner_and_compile_mode(runner: str, mode: str, device: torch.dev
     if runner == "graph" and device.type == "cpu":
         with pytest.raises(UnsupportedError, match="'graph' needs a CUDA device, not cpu; use 'ea"):
             check_runner(runner, mode, device)
-    elif mode == "default":
-        automatic = "graph" if device.type == "cuda" else "eager"
-        assert check_runner(runner, mode, device) == (automatic if runner == "auto" else runner)
+        return
+    automatic = "graph" if device.type == "cuda" else "eager"
+    expected = automatic if runner == "auto" else runner
+    if mode == "default" or expected == "compiled":
+        assert check_runner(runner, mode, device) == expected
     else:
-        reason = "by timing" if "autotune" in mode else "use runner 'graph'"
-        if mode == "reduce-overhead" and device.type == "cpu":
-            reason = ""
-        with pytest.raises(UnsupportedError, match=f"compile_mode '{mode}': .*{reason}") as caught:
+        problem = f"compile_mode '{mode}': runner '{expected}' has none; use runner 'compiled'"
+        with pytest.raises(UnsupportedError, match=problem) as caught:
             check_runner(runner, mode, device)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_the_compiler_is_told_what_torchs_modes_mean(mode: str) -> None:
+    options = runners.compiler_options(mode)
+    of_mode = torch._inductor.list_mode_options(mode)
+    assert of_mode.items() <= options.items()
+    assert options["triton.cudagraphs"] == (mode in ("reduce-overhead", "max-autotune"))
+    tunes = mode.startswith("max-autotune")
+    assert options["max_autotune"] == options["coordinate_descent_tuning"] == tunes
+    assert options.get("deterministic", False) != tunes  # which lets nothing be timed
+    assert ("max_autotune_gemm" in options) != tunes  # a False would forbid what the mode asks for
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_each_compile_mode_decodes_what_eager_decodes(
+    mode: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On dynamo's graphs as they stand; what the compiler was told is looked at."""
+    told = []
+    compile = torch.compile
+
+    def traced(function: Any, *, options: dict[str, Any], **settings: Any) -> Any:
+        told.append(options)
+        return compile(function, backend="eager", **settings)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    eager = load(tiny, "float64")
+    compiled = load(tiny, "float64", runner="compiled", compile_mode=mode)
+    assert told and all(options == runners.compiler_options(mode) for options in told)
+    assert compiled.configuration["compile_mode"] == mode
+    assert (compiled.invariance is None) == (mode == "default")
+    for decoding in ("ar", "diffusion"):
+        expected = eager.generate(PROMPTS[0], 20, mode=decoding)
+        assert compiled.generate(PROMPTS[0], 20, mode=decoding).tokens == expected.tokens
+
+
+def test_torchs_own_graphs_hear_of_each_pass(
+    tiny: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+    mark = torch.compiler.cudagraph_mark_step_begin
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(mark()))
+    runner = load(tiny, "float64", runner="compiled", compile_mode="reduce-overhead")._runner
+    assert begun == []  # a CPU has no graphs
+    assert isinstance(runner, runners.CompiledRunner)
+    runner._torchs_graphs = True
+    runner._warm_up(16, False)
+    assert len(begun) == 2 * runners.RECORDED_AFTER
+    runner.launch(True, 16)
+    assert len(begun) == 2 * runners.RECORDED_AFTER + 2
 
 
 @pytest.mark.parametrize("runner", ["", "Eager", "cudagraph", None, 3])
