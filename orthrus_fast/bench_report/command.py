@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from orthrus_fast.errors import OrthrusError, RequestError
 
@@ -55,18 +54,17 @@ def file_as_markdown(path: Path) -> str:
     from orthrus_fast.bench_report import files, tables
 
     file = files.read_result(path)
-    lines = [f"# {path.stem}", "", f"`{file.command()}`", ""]
+    lines, said = [f"# {path.stem}", "", f"`{file.command()}`", ""], ""
     for name, part in file.parts.items():
-        makes: list[Callable[[dict[str, Any]], tables.Table]]
-        makes = [tables.peer_rates, tables.peer_first_tokens]
-        if name != "peers":
-            if name not in tables.TABLES:
-                raise RequestError(f"{path}: {name}: is no part that this version knows")
-            makes = [tables.TABLES[name]]
-        for make in makes:
+        if name != "peers" and name not in tables.TABLES:
+            raise RequestError(f"{path}: {name}: is no part that this version knows")
+        made_on = files.surroundings([file], name)
+        if made_on != said:
+            said = made_on
+            lines += [f"{said}.", ""]
+        for make in tables.PEER_TABLES if name == "peers" else (tables.TABLES[name],):
             table = files.guarded(file, name, make, part)
             lines += [f"## {name}: {table.title}", "", tables.markdown(table), ""]
-        lines += [f"{files.surroundings([file], name)}.", ""]
     return "\n".join(lines)
 
 

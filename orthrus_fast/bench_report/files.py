@@ -76,18 +76,22 @@ class ResultFile:
         words = ["python benchmarks/peers.py" if peers else "python -m orthrus_fast.bench"]
         for name, value in self.arguments.items():
             own = peers and name in PEERS_OWN_DEFAULTS
-            if value is not None and (own or value != parser.get_default(name)):
-                words.append(_flag(name, value))
+            if name == "accept" and self.arguments.get("accept_source"):
+                words.append(f"--accept {self.arguments['accept_source']['name']}")
+            elif own or value != parser.get_default(name):
+                words += _flag(name, value)
         if not peers:
             words.append(f"--parts {','.join(self.content['parts'])}")
         return " ".join(words)
 
 
-def _flag(name: str, value: Any) -> str:
+def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
-    return f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"
+    if value is None or value is False or isinstance(value, dict):
+        return []  # what is not asked for, or no flag of its own
+    if value is True:
+        return [flag]
+    return [f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"]
 
 
 def read_result(path: Path) -> ResultFile:

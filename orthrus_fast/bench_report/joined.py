@@ -12,6 +12,7 @@ from orthrus_fast.bench_report.tables import (
     TABLES,
     Result,
     Table,
+    by_position,
     gigabytes,
     median,
     peer_first_tokens,
@@ -144,7 +145,10 @@ def headline_rows(file: ResultFile) -> list[tuple[str, str]]:
         ),
         ("drafting over the faster AR", f"{at['speedup_over_faster_ar']:.2f}"),
         ("verify pass, ms", short(verify["ms"]["median"])),
-        ("its weights over its time: share of the output head's rate, of the best rate seen", f"{of_product}, {of_best}"),
+        (
+            "its weights over its time: share of the output head's rate, of the best rate seen",
+            f"{of_product}, {of_best}",
+        ),
         (
             "AR against drafting: logit rows that differ in a bit",
             f"{identity['rows_differing']} of {identity['rows']}",
@@ -176,14 +180,6 @@ def _positions(files: list[ResultFile]) -> Joined:
     width = max(len(row) for row in rows)
     rows = [(*row, *("",) * (width - len(row))) for row in rows]
     return Joined([Table("", ("%", *map(str, range(1, width))), rows)], list(latest.values()))
-
-
-def by_position(part: Result) -> dict[str, list[float]]:
-    """Share of cycles whose draft was accepted at a position, and of those that reached it."""
-    accepted, reached = part["accepted_at_position"], part["reached_position"]
-    first = reached[0]
-    of_reached = [a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)]
-    return {"of all cycles": [a / first for a in accepted], "of those that reached it": of_reached}
 
 
 JOINED: dict[str, Recipe] = {

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.bench_report.files import ResultFile, guarded, hardware
-from orthrus_fast.bench_report.joined import by_position
-from orthrus_fast.bench_report.tables import Result, combination
+from orthrus_fast.bench_report.tables import Result, by_position, combination, short
 from orthrus_fast.errors import RequestError
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ def slots(files: list[ResultFile]) -> Chart:
             for colour, (mode, name) in enumerate(MODES.items())
         )
         per_cycle = file.parts["slots"]["accept_asked"]
-        panels.append(Panel(f"{label}, {per_cycle:g} asked\n{verdict(at)}", series))
+        panels.append(Panel(f"{label}, {per_cycle:g} tokens a cycle asked\n{verdict(at)}", series))
     return Chart(
         "lines",
         f"Tokens per second of all slots, {REPLAYED}",
@@ -185,14 +184,14 @@ def slots(files: list[ResultFile]) -> Chart:
 
 
 def verdict(at: Sequence[Result]) -> str:
-    """Up to how many slots drafting was ahead of one-row AR."""
+    """Up to how many slots drafting was ahead of one-row AR, in a few words."""
     ahead = 0
     for of in at:
         rates = of["tokens_per_second"]
         if rates["diffusion"]["median"] <= rates["ar_one_row"]["median"]:
-            return f"drafting ahead of one-row AR up to {ahead} slots" if ahead else "AR ahead"
+            return f"drafting ahead up to {ahead} slots" if ahead else "one-row AR ahead"
         ahead = of["slots"]
-    return f"drafting ahead of one-row AR at all {ahead} slots measured"
+    return f"drafting ahead at all measured, 1 to {ahead}"
 
 
 def modes(files: list[ResultFile]) -> Chart:
@@ -200,7 +199,7 @@ def modes(files: list[ResultFile]) -> Chart:
     panels = []
     for label, file in {file.model: file for file in files}.items():
         found = {
-            combination(of): at
+            named(of, at): at
             for of in file.parts["modes"]["combinations"]
             for at in of["at"]
             if at["context"] == CONTEXT and of["slots"] == 1
@@ -219,6 +218,13 @@ def modes(files: list[ResultFile]) -> Chart:
         "",
         tuple(panels),
     )
+
+
+def named(of: Result, at: Result) -> str:
+    """A way to run, and whether AR and drafting disagreed there."""
+    identity = at["identity"]
+    same = identity is None or (identity["tokens_equal"] and not identity["rows_differing"])
+    return combination(of) + ("" if same else " (not identical)")
 
 
 CHARTS: dict[str, tuple[str, Callable[[list[ResultFile]], Chart]]] = {  # name -> part, chart
@@ -241,6 +247,7 @@ def chart_of(name: str, files: list[ResultFile]) -> Chart:
 # From charts to pixels.
 
 WIDTH, HEIGHT = 8.0, 4.2  # inches, at 150 dots an inch: 1200 dots, shown at about 830
+PANEL = 3.8  # inches that a panel wants at least
 
 
 def draw(chart: Chart, path: Path) -> None:
@@ -252,13 +259,19 @@ def draw(chart: Chart, path: Path) -> None:
         raise RequestError(
             f'pictures need {error.name}, which is not installed; run: pip install -e ".[bench]"'
         ) from None
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150, facecolor="white", layout="constrained")
+    n_rows, n_columns = (1, len(chart.panels))
+    if chart.kind == "rows":  # names on the left want all of the width
+        n_rows, n_columns = n_columns, n_rows
+    size = (max(WIDTH, PANEL * n_columns), HEIGHT * n_rows)
+    figure = Figure(figsize=size, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)  # no display, whatever the user's settings say
     figure.suptitle(chart.title, fontsize=12, fontweight="bold")
-    axes = figure.subplots(1, len(chart.panels), squeeze=False)[0]
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
     for ax, panel in zip(axes, chart.panels, strict=True):
         DRAWERS[chart.kind](ax, panel, chart)
         ax.set_title(panel.title, fontsize=10)
+        if ax is not axes[0]:
+            ax.set_ylabel("")  # said once; ticks stay, since scales differ
         ax.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(chart.caption, fontsize=8, color="#444444")
     metadata = {"Software": None, DIGEST: digest(chart)}
@@ -290,12 +303,12 @@ def draw_rows(ax: Axes, panel: Panel, chart: Chart) -> None:
         bars = ax.barh(
             at, series.y, thick * 0.94, label=series.name, color=colour, xerr=ends(series)
         )
-        ax.bar_label(bars, labels=[f"{y:.3g}" for y in series.y], fontsize=8, padding=2)
+        ax.bar_label(bars, labels=[short(y) for y in series.y], fontsize=8, padding=2)
     ax.set_yticks(range(len(names)), [str(name) for name in names], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel(chart.x_label)
-    ax.set_xlim(left=0)
-    ax.legend(frameon=False, fontsize=9)
+    ax.set_xlim(0, 1.1 * ax.get_xlim()[1])  # room for the figures
+    ax.legend(frameon=False, fontsize=9, loc="lower right")
 
 
 def draw_lines(ax: Axes, panel: Panel, chart: Chart) -> None:

@@ -24,13 +24,18 @@ class Table:
 
 def show(console: Console, name: str, part: Result) -> None:
     """One part's table on a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table as Drawn
 
     if "skipped" in part:
         console.print(f"{name}: left out, {part['skipped']}")
         return
     table = TABLES[name](part)
-    drawn = Drawn(*table.columns, title=table.title, title_justify="left", title_style="bold")
+    narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    left: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
+    drawn = Drawn(*table.columns, title=table.title, **left, **narrow)
+    for column in drawn.columns:
+        column.overflow = "fold"  # a long word is broken, never cut off
     for row in table.rows:
         drawn.add_row(*row)
     console.print(drawn)
@@ -190,10 +195,8 @@ def _slots(part: Result) -> Table:
 
 def combination(of: Result) -> str:
     """A way to run in words: runner, compile mode where something is compiled, attention."""
-    words = [of["runner"]]
-    if of["runner"] != "eager" and of["compile_mode"]:
-        words.append(of["compile_mode"])
-    return ", ".join([*words, of["attention"]])
+    mode = of["compile_mode"] if of["runner"] != "eager" else None
+    return f"{of['runner']}{f' {mode}' if mode else ''}, {of['attention']}"
 
 
 def _modes(part: Result) -> Table:
@@ -202,7 +205,7 @@ def _modes(part: Result) -> Table:
         how, slots = combination(of), of["slots"]
         if of["problem"] is not None:
             problems.append(f"{how}, slots {slots}: {of['problem']}")
-        start = f"{sum(of['startup_seconds'].values()):.1f} s" if of["startup_seconds"] else "–"
+        start, peak = sum(of["startup_seconds"].values()), of["peak_allocated_bytes"]
         for at in of["at"]:
             rows.append(
                 (
@@ -211,25 +214,16 @@ def _modes(part: Result) -> Table:
                     str(at["context"]),
                     *(median(ms) for ms in (at["verify_ms"], at["draft_ms"])),
                     *(median(at["cycle_ms"][mode]) for mode in ("ar", "diffusion")),
-                    percent(at["share_by_weights"]),
-                    percent(at["share_by_weights_and_cache"]),
+                    f"{at['share_by_weights_and_cache']:.0%}",
                     _differing(at["identity"]),
-                    start,
-                    gigabytes(of["peak_allocated_bytes"]),
+                    f"{start:.1f}",
+                    "–" if peak is None else f"{peak / 1e9:.2f}",
                 )
             )
     best = f"{part['ceiling']['bytes_per_s'] / 1e9:.0f} GB/s"
-    columns: tuple[str, ...] = (
-        "how",
-        "slots",
-        "context",
-        "verify",
-        "draft",
-        "cycle, AR",
-        "cycle, diffusion",
-    )
-    columns += ("w", "w+c", "logit rows differ", "start", "peak memory")
-    title = f"ways to run, ms; w: share of {best} by weights, c: cache"
+    columns: tuple[str, ...] = ("how", "slots", "context", "verify", "draft", "AR", "drafting")
+    columns += ("w+c", "rows differ", "start, s", "GB")
+    title = f"ways to run: passes and cycles, ms; w+c: share of {best}"
     return Table(title, columns, rows, tuple(problems))
 
 
@@ -237,7 +231,7 @@ def _differing(identity: Result | None) -> str:
     if identity is None:
         return "–"
     rows = f"{identity['rows_differing']} of {identity['rows']}"
-    return rows if identity["tokens_equal"] else f"{rows}, TEXTS DIFFER"
+    return rows if identity["tokens_equal"] else f"{rows}, TEXTS TOO"
 
 
 def _acceptance(part: Result) -> Table:
@@ -254,7 +248,19 @@ def _acceptance(part: Result) -> Table:
         ("texts equal to AR's", f"{part['texts_equal_to_ar']} of {part['sequences']}"),
     ]
     title = "acceptance of the checkpoint's own drafts"
-    return Table(title, ("what", "found"), rows)
+    of_reached = " ".join(f"{100 * share:.0f}" for share in by_position(part)[REACHED])
+    note = f"accepted at position 1, 2, … of the block, % {REACHED}: {of_reached}"
+    return Table(title, ("what", "found"), rows, (note,))
+
+
+REACHED = "of the cycles that reached it"
+
+
+def by_position(part: Result) -> dict[str, list[float]]:
+    """The share of drafts accepted at each position in the block, by what it is a share of."""
+    accepted, reached = part["accepted_at_position"], part["reached_position"]
+    of_reached = [a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)]
+    return {"of all cycles": [a / reached[0] for a in accepted], REACHED: of_reached}
 
 
 def _eager(part: Result) -> Table:
@@ -393,3 +399,6 @@ def peer_first_tokens(content: Result) -> Table:
         for name, ms in at["ms"].items()
     ]
     return Table("time to first token", ("prompt", "program", "ms"), rows)
+
+
+PEER_TABLES: tuple[Callable[[Result], Table], ...] = (peer_rates, peer_first_tokens)
