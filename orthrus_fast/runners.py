@@ -274,7 +274,7 @@ class CompiledRunner(EagerRunner):
     def _begin_pass(self) -> None:
         """Torch's own graphs may reuse the memory of the last pass, but not of this one."""
         if self._torchs_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
