@@ -78,17 +78,24 @@ class ResultFile:
             own = peers and name in PEERS_OWN_DEFAULTS
             if name == "accept" and self.arguments.get("accept_source"):
                 words.append(f"--accept {self.arguments['accept_source']['name']}")
-            elif own or value != parser.get_default(name):
+            elif own or value != as_json(parser.get_default(name)):
                 words += _flag(name, value)
         if not peers:
             words.append(f"--parts {','.join(self.content['parts'])}")
+        if "kernels" in self.content:
+            words.append("--profile trace.json")
         return " ".join(words)
+
+
+def as_json(value: Any) -> Any:
+    """As it comes back from a file: tuples are lists there."""
+    return json.loads(json.dumps(value))
 
 
 def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
-    if value is None or value is False or isinstance(value, dict):
-        return []  # what is not asked for, or no flag of its own
+    if value in (None, False, []) or isinstance(value, dict):
+        return []  # what was not asked for, or no flag of its own
     if value is True:
         return [flag]
     return [f"{flag} {','.join(map(str, value)) if isinstance(value, list) else value}"]
@@ -102,14 +109,20 @@ def read_result(path: Path) -> ResultFile:
         raise RequestError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:
         raise RequestError(f"{path}: {one_line(str(error))}") from None
-    known = isinstance(content, dict) and isinstance(content.get("arguments"), dict)
-    benchmark = known and all(isinstance(content.get(n), k) for n, k in HELD.items())
-    if not benchmark and not (known and {"run", "transformers", "at"} <= set(content)):
-        raise RequestError(f"{path}: is no result of the benchmark (arguments, runs, parts)")
+    if not is_result(content):
+        raise RequestError(f"{path}: is no result of the benchmark or of benchmarks/peers.py")
     return ResultFile(path, content)
 
 
-HELD = {"runs": list, "parts": dict}
+def is_result(content: Any) -> bool:
+    """Whether it has the frame of one; what is inside is seen when it is shown."""
+    if not isinstance(content, dict) or not isinstance(content.get("arguments"), dict):
+        return False
+    if "transformers" in content:
+        return isinstance(content.get("run"), dict)
+    parts: Any = content.get("parts")
+    whole = isinstance(content.get("runs"), list) and isinstance(parts, dict)
+    return whole and all(isinstance(part, dict) for part in parts.values())
 
 
 def read_folder(root: Path, device: str) -> list[ResultFile]:

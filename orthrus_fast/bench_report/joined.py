@@ -102,7 +102,7 @@ def beside(part: str) -> Recipe:
 
 def _headline(files: list[ResultFile]) -> Joined:
     """What a reader wants first, of the models alone: a column for each."""
-    models = {file.label: file for file in files if has_headline(file)}
+    models = {f.label: f for f in files if guarded(f, "headline", has_headline, f)}
     columns = {
         label: dict(guarded(file, "headline", headline_rows, file))
         for label, file in models.items()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -238,13 +240,14 @@ def _acceptance(part: Result) -> Table:
     found = part["tokens_per_cycle"]
     rows = [
         ("prompts", str(part["sequences"])),
-        ("new tokens", str(part["new_tokens"])),
-        ("tokens/cycle, token-weighted", f"{found['token_weighted']:.2f}"),
+        ("sampling", settings_in_words(part.get("sampling", {}))),
+        ("new tokens, at most", str(part["new_tokens"])),
+        ("tokens/cycle, token-weighted", _two_digits(found["token_weighted"])),
         (
             "tokens/cycle, mean over prompts",
-            f"{found['mean_over_prompts']:.2f} ±{found['standard_error']:.2f}",
+            f"{_two_digits(found['mean_over_prompts'])} ±{_two_digits(found['standard_error'])}",
         ),
-        ("distinct trigrams", percent(part["distinct_trigrams"])),
+        ("distinct trigrams, mean over prompts", percent(part["distinct_trigrams"])),
         ("texts equal to AR's", f"{part['texts_equal_to_ar']} of {part['sequences']}"),
     ]
     title = "acceptance of the checkpoint's own drafts"
@@ -253,14 +256,21 @@ def _acceptance(part: Result) -> Table:
     return Table(title, ("what", "found"), rows, (note,))
 
 
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 REACHED = "of the cycles that reached it"
 
 
 def by_position(part: Result) -> dict[str, list[float]]:
-    """The share of drafts accepted at each position in the block, by what it is a share of."""
-    accepted, reached = part["accepted_at_position"], part["reached_position"]
-    of_reached = [a / r if r else 0.0 for a, r in zip(accepted, reached, strict=True)]
-    return {"of all cycles": [a / reached[0] for a in accepted], REACHED: of_reached}
+    """The share of drafts accepted at each position in the block, by what it is a share of.
+
+    As far as any cycle reached. Of all cycles: the product of the shares so far, which counts a
+    cycle that its text's end cut off as far as it went.
+    """
+    of_reached = list(takewhile(lambda share: share is not None, part["accepted_at_position"]))
+    return {"of all cycles": list(accumulate(of_reached, operator.mul)), REACHED: of_reached}
 
 
 def _eager(part: Result) -> Table:
