@@ -52,25 +52,36 @@ def put(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def fill(root: Path) -> Path:
+    put(root / "benchmarks/results/card/1.7B.json", RESULT)
+    put(root / "benchmarks/results/card/peers-1.7B.json", PEERS)
+    (root / "README.md").write_text(FRONT, encoding="utf-8")
+    (root / "benchmarks/README.md").write_text(PAGE, encoding="utf-8")
+    return root
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A small repository whose pages have every table and picture, not yet written."""
-    put(tmp_path / "benchmarks/results/card/1.7B.json", RESULT)
-    put(tmp_path / "benchmarks/results/card/peers-1.7B.json", PEERS)
-    (tmp_path / "README.md").write_text(FRONT, encoding="utf-8")
-    (tmp_path / "benchmarks/README.md").write_text(PAGE, encoding="utf-8")
-    return tmp_path
+    return fill(tmp_path)
 
 
 def report(site: Path, *flags: str) -> int:
     return bench_report.main([*flags, "--repository", str(site)])
 
 
+@pytest.fixture(scope="session")
+def once_written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn once: most of a test's time would be pictures."""
+    root = fill(tmp_path_factory.mktemp("site"))
+    assert report(root) == 0
+    return root
+
+
 @pytest.fixture
-def written(site: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert report(site) == 0
-    capsys.readouterr()
-    return site
+def written(once_written: Path, tmp_path: Path) -> Path:
+    """The small repository after a report."""
+    return Path(shutil.copytree(once_written, tmp_path, dirs_exist_ok=True))
 
 
 def replace(path: Path, old: str, new: str) -> None:
