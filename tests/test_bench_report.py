@@ -134,6 +134,36 @@ def test_a_part_that_was_left_out_says_why(capsys: pytest.CaptureFixture[str]) -
     assert "cycles" not in ResultFile(Path("r.json"), skipped).parts
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("cycles", "tokens_equal_to_ar", False, "DIFFERENT"),
+        ("slots", "tokens_equal_to_ar", False, "DIFFERENT"),
+        ("modes", "tokens_equal", False, "0 of 100, TEXTS TOO"),
+        ("startup", "holds", False, "DOES NOT HOLD, checked in 0.50 s"),
+        ("identity", "rows_differing", 3, "3 of 766"),
+        ("acceptance", "texts_equal_to_ar", 127, "127 of 128"),
+    ],
+)
+def test_a_broken_promise_is_shown(part: str, key: str, value: object, said: str) -> None:
+    def plant(content: Any) -> None:
+        for held in content.values() if isinstance(content, dict) else content:
+            if isinstance(held, (dict, list)):
+                plant(held)
+        if isinstance(content, dict) and key in content:
+            content[key] = value
+
+    table = bench_report.TABLES[part](changed(plant, RESULT["parts"][part]))
+    assert said in [cell for row in table.rows for cell in row]
+
+
+def test_of_many_kernels_the_small_ones_are_summed_up() -> None:
+    one = {"name": "k" * 80, "count_per_cycle": 2.0, "us_per_cycle": 5.0, "share": 0.05}
+    table = bench_report.TABLES["kernels"]({"kernels": [one] * 20})
+    assert len(table.rows) == 16 and table.rows[0][0] == f"`{'k' * 59}…`"
+    assert table.notes == ("4 more kernels: 20.0% together",)
+
+
 def test_both_shares_of_a_pass_are_derived_from_its_bytes() -> None:
     part = changed(
         lambda c: c["ceiling"].update(product_bytes_per_s=1e12), RESULT["parts"]["passes"]
@@ -304,6 +334,9 @@ def test_models_stand_side_by_side_by_size(site: Path) -> None:
     embedded = changed(lambda c: c["arguments"].update(shape=None, slots=8))
     put(site / "benchmarks/results/card/embedded.json", embedded)
     assert report(site) == 0
+    files = [ResultFile(Path("r.json"), content) for content in (RESULT, embedded)]
+    (panel,) = pictures.chart_of("speed", files).panels
+    assert [str(name).splitlines()[0] for name in panel.series[0].x] == ["1.7B"]  # not embedded
     front = (site / "README.md").read_text(encoding="utf-8")
     assert "| one sequence after 1024 tokens | 1.7B | 4B | 8B |" in front
     page = (site / "benchmarks/README.md").read_text(encoding="utf-8")

@@ -172,6 +172,8 @@ def _surroundings(file: ResultFile, part: str) -> tuple[str, str]:
     words.append(f"torch {run['torch']}")
     if run["triton"] and run["gpu"]:
         words.append(f"Triton {run['triton']}")
+    if "transformers" in file.content:
+        words.append(f"transformers {file.content['transformers']}")
     when = run["date"][:10]
     if run["commit"]:
         when += f" at commit {run['commit'][:8]}{' with changes' if run['dirty'] else ''}"

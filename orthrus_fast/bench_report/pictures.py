@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthrus_fast.bench_report.files import ResultFile, guarded, hardware
+from orthrus_fast.bench_report.files import MODELS, ResultFile, guarded, hardware
 from orthrus_fast.bench_report.tables import Result, by_position, combination, short
 from orthrus_fast.errors import RequestError
 
@@ -80,6 +80,11 @@ def captioned(part: str, files: Sequence[ResultFile], *words: str) -> str:
     return "; ".join([*words, *names, span])
 
 
+def public(files: list[ResultFile]) -> list[ResultFile]:
+    """Those of the public models' shapes; all, where there are none."""
+    return [file for file in files if file.model in MODELS] or files
+
+
 def spread(name: str, x: Any, at: Sequence[dict[str, float]], **style: int) -> Series:
     """A series of summaries."""
     low, high = (tuple(of[end] for of in at) for end in ("p10", "p90"))
@@ -89,6 +94,7 @@ def spread(name: str, x: Any, at: Sequence[dict[str, float]], **style: int) -> S
 def speed(files: list[ResultFile]) -> Chart:
     """Tokens/s by mode and model."""
     found: dict[str, Result] = {}
+    files = public(files)
     for file in files:
         for at in file.parts["cycles"]["at"]:
             if at["context"] == CONTEXT:
@@ -118,6 +124,7 @@ def speed(files: list[ResultFile]) -> Chart:
 def ceiling(files: list[ResultFile]) -> Chart:
     """The verify pass as a share of the best rate of its run, against the context."""
     shares: dict[str, dict[int, tuple[float, float]]] = {}
+    files = public(files)
     for file in files:
         for at in file.parts["passes"]["at"]:
             of = at["verify"]

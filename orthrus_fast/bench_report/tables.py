@@ -343,17 +343,23 @@ def _prefill(part: Result) -> Table:
     return Table("time to first token", ("prompt", "ms", "tokens/s"), rows)
 
 
+KERNELS_SHOWN = 16
+
+
 def _kernels(part: Result) -> Table:
+    shown, rest = part["kernels"][:KERNELS_SHOWN], part["kernels"][KERNELS_SHOWN:]
     rows = [
         (
-            of["name"],
+            f"`{of['name'] if len(of['name']) <= 60 else of['name'][:59] + '…'}`",
             f"{of['count_per_cycle']:g}",
             short(of["us_per_cycle"]),
             percent(of["share"]),
         )
-        for of in part["kernels"]
+        for of in shown
     ]
-    return Table("kernels of a cycle", ("kernel", "a cycle", "µs a cycle", "share"), rows)
+    share = percent(sum(of["share"] for of in rest))
+    notes = (f"{len(rest)} more kernels: {share} together",) if rest else ()
+    return Table("kernels of a cycle", ("kernel", "a cycle", "µs a cycle", "share"), rows, notes)
 
 
 TABLES: dict[str, Callable[[Result], Table]] = {
@@ -379,27 +385,26 @@ TABLES: dict[str, Callable[[Result], Table]] = {
 def peer_rates(content: Result) -> Table:
     rows = []
     for at in content["at"]:
-        for name, row in at["tokens_per_second_of"].items():
-            over = at["diffusion_over"].get(name)
+        programs = at["tokens_per_second_of"]
+        drafting = programs["diffusion"]["tokens_per_second"]["median"]
+        names = {
+            "diffusion": f"ours, drafting {at['tokens_per_cycle']:.2f} tokens a cycle",
+            "ar_padded": "ours, AR",
+            "ar_one_row": "ours, AR 1 row",
+        }
+        for name, row in programs.items():
             rows.append(
                 (
                     str(at["context"]),
-                    PEER_NAMES.get(name, name),
+                    names.get(name, name),
                     spread(row["tokens_per_second"]),
-                    f"{over:.2f}" if over else "–",
+                    f"{drafting / row['tokens_per_second']['median']:.2f}",
                     f"{row['texts_equal_share']:.0%}",
                 )
             )
     skipped = tuple(f"{name}: skipped, {why}" for name, why in content["skipped"].items())
-    columns = ("context", "program", "tokens/s", "diffusion over it", "texts equal to our AR's")
+    columns = ("context", "program", "tokens/s", "drafting over it", "texts equal to our AR's")
     return Table("tokens/s, REPLAYED ACCEPTANCE in ours", columns, rows, skipped)
-
-
-PEER_NAMES = {
-    "diffusion": "ours, drafting",
-    "ar_padded": "ours, AR",
-    "ar_one_row": "ours, AR 1 row",
-}
 
 
 def peer_first_tokens(content: Result) -> Table:
