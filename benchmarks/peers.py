@@ -275,12 +275,13 @@ def build_parser() -> own.Parser:
     add("--contexts", type=own.integers, default=[1024], metavar="N,…", help="tokens of prompt")
     add("--new-tokens", type=own.positive, default=128, metavar="N")
     add("--max-seq-len", type=own.positive, metavar="N", help="(default: room for everything)")
-    accept = "share of drafts that are right in replayed acceptance (default: 0.85)"
-    add("--accept", type=own.acceptance, default=0.85, metavar="P", help=accept)
+    own.add_accept(parser)
     add("--seed", type=int, default=0, metavar="N", help="of weights, prompts and drafts")
     add("--repeats", type=own.positive, default=5, metavar="N", help=f"{ROUNDS} at most a decode")
     add("--json", metavar="FILE")
-    parser.set_defaults(checkpoint=None, slots=1, block_size=None, prompts_file=None)
+    parser.set_defaults(
+        checkpoint=None, slots=1, block_size=None, prompts_file=None, compile_mode="default"
+    )
     return parser
 
 
@@ -290,7 +291,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     peers = find_peers(bench, skipped)
     result: dict[str, Any] = {
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "run": own.surroundings(bench.decoder),
+        "run": own.surroundings(bench.decoder.configuration),
         "transformers": own.version_of("transformers"),
         "label": "replayed acceptance",
         "accept": args.accept,

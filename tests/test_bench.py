@@ -24,7 +24,8 @@ from orthrus_fast.model import View, plain_kernels
 from tests.checkpoints import write_checkpoint
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--repeats", "2", "--max-seq-len", "1100"]
-SHORT = ["--contexts", "70,300", "--new-tokens", "24"]
+QUICK = ["--ways", "eager", "--slots-list", "1,2"]
+SHORT = ["--contexts", "70,300", "--new-tokens", "24", *QUICK]
 
 
 def run(path: Path, *flags: str, expected: int = 0) -> Any:
@@ -49,7 +50,7 @@ def check_times(values: dict[str, float]) -> None:
 
 
 def test_the_file_holds_every_part_and_what_it_takes_to_repeat_it(whole: Any) -> None:
-    assert list(whole["parts"]) == list(bench.PARTS)
+    assert list(whole["parts"]) == list(bench.NAMES)
     assert whole["failed"] == {}
     assert whole["arguments"]["shape"] == "tiny" and whole["arguments"]["seed"] == 0
     (start,) = whole["runs"]
@@ -241,8 +242,8 @@ def test_random_weights_follow_the_seed() -> None:
 
 def test_the_embedded_checkpoint_with_its_own_drafts(tmp_path: Path) -> None:
     flags = ("--device", "cpu", "--contexts", "64", "--new-tokens", "8", "--repeats", "1")
-    content = run(tmp_path / "r.json", *flags, "--sequences", "3", "--slots", "2")
-    assert list(content["parts"]) == list(bench.PARTS) and content["failed"] == {}
+    content = run(tmp_path / "r.json", *flags, *QUICK, "--sequences", "3", "--slots", "2")
+    assert list(content["parts"]) == list(bench.NAMES) and content["failed"] == {}
     part = content["parts"]["identity"]
     assert part["drafts"] == "the checkpoint's own"
     assert part["sequences_equal"] == part["sequences"] == 3
@@ -280,7 +281,7 @@ def test_nothing_is_compiled_while_the_clock_runs(
 def test_a_plain_qwen3_has_no_drafts_to_time(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", draft=False)
     flags = ("--device", "cpu", "--contexts", "30", "--new-tokens", "8", "--repeats", "1")
-    content = run(tmp_path / "r.json", "--checkpoint", str(directory), *flags)
+    content = run(tmp_path / "r.json", "--checkpoint", str(directory), *flags, *QUICK)
     assert content["failed"] == {}
     assert content["parts"]["cycles"]["skipped"] == "no draft view"
     assert content["parts"]["identity"]["skipped"] == "no draft view"
@@ -298,7 +299,7 @@ def test_a_rerun_measures_only_what_is_missing(
     after = run(path, *flags, "--parts", "startup,ceiling,prefill")
     assert after["parts"]["startup"] == before["parts"]["startup"]
     assert after["parts"]["ceiling"]["run"] == 1 and len(after["runs"]) == 2
-    monkeypatch.setattr(command, "build", lambda _: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(command, "build", lambda *_: pytest.fail("nothing is missing"))
     capsys.readouterr()
     assert run(path, *flags, "--parts", "startup,ceiling,prefill") == after
     printed = capsys.readouterr().out
@@ -324,7 +325,7 @@ def test_an_interrupted_run_keeps_its_parts(
         content = run(path, *TINY, *SHORT, expected=130)
     assert list(content["parts"]) == ["startup", "ceiling"]
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
-    assert list(run(path, *TINY, *SHORT)["parts"]) == list(bench.PARTS)
+    assert list(run(path, *TINY, *SHORT)["parts"]) == list(bench.NAMES)
 
 
 def test_a_part_that_fails_leaves_the_others(

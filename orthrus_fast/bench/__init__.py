@@ -11,9 +11,9 @@ trained model's acceptance are so measured on random weights. Heavy imports wait
 
 from orthrus_fast.bench.clocks import measuring, summary
 from orthrus_fast.bench.command import (
+    NAMES,
     PARTS,
     Parser,
-    acceptance,
     build_parser,
     check_flags,
     integers,
@@ -29,7 +29,9 @@ from orthrus_fast.bench.common import (
     tell,
 )
 from orthrus_fast.bench.decoding import Decoded, decode, seeded, served_by
+from orthrus_fast.bench.interruption import heeding_sigterm, status
 from orthrus_fast.bench.passes import first_token_ms
+from orthrus_fast.bench.published import PUBLISHED, add_accept
 from orthrus_fast.bench.replay import (
     Replay,
     expected_tokens_per_cycle,
@@ -43,8 +45,10 @@ from orthrus_fast.bench.subject import Bench, build, random_prompts
 __all__ = [
     "EMBEDDED",
     "FORMAT",
+    "NAMES",
     "PARTS",
     "PREFILL_LENGTHS",
+    "PUBLISHED",
     "REPOSITORY",
     "ROUNDS",
     "Bench",
@@ -52,13 +56,14 @@ __all__ = [
     "Parser",
     "Replay",
     "Result",
-    "acceptance",
+    "add_accept",
     "build",
     "build_parser",
     "check_flags",
     "decode",
     "expected_tokens_per_cycle",
     "first_token_ms",
+    "heeding_sigterm",
     "integers",
     "main",
     "measuring",
@@ -70,6 +75,7 @@ __all__ = [
     "served_by",
     "shape_config",
     "share_of_right_drafts",
+    "status",
     "summary",
     "surroundings",
     "tell",

@@ -27,6 +27,7 @@ def cycles(bench: Bench) -> Result:
         "label": "replayed acceptance",
         "accept": bench.accept,
         "accept_asked": bench.args.accept,
+        "accept_source": bench.args.accept_source,
         "new_tokens": n_tokens,
         "at": at,
         "left_out": [context for context in bench.contexts if context not in fitting],

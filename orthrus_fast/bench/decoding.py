@@ -17,8 +17,13 @@ class Decoded(NamedTuple):
     """Some prompts decoded at once."""
 
     tokens: list[list[int]]  # new ones, by prompt
-    accepted: list[int]  # drafts accepted, by cycle
+    accepted_by_prompt: list[list[int]]  # drafts accepted, by cycle
     tokens_per_second: float  # all prompts' together, after the last one's first token
+
+    @property
+    def accepted(self) -> list[int]:
+        """Of all prompts, one after another."""
+        return [n for of_prompt in self.accepted_by_prompt for n in of_prompt]
 
     @property
     def tokens_per_cycle(self) -> float | None:
@@ -46,7 +51,7 @@ def decode(
     seconds = max(r.last_at for r in requests) - max(r.first_at for r in requests)
     tokens = [request.tokens for request in requests]
     n_after_first = sum(len(ids) - 1 for ids in tokens)
-    accepted = [n for request in requests for n in request.accepted]
+    accepted = [request.accepted for request in requests]
     return Decoded(tokens, accepted, n_after_first / seconds if seconds > 0 else 0.0)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from orthrus_fast.bench.common import Result, tell
-from orthrus_fast.bench.decoding import decode, seeded
-from orthrus_fast.bench.prompts import identity_prompts
+from orthrus_fast.bench.decoding import Decoded, decode, seeded
+from orthrus_fast.bench.prompts import chosen_prompts
 from orthrus_fast.bench.replay import Replay, replaced
 
 if TYPE_CHECKING:
@@ -36,12 +37,12 @@ class Recorder:
     decoder's own loop. A sequence is kept before its slot's next one is prefilled.
     """
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, n_tokens: int) -> None:
         import torch
 
         self.runner = bench.runner
         state, head = bench.runner.state, bench.runner.model.lm_head.weight
-        n_slots, n_rows = bench.decoder.slots, bench.args.new_tokens + bench.width
+        n_slots, n_rows = bench.decoder.slots, n_tokens + bench.width
         shape = (n_slots, n_rows, bench.decoder.config.vocab_size)
         self.rows = torch.zeros(shape, dtype=head.dtype, device=bench.device)
         self.n_prompt = torch.zeros_like(state.slots)  # [B], of the sequence in each slot
@@ -122,6 +123,38 @@ def compare(expected: Kept, got: Kept) -> Result:
     }
 
 
+class Compared(NamedTuple):
+    """Some prompts decoded in both modes."""
+
+    expected: list[Kept]  # what AR left behind
+    verdicts: list[Result]  # ``compare`` of each
+    diffusion: Decoded
+
+
+def compare_modes(
+    bench: Bench,
+    prompts: list[list[int]],
+    n_tokens: int,
+    replay: Replay | None,
+    settings: Sequence[SamplingParams | None] | None = None,
+) -> Compared:
+    """Decode in AR, then in diffusion with replayed drafts or the model's own, and compare."""
+    decoder, width = bench.decoder, bench.width
+    recorder = Recorder(bench, n_tokens)
+    with replaced(bench.runner, prefill=recorder.prefill, verify=recorder.verify):
+        tell("identity: ar")
+        decode(decoder, prompts, n_tokens, False, width, settings)
+        recorder.finish()
+        expected = [recorder.kept[i] for i in range(len(prompts))]
+        recorder.start(expected, replay)
+        tell("identity: diffusion")
+        drafts = {"draft": replay.draft} if replay else {}
+        with replaced(bench.runner, **drafts):
+            diffusion = decode(decoder, prompts, n_tokens, True, width, settings)
+        recorder.finish()
+    return Compared(expected, [recorder.verdicts[i] for i in range(len(prompts))], diffusion)
+
+
 def identity(bench: Bench) -> Result:
     """AR against diffusion, to the bit: tokens, logits at every emitted position, cache rows.
 
@@ -130,24 +163,16 @@ def identity(bench: Bench) -> Result:
     """
     if not bench.drafting:
         return {"skipped": "no draft view"}
-    args, width, decoder = bench.args, bench.width, bench.decoder
-    n_tokens, prompts = args.new_tokens, identity_prompts(bench)
+    args, prompts = bench.args, chosen_prompts(bench)
     settings = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     each = seeded(bench, len(prompts), **settings)
-    recorder = Recorder(bench)
-    with replaced(bench.runner, prefill=recorder.prefill, verify=recorder.verify):
-        tell("identity: ar")
-        decode(decoder, prompts, n_tokens, False, width, each)
-        recorder.finish()
-        expected = [recorder.kept[i] for i in range(len(prompts))]
-        replay = Replay(bench) if args.shape else None
-        recorder.start(expected, replay)
-        tell("identity: diffusion")
-        drafts = {"draft": replay.draft} if replay else {}
-        with replaced(bench.runner, **drafts):
-            diffusion = decode(decoder, prompts, n_tokens, True, width, each)
-        recorder.finish()
-    verdicts = [{"seed": each[i].seed, **recorder.verdicts[i]} for i in range(len(prompts))]
+    replay = Replay(bench) if args.shape else None
+    compared = compare_modes(bench, prompts, args.new_tokens, replay, each)
+    verdicts = [
+        {"seed": params.seed, **verdict}
+        for params, verdict in zip(each, compared.verdicts, strict=True)
+    ]
+    expected, diffusion = compared.expected, compared.diffusion
     totals = ("rows", "rows_differing", "cache_rows", "cache_rows_differing")
     return {
         "drafts": f"replayed, {bench.accept:.3g} right" if replay else "the checkpoint's own",

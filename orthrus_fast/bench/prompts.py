@@ -14,16 +14,14 @@ if TYPE_CHECKING:
     from orthrus_fast.bench.subject import Bench
 
 
-def identity_prompts(bench: Bench) -> list[list[int]]:
+def chosen_prompts(bench: Bench) -> list[list[int]]:
     """Ids of ``--sequences`` prompts: of a file, spread over it, or random ones of many lengths."""
     import torch
 
     n = bench.args.sequences
-    path = bench.args.prompts_file
-    if path is None and not bench.args.shape and bench.args.checkpoint is None:
-        path = EMBEDDED / "heldout.jsonl"
+    path = prompts_file(bench)
     if path is not None:
-        lines = read_prompts(Path(path))
+        lines = read_prompts(path)
         n = min(n, len(lines))
         chosen = [lines[i * len(lines) // n] for i in range(n)]
         return [bench.decoder.encode(prompt) for prompt in chosen]
@@ -31,6 +29,14 @@ def identity_prompts(bench: Bench) -> list[list[int]]:
     generator = torch.Generator().manual_seed(bench.args.seed)
     lengths = torch.randint(1, longest + 1, (n,), generator=generator).tolist()
     return random_prompts(bench, lengths)
+
+
+def prompts_file(bench: Bench) -> Path | None:
+    """Of the command line, or the embedded checkpoint's own held-out prompts."""
+    args = bench.args
+    if args.prompts_file is not None:
+        return Path(args.prompts_file)
+    return EMBEDDED / "heldout.jsonl" if not args.shape and args.checkpoint is None else None
 
 
 def read_prompts(path: Path) -> list[Any]:

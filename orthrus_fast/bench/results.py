@@ -12,25 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.common import REPOSITORY, Result
+from orthrus_fast.bench.kept import Kept
 from orthrus_fast.errors import RequestError
 
 if TYPE_CHECKING:
-    from orthrus_fast.decoder import Decoder
+    pass
 
-FORMAT = 1  # of the JSON file
+FORMAT = 2  # of the JSON file
+# Arguments that say nothing of what is measured: where results go, and which ones.
+OUTSIDE = ("json", "parts", "against", "loss", "profile")
 
 
 class Report:
-    """The JSON file, kept whole on disk after every part."""
+    """The JSON file, kept whole on disk after every part, and after each step of a long one."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.path = Path(args.json) if args.json else None
-        arguments = {k: v for k, v in vars(args).items() if k not in ("json", "parts")}
+        arguments = {k: v for k, v in vars(args).items() if k not in OUTSIDE}
         self.content: Result = {
             "format": FORMAT,
             "arguments": json.loads(json.dumps(arguments)),
             "runs": [],  # each start of this program that measured a part
             "parts": {},
+            "unfinished": {},  # steps of parts that were interrupted
             "failed": {},
         }
         if self.path is not None and self.path.exists():
@@ -43,7 +47,9 @@ class Report:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             held = content["arguments"]
-            content = {name: content[name] for name in ("format", "arguments", "runs", "parts")}
+            kept = {name: content[name] for name in ("format", "arguments", "runs", "parts")}
+            kept["unfinished"] = content.get("unfinished", {})
+            kept |= {name: content[name] for name in ("profile", "kernels") if name in content}
         except (OSError, ValueError, KeyError, TypeError):
             raise RequestError(f"json: {path}: exists and is no result of this program") from None
         if held != arguments or content["format"] != FORMAT:
@@ -53,24 +59,41 @@ class Report:
                 f"json: {path}: was made with other arguments ({', '.join(names) or 'format'}); "
                 "name another file, or remove this one"
             )
-        return {**content, "failed": {}}
+        return {**kept, "failed": {}}
 
     @property
     def parts(self) -> dict[str, Result]:
         parts: dict[str, Result] = self.content["parts"]
         return parts
 
-    def begin_run(self, decoder: Decoder) -> None:
-        self.content["runs"].append(surroundings(decoder))
+    @property
+    def has_profile(self) -> bool:
+        return "kernels" in self.content
+
+    @property
+    def kernels(self) -> Result | None:
+        return {"kernels": self.content["kernels"]} if self.has_profile else None
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.content["unfinished"], self._write)
+
+    def begin_run(self, configuration: Result) -> None:
+        self.content["runs"].append(surroundings(configuration))
 
     def add(self, name: str, result: Result, seconds: float) -> None:
         """``run`` is the index of the run that measured the part, in ``part_seconds``."""
         run = len(self.content["runs"]) - 1
         self.parts[name] = {"run": run, "part_seconds": seconds, **result}
+        self.content["unfinished"].pop(name, None)
         self._write()
 
     def fail(self, name: str, problem: str) -> None:
         self.content["failed"][name] = problem
+        self._write()
+
+    def add_profile(self, what: Result, kernels: list[Result]) -> None:
+        self.content |= {"profile": what, "kernels": kernels}
         self._write()
 
     def _write(self) -> None:
@@ -81,17 +104,17 @@ class Report:
         os.replace(draft, self.path)
 
 
-def surroundings(decoder: Decoder) -> Result:
-    """What is needed to repeat a run."""
+def surroundings(configuration: Result) -> Result:
+    """What is needed to repeat a run of a decoder of this ``configuration``."""
     import torch
 
     commit = first_line("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
     changed = first_line("git", "-C", str(REPOSITORY), "status", "--porcelain")
-    on_gpu = decoder.configuration["device"].startswith("cuda")
+    on_gpu = configuration["device"].startswith("cuda")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "configuration": decoder.configuration,
-        "gpu": decoder.configuration["hardware"] if on_gpu else None,
+        "configuration": configuration,
+        "gpu": configuration["hardware"] if on_gpu else None,
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,

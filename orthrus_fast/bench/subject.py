@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.common import EMBEDDED, PREFILL_LENGTHS
+from orthrus_fast.bench.kept import Kept
 from orthrus_fast.bench.replay import share_of_right_drafts
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.config import ModelConfig
@@ -30,6 +31,7 @@ class Bench:
     args: argparse.Namespace
     decoder: Decoder
     contexts: tuple[int, ...]
+    kept: Kept = field(default_factory=Kept)  # of parts that an earlier start left unfinished
 
     @property
     def runner(self) -> EagerRunner:
@@ -54,7 +56,7 @@ class Bench:
         return share_of_right_drafts(self.args.accept, self.width)
 
 
-def build(args: argparse.Namespace) -> Bench:
+def build(args: argparse.Namespace, kept: Kept | None = None) -> Bench:
     """Load or draw the weights and build the decoder. Raises OrthrusError."""
     import torch
 
@@ -64,16 +66,36 @@ def build(args: argparse.Namespace) -> Bench:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     decoder = build_shape(args, device) if args.shape else load_checkpoint(args, device)
-    contexts = tuple(c for c in args.contexts or CONTEXTS if c < decoder.max_seq_len)
-    for context in args.contexts or ():
-        if context not in contexts:
-            raise RequestError(
-                f"contexts: {context} is not below max_seq_len {decoder.max_seq_len}"
-            )
-    bench = Bench(args, decoder, contexts)
+    contexts = choose_contexts(args, decoder.max_seq_len)
+    bench = Bench(args, decoder, contexts, kept or Kept())
     if bench.drafting:
         share_of_right_drafts(args.accept, bench.width)  # refused here, before anything is timed
     return bench
+
+
+def check_without_weights(args: argparse.Namespace) -> None:
+    """Raise OrthrusError, as ``build`` does, for what can be seen before there are weights."""
+    from orthrus_fast.checkpoint import open_checkpoint
+    from orthrus_fast.decoder import parse_device, parse_dtype, with_block_size
+
+    parse_device(args.device)
+    parse_dtype(args.dtype)
+    if args.shape:
+        config = shape_config(args.shape)
+    else:
+        config = open_checkpoint(args.checkpoint or EMBEDDED).config
+    config = with_block_size(config, args.block_size)
+    choose_contexts(args, choose_max_seq_len(args, config))
+    if config.block_size is not None:
+        share_of_right_drafts(args.accept, config.block_size)
+
+
+def choose_contexts(args: argparse.Namespace, max_seq_len: int) -> tuple[int, ...]:
+    """The contexts asked for, or the usual ones that fit. Raises RequestError."""
+    for context in args.contexts or ():
+        if context >= max_seq_len:
+            raise RequestError(f"contexts: {context} is not below max_seq_len {max_seq_len}")
+    return tuple(context for context in args.contexts or CONTEXTS if context < max_seq_len)
 
 
 def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
@@ -90,7 +112,7 @@ def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
     begin = time.perf_counter()
     config = with_block_size(shape_config(args.shape), args.block_size)
     dtype = parse_dtype(args.dtype) or default_dtype(config, device)
-    runner = check_runner(args.runner, "default", device)
+    runner = check_runner(args.runner, args.compile_mode, device)
     attention, kernels = find_kernels(args.attention, device, dtype, config.head_dim)
     max_seq_len = choose_max_seq_len(args, config)
     check_memory(memory_needed(config, dtype, device, max_seq_len, args.slots), device)
@@ -108,6 +130,7 @@ def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
         slots=args.slots,
         runner=runner,
         attention=attention,
+        compile_mode=args.compile_mode,
     )
     decoder.startup = {"draw weights": drawn, **decoder.startup}
     return decoder
@@ -127,6 +150,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Decoder:
         block_size=args.block_size,
         runner=args.runner,
         attention=args.attention,
+        compile_mode=args.compile_mode,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.common import Result, tell
 from orthrus_fast.bench.decoding import decode, seeded, served_by
-from orthrus_fast.bench.prompts import identity_prompts
+from orthrus_fast.bench.prompts import chosen_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ def temperatures(bench: Bench) -> Result:
         return {"skipped": "no draft view"}
     if bench.args.shape:
         return {"skipped": "random weights have no trained draft view"}
-    prompts = identity_prompts(bench)
+    prompts = chosen_prompts(bench)
     return {
         "sequences": len(prompts),
         "new_tokens": bench.args.new_tokens,
