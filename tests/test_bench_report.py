@@ -327,6 +327,17 @@ def test_a_part_that_nobody_measured_is_said_so(written: Path) -> None:
     assert not (written / pictures.PICTURES / "card-slots.png").exists()
 
 
+def test_a_picture_of_a_context_that_nobody_measured_is_said_so(written: Path) -> None:
+    def elsewhere(content: Any) -> None:
+        content["parts"]["cycles"]["at"][0]["context"] = 64
+
+    put(written / "benchmarks/results/card/1.7B.json", changed(elsewhere))
+    assert report(written) == 0
+    front = (written / "README.md").read_text(encoding="utf-8")
+    assert front.count("*Not measured: benchmarks/results/card has ") == 2  # headline, picture
+    assert not (written / pictures.PICTURES / "card-speed.png").exists()
+
+
 def test_models_stand_side_by_side_by_size(site: Path) -> None:
     for shape in ("8B", "4B"):
         content = changed(lambda c, shape=shape: c["arguments"].update(shape=shape))
@@ -464,7 +475,7 @@ def test_a_way_to_run_that_is_not_identical_is_marked() -> None:
     (panel,) = chart("modes").panels
     assert [str(name) for name in panel.series[0].x] == [
         "eager, sdpa",
-        "compiled max-autotune, triton (not identical)",
+        "compiled max-autotune-no-cudagraphs, triton (not identical)",
         "graph default, triton",
     ]
 

@@ -143,7 +143,10 @@ def sources(
 
 def picture(site: Site, place: Place, device: str, files: list[ResultFile]) -> str:
     name = f"{device}-{place.name}.png"
-    chart = site.charts[name] = chart_of(place.name, files)
+    chart = chart_of(place.name, files)
+    if not any(series.x for panel in chart.panels for series in panel.series):
+        return f"*Not measured: {RESULTS}/{device} has nothing that the picture shows.*\n"
+    site.charts[name] = chart
     where = relative(site, place.page, site.root / PICTURES / name)
     return f"![{chart.title}: {chart.caption}]({where})\n"
 
