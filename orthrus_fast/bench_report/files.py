@@ -43,8 +43,11 @@ class ResultFile:
 
     @property
     def model(self) -> str:
-        shape, checkpoint = self.arguments.get("shape"), self.arguments.get("checkpoint")
-        return str(shape or (checkpoint.rstrip("/").split("/")[-1] if checkpoint else "embedded"))
+        """A shape, a checkpoint's name, or "embedded" for the repository's own."""
+        if self.arguments.get("shape"):
+            return str(self.arguments["shape"])
+        name = str(self.arguments.get("checkpoint") or "model").rstrip("/").split("/")[-1]
+        return "embedded" if name == "model" else name
 
     @property
     def label(self) -> str:
@@ -78,18 +81,13 @@ class ResultFile:
             own = peers and name in PEERS_OWN_DEFAULTS
             if name == "accept" and self.arguments.get("accept_source"):
                 words.append(f"--accept {self.arguments['accept_source']['name']}")
-            elif own or value != as_json(parser.get_default(name)):
+            elif own or value != parser.get_default(name):
                 words += _flag(name, value)
         if not peers:
             words.append(f"--parts {','.join(self.content['parts'])}")
         if "kernels" in self.content:
             words.append("--profile trace.json")
         return " ".join(words)
-
-
-def as_json(value: Any) -> Any:
-    """As it comes back from a file: tuples are lists there."""
-    return json.loads(json.dumps(value))
 
 
 def _flag(name: str, value: Any) -> list[str]:
