@@ -111,7 +111,7 @@ def test_a_result_as_markdown_is_the_golden_text(capsys: pytest.CaptureFixture[s
 
 
 def test_the_fixed_result_has_every_part_that_the_benchmark_measures() -> None:
-    assert set(bench.PARTS) <= set(bench_report.TABLES)
+    assert set(bench.NAMES) <= set(bench_report.TABLES)
     assert {*RESULT["parts"], "kernels"} == set(bench_report.TABLES)
 
 
@@ -188,6 +188,27 @@ def test_a_published_acceptance_is_named_in_the_command() -> None:
     source = {"name": "1.7B/GSM8K", "tokens_per_cycle": 7.75, "source": "somewhere"}
     content = changed(lambda c: c["arguments"].update(accept_source=source))
     assert " --accept 1.7B/GSM8K " in ResultFile(Path("r.json"), content).command()
+
+
+def test_what_the_benchmark_writes_the_report_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, own = str(tmp_path / "tiny.json"), str(tmp_path / "own.json")
+    flags = ["--device", "cpu", "--repeats", "1", "--contexts", "20", "--new-tokens", "12"]
+    shape = ["--shape", "tiny", "--max-seq-len", "64", "--slots-list", "1,2"]
+    assert bench.main([*flags, *shape, "--parts", "passes,cycles,slots", "--json", tiny]) == 0
+    parts = ["--parts", "identity,acceptance", "--sequences", "2"]
+    assert bench.main([*flags, *parts, "--json", own]) == 0
+    capsys.readouterr()
+    assert bench_report.main([tiny, own]) == 0
+    printed = capsys.readouterr().out
+    held = {path: json.loads(Path(path).read_text(encoding="utf-8")) for path in (tiny, own)}
+    (at, _) = held[tiny]["parts"]["slots"]["at"]
+    assert f"| 1 | {at['tokens_per_cycle']:.2f} | " in printed
+    found = held[own]["parts"]["acceptance"]["tokens_per_cycle"]
+    assert f"| tokens/cycle, token-weighted | {found['token_weighted']:.2f} |" in printed
+    for name, path in (("slots", tiny), ("ceiling", tiny), ("acceptance", own)):
+        assert chart(name, held[path]).panels[0].series[0].y
 
 
 # Pages.
