@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(tmp_path_factory.mktemp("bench") / "whole.json", *TINY, *SHORT, "--slots", "2")
 
 
+def check_schema(content: Any) -> None:
+    schema = json.loads(Path(__file__).with_name("bench_schema.json").read_text())
+    jsonschema.validate(content, schema, jsonschema.Draft202012Validator)
+
+
 def check_times(values: dict[str, float]) -> None:
     assert 0 < values["p10"] <= values["median"] <= values["p90"]
     assert values["n"] >= 1
@@ -63,6 +69,20 @@ def test_the_file_holds_every_part_and_what_it_takes_to_repeat_it(whole: Any) ->
     memory = whole["parts"]["startup"]["memory"]
     assert memory["cache_bytes"] == 2 * 1216 * 2 * 2 * 2 * 16 * 4  # slots, S, K/V, layers, heads
     assert memory["peak_allocated_bytes"] is None
+
+
+def test_the_file_follows_its_schema(whole: Any, tmp_path: Path) -> None:
+    check_schema(whole)
+    flags = ["--parts", "startup", "--profile", str(tmp_path / "trace.json"), "--accept", "1.7B/QA"]
+    check_schema(run(tmp_path / "r.json", *TINY, *SHORT, *flags))
+    for faulty in (
+        {**whole, "parts": {**whole["parts"], "lunch": {}}},
+        {**whole, "runs": []},
+        {**whole, "parts": {"slots": {**whole["parts"]["slots"], "label": "acceptance"}}},
+        {name: value for name, value in whole.items() if name != "format"},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            check_schema(faulty)
 
 
 def test_passes_are_timed_against_a_ceiling_of_their_own(whole: Any) -> None:
@@ -242,8 +262,10 @@ def test_random_weights_follow_the_seed() -> None:
 
 def test_the_embedded_checkpoint_with_its_own_drafts(tmp_path: Path) -> None:
     flags = ("--device", "cpu", "--contexts", "64", "--new-tokens", "8", "--repeats", "1")
+    flags += ("--max-seq-len", "1100")
     content = run(tmp_path / "r.json", *flags, *QUICK, "--sequences", "3", "--slots", "2")
     assert list(content["parts"]) == list(bench.NAMES) and content["failed"] == {}
+    check_schema(content)
     part = content["parts"]["identity"]
     assert part["drafts"] == "the checkpoint's own"
     assert part["sequences_equal"] == part["sequences"] == 3

@@ -11,6 +11,7 @@ trained model's acceptance are so measured on random weights. Heavy imports wait
 
 from orthrus_fast.bench.clocks import measuring, summary
 from orthrus_fast.bench.command import (
+    COMPILE_MODES,
     NAMES,
     PARTS,
     Parser,
@@ -43,6 +44,7 @@ from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.bench.subject import Bench, build, random_prompts
 
 __all__ = [
+    "COMPILE_MODES",
     "EMBEDDED",
     "FORMAT",
     "NAMES",

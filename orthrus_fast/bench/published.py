@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -73,5 +72,5 @@ def add_accept(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(accept_source=None)
     text = "show the published tokens per cycle with their sources, and exit"
-    nothing: Sequence[str] = ()
+    nothing = argparse.SUPPRESS  # no argument of a result
     parser.add_argument("--list-accept", action=ListAccept, nargs=0, default=nothing, help=text)
