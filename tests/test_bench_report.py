@@ -497,7 +497,7 @@ def test_a_way_to_run_that_is_not_identical_is_marked() -> None:
     assert [str(name) for name in panel.series[0].x] == [
         "eager, sdpa",
         "compiled max-autotune-no-cudagraphs, triton (not identical)",
-        "graph default, triton",
+        "graph, triton",
     ]
 
 

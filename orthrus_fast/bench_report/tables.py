@@ -197,7 +197,7 @@ def _slots(part: Result) -> Table:
 
 def combination(of: Result) -> str:
     """A way to run in words: runner, compile mode where something is compiled, attention."""
-    mode = of["compile_mode"] if of["runner"] != "eager" else None
+    mode = of["compile_mode"] if of["runner"] == "compiled" else None
     return f"{of['runner']}{f' {mode}' if mode else ''}, {of['attention']}"
 
 
