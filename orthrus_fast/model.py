@@ -77,8 +77,11 @@ class Products(Protocol):
         """
         ...
 
-    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
-        """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2]."""
+    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2].
+
+        ``ahead`` is the weight that will be read next, for a kernel that can make use of it.
+        """
         ...
 
     def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -97,13 +100,24 @@ class Products(Protocol):
         ...
 
 
+class AddNorm(Protocol):
+    """The signature of ``add_norm``, below, and of the kernel that takes its place.
+
+    ``ahead`` is the weight that will be read next, for a kernel that can make use of it.
+    """
+
+    def __call__(
+        self, x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What of a pass has more than one implementation; ``plain_kernels`` has PyTorch's."""
 
     attend: Attend
     qk_norm_rope_write: QkNormRopeWrite
-    add_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    add_norm: AddNorm
     products: Products
 
 
@@ -151,7 +165,8 @@ class Attention(nn.Module):
             k_cache,
             v_cache,
         )
-        mixed = kernels.attend(q, k_cache, v_cache, places.start, places.slot, causal=causal)
+        caches, where = (k_cache, v_cache), (places.start, places.slot)
+        mixed = kernels.attend(q, *caches, *where, causal=causal, ahead=self.o.weight)
         return kernels.products.parts(mixed.flatten(-2), self.o.weight)
 
 
@@ -185,11 +200,11 @@ class Layer(nn.Module):
         attention = self.attention if causal else self.draft_attention
         assert attention is not None  # the decoder refuses to draft without the draft view
         norm, products = self.attention_norm, kernels.products
-        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps)
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, attention.qkv.weight)
         update = attention(normed, places, k_cache, v_cache, kernels, causal)
         norm = self.mlp_norm
-        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps)
-        hidden = products.swiglu(normed, self.gate_up.weight)
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, self.gate_up.weight)
+        hidden = products.swiglu(normed, self.gate_up.weight, self.down.weight)
         return x, products.parts(hidden, self.down.weight)
 
 
@@ -286,7 +301,7 @@ class LibraryProducts:
     def parts(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)[None]
 
-    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
         gate, up = F.linear(x, weight).chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -301,7 +316,9 @@ class LibraryProducts:
         return self
 
 
-def add_norm(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """x [..., hidden_size] plus the sum of ``parts`` [P, ..., hidden_size]: that, and its norm."""
     x = x + sum_parts(parts, x.dtype)
     return x, rms_norm(x, weight, eps)

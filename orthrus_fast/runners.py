@@ -227,12 +227,13 @@ class CompiledRunner(EagerRunner):
             return weight.new_zeros(len(self.state.slots), width, weight.shape[1])
 
         def attend(causal: bool) -> None:
-            x = rows(layer.attention.o.weight)
+            o = layer.attention.o.weight
+            x = rows(o)
             q = x.view(*x.shape[:2], n_heads, -1)
             where = (cache.k[0], cache.v[0], self.state.length, self.state.slots)
-            kernels.attend(q, *where, causal=causal)
+            kernels.attend(q, *where, causal=causal, ahead=o)
 
-        def multiply(product: Callable[..., object], weight: Tensor, *rest: bool) -> None:
+        def multiply(product: Callable[..., object], weight: Tensor, *rest: object) -> None:
             product(rows(weight), weight, *rest)
 
         products, head = kernels.products, model.lm_head.weight
@@ -241,7 +242,7 @@ class CompiledRunner(EagerRunner):
         jobs = [
             *(partial(multiply, products.greatest, head, verifies) for verifies in passes),
             *(partial(attend, verifies) for verifies in passes),
-            partial(multiply, products.swiglu, layer.gate_up.weight),
+            partial(multiply, products.swiglu, layer.gate_up.weight, layer.down.weight),
             partial(multiply, products.parts, layer.attention.qkv.weight),
             partial(multiply, products.parts, layer.attention.o.weight),
             partial(multiply, products.parts, layer.down.weight),

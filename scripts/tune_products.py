@@ -1,10 +1,11 @@
 """Tiles for the products of the public models on the GPU at hand: writes kernels/tiles.json.
 
-    python -m scripts.tune_products
+    python -m scripts.tune_products [--rows 32]
 
-Each product is timed as a pass has it: in a CUDA graph, after a small kernel, its weights not in
-any cache. Where the library's, without the end, is faster by 3%, no tiles are written, and the
-library keeps the shape. Other chips' entries stay as they are.
+Each product is timed as a pass has it: in a CUDA graph, between norms, its weights not in any
+cache; where K is split the next norm adds up the parts, and that counts too. Where the library's,
+without the end, is faster by 3%, no tiles are written, and the library keeps the shape.
+Other chips' entries stay as they are.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from orthrus_fast import kernels
 from orthrus_fast.bench import shape_config
@@ -30,8 +32,8 @@ from orthrus_fast.kernels.product import ROWS, Tiles, launch
 TABLE = Path(kernels.__file__).with_name("tiles.json")
 MODELS = ("1.7B", "4B", "8B")
 STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
-# (block_n, block_k, num_warps): what came first for some shape in a wider search on an H200.
-BLOCKS = ((64, 128, 4), (128, 128, 8))
+# (block_n, block_k, num_warps): what came first for some shape in a wider search.
+BLOCKS = ((64, 128, 4), (64, 256, 4), (128, 128, 8))
 SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
 MARGIN = 1.03  # a library's product must be faster by this to keep a shape
 
@@ -85,9 +87,9 @@ def candidates(shape: Shape) -> Iterator[Tiles]:
                 yield Tiles(block_n, block_k, n_splits, num_warps, num_stages)
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, shape: Shape, tiles: Tiles) -> None:
+def run(x: Tensor, weight: Tensor, shape: Shape, tiles: Tiles) -> Tensor:
     best = "both" if shape.end == "greatest" else ""
-    launch(x, weight, tiles, swiglu=shape.end == "swiglu", best=best)
+    return launch(x, weight, tiles, swiglu=shape.end == "swiglu", best=best)[0]
 
 
 def compile_one(job: tuple[Shape, Tiles]) -> None:
@@ -117,19 +119,22 @@ def microseconds(step: Callable[[], None], n_products: int) -> float:
 def tune(shape: Shape) -> tuple[Tiles | None, str]:
     """The fastest tiles, None if the library is faster; and a line that says how they compare."""
     n_weights = max(2, min(32, STREAMED // (shape.n * shape.k * 2)))
-    weights = torch.randn(n_weights, shape.n, shape.k, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(shape.n_rows, shape.k, dtype=torch.bfloat16, device="cuda")
-    small = x[:, :1024].contiguous()
+    kind: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+    weights = torch.randn(n_weights, shape.n, shape.k, **kind)
+    x = torch.randn(shape.n_rows, shape.k, **kind)
+    stream = torch.randn(shape.n_rows, 1024 if shape.end else shape.n, **kind)
 
-    def timed(product: Callable[[torch.Tensor], object]) -> float:
+    def timed(product: Callable[[Tensor], Tensor]) -> float:
         def step() -> None:
+            parts = stream[None]
             for weight in weights:
-                add_norm(small, small[None], small[0], 1e-6)
-                product(weight)
+                add_norm(stream, parts, stream[0], 1e-6)
+                product_parts = product(weight)
+                parts = parts if shape.end else product_parts
 
         return microseconds(step, n_weights)
 
-    library = timed(lambda weight: F.linear(x, weight))
+    library = timed(lambda weight: F.linear(x, weight)[None])
     own = {
         tiles: timed(lambda weight, tiles=tiles: run(x, weight, shape, tiles))  # type: ignore[misc]
         for tiles in candidates(shape)
@@ -142,25 +147,29 @@ def tune(shape: Shape) -> tuple[Tiles | None, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=TABLE)
+    parser.add_argument("--rows", type=int, choices=ROWS, help="tune these alone, keep the others")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("tune_products: needs a CUDA device")
-    jobs = [(shape, tiles) for shape in shapes() for tiles in candidates(shape)]
+    wanted = [shape for shape in shapes() if args.rows in (None, shape.n_rows)]
+    jobs = [(shape, tiles) for shape in wanted for tiles in candidates(shape)]
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
         for _ in pool.imap_unordered(compile_one, jobs, chunksize=8):
             pass
     chosen: dict[str, Tiles] = {}
-    for shape in shapes():
+    for shape in wanted:
         tiles, line = tune(shape)
         print(line if tiles else f"{line}: the library's", flush=True)
         if tiles:
             chosen[shape.key] = tiles
     table = json.loads(TABLE.read_text("utf-8"))
     major, minor = torch.cuda.get_device_capability()
-    table["chips"][f"sm_{major}{minor}"] = {
-        "measured_on": torch.cuda.get_device_name(),
-        "tiles": {key: list(tiles) for key, tiles in chosen.items()},
-    }
+    chip = table["chips"].setdefault(f"sm_{major}{minor}", {"measured_on": {}, "tiles": {}})
+    for shape in wanted:
+        chip["measured_on"][str(shape.n_rows)] = torch.cuda.get_device_name()
+        chip["tiles"].pop(shape.key, None)
+    found = chip["tiles"] | {key: list(tiles) for key, tiles in chosen.items()}
+    chip["tiles"] = {shape.key: found[shape.key] for shape in shapes() if shape.key in found}
     args.output.write_text(to_json(table), "utf-8")
 
 

@@ -350,7 +350,7 @@ def one_wider(attend: Attend) -> Attend:
     """A mask one wide: each row also sees the one after it."""
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
     ) -> Tensor:
         later = start + 1
         return attend(q.clone(), k, v, later, slot, causal=causal)
@@ -363,7 +363,7 @@ def stale_length(attend: Attend) -> Attend:
     last = torch.zeros(1, dtype=torch.int32, device=CUDA)
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
     ) -> Tensor:
         before = last.clone()
         last.copy_(start)
@@ -374,7 +374,7 @@ def stale_length(attend: Attend) -> Attend:
 
 def reads_scratch(attend: Attend) -> Attend:
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
     ) -> Tensor:
         return attend(q, k, v, start, slot, causal=False)
 
@@ -386,7 +386,7 @@ def splits_by_length(attend: Attend) -> Attend:
     from orthrus_fast.attention import triton
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
     ) -> Tensor:
         tiles = triton.Tiles(16, 64, 4, 2)
         other = triton._attend(q, k, v, start, slot, causal, ((64, None),), tiles)
@@ -502,7 +502,7 @@ def test_a_product_of_a_public_model_is_within_rounding_of_float64(
         error = SUM * (x.double().abs() @ weight.double().abs().T)  # of the sum, not rounded yet
 
     if name == "gate_up":
-        got = products.swiglu(x, weight)
+        got = products.swiglu(x, weight, weight)  # which changes nothing, of course
         (gate, up), (gate_error, up_error) = exact.chunk(2, -1), error.chunk(2, -1)
         silu = torch.nn.functional.silu(gate)
         exact = silu * up

@@ -219,7 +219,14 @@ def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
     """
 
     def attend(
-        q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        start: Tensor,
+        slot: Tensor,
+        *,
+        causal: bool,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         capacity, group = k_cache.shape[2], q.shape[2] // k_cache.shape[1]
         rows = []
@@ -309,7 +316,7 @@ def the_caches_last_row_is_read(runner: EagerRunner, patch: Patch) -> None:
 
 
 def verification_looks_both_ways(runner: EagerRunner, patch: Patch) -> None:
-    def attend(*arguments: Tensor, causal: bool) -> Tensor:
+    def attend(*arguments: Tensor, causal: bool, ahead: Tensor | None = None) -> Tensor:
         return sdpa.attend(*arguments, causal=False)
 
     attend_by(runner, attend)
@@ -349,7 +356,7 @@ class Tampered(LibraryProducts):
     def parts(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.product(x, weight)[None]
 
-    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
         gate, up = self.product(x, weight).chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -430,7 +437,9 @@ def the_choice_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
 
 
 def a_norm_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
-    def wrong(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def wrong(
+        x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x, normed = add_norm(x, parts, weight, eps)
         return x, normed + by_row(normed)
 
@@ -438,7 +447,9 @@ def a_norm_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
 
 
 def the_residual_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> None:
-    def wrong(x: Tensor, parts: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def wrong(
+        x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return add_norm(x + by_neighbours(x), parts, weight, eps)
 
     use(runner, add_norm=wrong)
@@ -968,7 +979,7 @@ class Refusing(LibraryProducts):
     def parts(self, x: Tensor, weight: Tensor) -> Tensor:
         raise AssertionError("the library was asked")
 
-    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
         raise AssertionError("the library was asked")
 
     def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -1006,8 +1017,8 @@ def test_secure_with_our_own_kernels(
     class Library(LibraryProducts):
         """As the CPU's, but that gate_up follows the row."""
 
-        def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
-            hidden = super().swiglu(x, weight)
+        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+            hidden = super().swiglu(x, weight, ahead)
             return hidden + by_row(hidden)
 
     use(runner, products=own_products(interpreter, Library(), width, "o"))

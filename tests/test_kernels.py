@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +23,7 @@ from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_wa
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -53,6 +55,49 @@ def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for module in (rope, products, norm, overlap):
             stack.enter_context(interpreted(module))
         yield
+
+
+# What is fetched ahead
+
+
+@triton.jit
+def share_kernel(out, N_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin, end = overlap.share_of(tl.program_id(0), tl.num_programs(0), N_ROWS)
+    tl.store(out + 2 * tl.program_id(0), begin)
+    tl.store(out + 2 * tl.program_id(0) + 1, end)
+
+
+@pytest.mark.parametrize("n_rows, n_programs", [(1, 1), (7, 3), (6, 9), (2048, 72), (96, 32)])
+def test_every_row_is_fetched_by_one_program(
+    interpreting: None, n_rows: int, n_programs: int
+) -> None:
+    out = torch.empty(n_programs, 2, dtype=torch.int32)
+    with interpreted(sys.modules[__name__]):
+        share_kernel[n_programs,](out, n_rows)
+    rows = [row for begin, end in out.tolist() for row in range(begin, end)]
+    assert rows == list(range(n_rows))
+
+
+def test_what_is_fetched_lies_within_the_weight_and_its_limit() -> None:
+    for n, k in [(4096, 2048), (151936, 4096), (10, 64), (24576, 4096), (3, 8)]:
+        weight = torch.empty(n, k, dtype=torch.bfloat16)
+        for limit in (1, 4096, 2**20, 2**30):
+            for head in (overlap.first_columns(weight, limit), overlap.first_rows(weight, limit)):
+                assert head.row_bytes == 2 * k and 0 <= head.n_rows <= n
+                assert 0 <= head.n_bytes <= head.row_bytes and head.n_bytes % 16 == 0
+                assert head.n_rows * head.n_bytes <= limit
+    assert overlap.first_columns(torch.empty(512, 2048), 2**20, 768) == (512, 8192, 768)
+    assert overlap.first_columns(torch.empty(512, 2048), 2**20) == (512, 8192, 2048)
+    assert overlap.first_columns(torch.empty(4096, 2048), 2**20) == (4096, 8192, 256)
+    assert overlap.first_rows(torch.empty(512, 2048), 2**20) == (128, 8192, 8192)
+
+
+def test_what_the_chip_would_refuse_is_not_fetched() -> None:
+    odd = torch.empty(100, 33, dtype=torch.bfloat16)
+    shifted = torch.empty(64 * 64 + 1, dtype=torch.bfloat16)[1:].view(64, 64)
+    for weight in (None, odd, shifted):
+        for head in (overlap.first_columns(weight, 2**20), overlap.first_rows(weight, 2**20)):
+            assert head == (0, 0, 0)
 
 
 # qk_norm_rope_write
@@ -658,11 +703,15 @@ def test_operators_say_what_they_return_and_change(interpreting: None) -> None:
     for n_splits in (1, 3):
         check(products.product_op, (*operands, [64, 32, n_splits, 4, 2]))
     tiles = [64, 32, 1, 4, 2]
-    check(products.swiglu_op, (*operands, tiles))
+    for ahead in ((), (operands[1],)):
+        check(products.swiglu_op, (*operands, tiles, *ahead))
     for keep in (True, False):
         check(products.greatest_op, (*operands, tiles, keep))
     for n_parts in (1, 3):
-        check(norm.add_norm_op, make_norm_inputs(torch.bfloat16, n_parts, (2, 3, 96)))
+        for ahead in ((), (operands[1],)):
+            check(
+                norm.add_norm_op, (*make_norm_inputs(torch.bfloat16, n_parts, (2, 3, 96)), *ahead)
+            )
 
 
 def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
@@ -681,9 +730,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     table = {shape: Tiles(64, 32, 2, 4, 2) for shape in shapes}
     own = FixedTileProducts(model.LibraryProducts(), table, SHARED)
 
-    def attend(
-        q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
-    ) -> Tensor:
+    def attend(q: Tensor, *rest: Tensor, causal: bool, ahead: Tensor | None = None) -> Tensor:
         return q
 
     kernels = model.Kernels(attend, rope.qk_norm_rope_write_op, norm.add_norm_op, own)
@@ -717,6 +764,9 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
 # Machine code
 
 
+AHEAD = {"AHEAD_ROWS": 4096, "AHEAD_ROW_BYTES": 8192, "AHEAD_BYTES": 512}
+
+
 def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     """The kernel for one end, fit for the chip, and waiting for its predecessor where it must."""
     signature = dict.fromkeys(["x", "weight", "out"], f"*{dtype}")
@@ -726,7 +776,8 @@ def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     constants |= {"SWIGLU": shape.end == "swiglu", "BEST": "greatest" in shape.end}
-    constants |= {"STORE": shape.end != "greatest alone"}
+    constants |= {"STORE": shape.end != "greatest alone"} | AHEAD
+    signature["ahead"] = f"*{dtype}"
     kernel = products._product_kernel
     return check_compiled(chip, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
 
@@ -743,6 +794,7 @@ def check_compiled(
     compiled = compile_for(kernel, signature, constants, chip, num_warps, num_stages)
     assert compiled.metadata.shared <= CHIPS[chip]
     ptx = compiled.asm["ptx"]
+    assert ("bulk.prefetch" in ptx) is (chip >= 90 and constants.get("AHEAD_BYTES", 0) > 0)
     if chip >= 90:
         assert read_before_waiting(kernel, constants, ptx) == early
         assert compiled.metadata.launch_pdl
@@ -813,10 +865,10 @@ def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
     hidden = sorted({config.hidden_size for config in MODELS.values()})
     cases = [("bf16", size, n_parts) for size in hidden for n_parts in (1, 8)]
     for dtype, size, n_parts in [*cases, ("fp16", 2560, 2), ("fp32", 96, 1), ("fp32", 4096, 4)]:
-        signature = dict.fromkeys(["x", "weight", "total", "normed"], f"*{dtype}")
+        signature = dict.fromkeys(["x", "weight", "total", "normed", "ahead"], f"*{dtype}")
         signature |= {"parts": "*fp32" if n_parts > 1 else f"*{dtype}", "n_elements": "i32"}
         block = 1 << (size - 1).bit_length()
-        constants = {"SIZE": size, "BLOCK": block, "N_PARTS": n_parts, "EPS": 1e-6}
+        constants = {"SIZE": size, "BLOCK": block, "N_PARTS": n_parts, "EPS": 1e-6} | AHEAD
         num_warps = min(max(block // 128, 1), 16)
         early = frozenset({"weight"})  # no kernel writes it
         check_compiled(chip, norm._add_norm_kernel, signature, constants, num_warps, early=early)

@@ -918,15 +918,17 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
             called.append(("parts", tuple(x.shape), tuple(weight.shape), False))
             return super().parts(x, weight)
 
-        def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+            assert any(ahead is down for down in downs)  # other bytes to fetch: another binary
             called.append(("swiglu", tuple(x.shape), tuple(weight.shape), False))
-            return super().swiglu(x, weight)
+            return super().swiglu(x, weight, ahead)
 
         def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
             called.append(("greatest", tuple(x.shape), tuple(weight.shape), keep))
             return super().greatest(x, weight, keep)
 
-    def attend(q: Tensor, *rest: Tensor, causal: bool) -> Tensor:
+    def attend(q: Tensor, *rest: Tensor, causal: bool, ahead: Tensor | None = None) -> Tensor:
+        assert any(ahead is output for output in outputs)
         called.append(("attend", tuple(q.shape), tuple(rest[0].shape), causal))
         out: Tensor = sdpa.attend(q, *rest, causal=causal)
         return out
@@ -935,6 +937,11 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
     old = load(tiny, slots=slots)._runner
     kernels = dataclasses.replace(old.model.kernels, attend=attend, products=Noting())
     old.model.kernels = kernels
+    layers: Any = old.model.layers
+    downs = [layer.down.weight for layer in layers]
+    outputs = [
+        view.o.weight for layer in layers for view in (layer.attention, layer.draft_attention)
+    ]
     runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
     before = contents(runner.state)
     runner._build_kernels(width)

@@ -196,26 +196,27 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
 
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize(
-    "shape, dtype, causal, width",
+    "shape, dtype, causal, width, capacity",
     [
-        ("8B", "bf16", True, None),
-        ("1.7B", "fp16", False, None),
-        ("8B", "bf16", True, 512),
-        ("embedded", "bf16", False, None),
-        ("embedded", "fp32", True, None),
-        ("1.7B", "fp32", True, None),
+        ("8B", "bf16", True, None, 4160),
+        ("8B", "bf16", True, None, 32832),
+        ("1.7B", "fp16", False, None, 4160),
+        ("8B", "bf16", True, 512, 4160),
+        ("embedded", "bf16", False, None, 4160),
+        ("embedded", "fp32", True, None, 4160),
+        ("1.7B", "fp32", True, None, 4160),
     ],
 )
 def test_compiles_within_each_chips_shared_memory(
-    capability: int, shape: str, dtype: str, causal: bool, width: int | None
+    capability: int, shape: str, dtype: str, causal: bool, width: int | None, capacity: int
 ) -> None:
     n_heads, n_kv_heads, head_dim, block = SHAPES[shape]
     width = width or block
     n_rows = width * n_heads // n_kv_heads
     itemsize = 4 if dtype == "fp32" else 2
-    tiles = backend.choose_tiles(itemsize, head_dim, n_rows, CHIPS[capability])
+    tiles = backend.choose_tiles(itemsize, head_dim, n_rows, capacity, CHIPS[capability])
     n_splits = 1 if n_rows > backend.LONG_BLOCK else 20
-    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out"], f"*{dtype}")
+    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "ahead"], f"*{dtype}")
     signature |= dict.fromkeys(["part_max", "part_sum", "part_acc"], "*fp32")
     signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
     names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
@@ -223,10 +224,12 @@ def test_compiles_within_each_chips_shared_memory(
     values = (width, n_heads, n_kv_heads, head_dim, lines, n_splits, causal)
     common = dict(zip(names, values, strict=True))
     own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
+    own |= {"AHEAD_ROWS": 2048, "AHEAD_ROW_BYTES": 4096, "AHEAD_BYTES": 4096}
     kernel = backend._split_kernel
     options = (capability, tiles.num_warps, tiles.num_stages)
     split = compile_for(kernel, signature, own, *options)
     assert split.metadata.shared <= CHIPS[capability]
+    assert ("bulk.prefetch" in split.asm["ptx"]) is (capability >= 90)
     assert ("tf32" not in split.asm["ptx"]) and (dtype == "fp32" or "mma" in split.asm["ptx"])
     compiled = [(kernel, own, split, {"start", "slot"})]  # see attend: these stand still
     if n_splits > 1:

@@ -3,12 +3,14 @@
 A backend attends a short block of rows over the static cache, which already holds the block's own
 K and V:
 
-    attend(q, k_cache, v_cache, start, slot, *, causal) -> [R, T, n_heads, head_dim], contiguous
+    attend(q, k_cache, v_cache, start, slot, *, causal, ahead) -> [R, T, n_heads, head_dim]
 
 ``q`` [R, T, n_heads, head_dim]: row t of r sits at position ``start[r] + t`` of ``slot[r]``.
 ``k_cache``, ``v_cache`` [B, n_kv_heads, S, head_dim]; ``start``, ``slot`` [R]. Causal rows see the
 positions up to their own (the autoregressive view); otherwise every row sees all ``start[r] + T``
 (the draft view). The bits of a causal row depend on that row's query and the K and V it sees alone.
+``ahead``, if given, is the weight that will be read next, for a kernel that can make use of it. The
+result is contiguous.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Attend(Protocol):
         slot: Tensor,
         *,
         causal: bool,
+        ahead: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -97,7 +100,7 @@ def as_operator(name: str, attend: Any) -> Attend:
         attend,
         mutates_args=(),
         schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor slot, *, "
-        "bool causal) -> Tensor",
+        "bool causal, Tensor? ahead=None) -> Tensor",
     )
     operator.register_fake(_empty_like_q)
     backend: Attend = operator
@@ -105,6 +108,13 @@ def as_operator(name: str, attend: Any) -> Attend:
 
 
 def _empty_like_q(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    slot: Tensor,
+    *,
+    causal: bool,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

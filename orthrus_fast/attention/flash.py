@@ -34,7 +34,14 @@ def find_attend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atte
     flash = _import_first(_module_names(capability, dtype))
 
     def attend(
-        q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        start: Tensor,
+        slot: Tensor,
+        *,
+        causal: bool,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host."""
         out = flash(

@@ -12,7 +12,14 @@ VISIBLE_MULTIPLE = 512
 
 
 def attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    slot: Tensor,
+    *,
+    causal: bool,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """See ``orthrus_fast.attention`` for the shapes.
 

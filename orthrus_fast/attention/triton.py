@@ -19,17 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthrus_fast.kernels.overlap import overlaps, release, wait
+from orthrus_fast.kernels.overlap import fetch, first_rows, overlaps, release, wait
 
 Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
 # (keys in a split, position up to which): short splits first, so that a short context fills the
-# chip; longer ones later, so that a long one does not drown in partial results. With 8 KV heads, 16
-# splits fill the 132 multiprocessors of an H100 or H200 once; a 17th would make it two rounds, so
-# 15 hold 4096 keys and a block.
-SPLITS: Bands = ((128, 1024), (448, 4160), (512, 8256), (1024, None))
+# chip; longer ones later, so that a long one does not drown in partial results.
+SPLITS: Bands = ((128, 256), (256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
+LONG_CACHE = 4352  # rows of a slot's cache above which programs are made for long contexts
+AHEAD = 8 * 2**20  # bytes of the weight that comes next: the best of what was timed
 JOINED_AT_ONCE = 32  # partial results that the second kernel loads together
 
 
@@ -42,15 +42,21 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(itemsize: int, head_dim: int, n_rows: int, shared_memory: int) -> Tiles:
-    """Tiles for ``n_rows`` query rows per KV head and a block's ``shared_memory`` in bytes."""
+def choose_tiles(
+    itemsize: int, head_dim: int, n_rows: int, capacity: int, shared_memory: int
+) -> Tiles:
+    """Tiles for ``n_rows`` query rows per KV head and a block's ``shared_memory`` in bytes.
+
+    Two tiles of 64 rows are sooner done than one of 128; but that one reads the keys once, and wins
+    from some thousand keys on. ``capacity``, the cache's, tells which is to be expected.
+    """
     rows = max(triton.next_power_of_2(n_rows), 16)  # tl.dot takes no fewer
     large = shared_memory >= 160 * 1024
     if itemsize == 4:  # no matrix unit multiplies fp32: larger tiles overflow the registers
         return Tiles(min(rows, 32), 32 if head_dim <= 64 else 16, 4, 2)
     if head_dim > 128:
         return Tiles(min(rows, 64), 64 if large else 32, 8, 2)
-    if rows >= 128:
+    if rows >= 128 and (n_rows > LONG_BLOCK or capacity > LONG_CACHE or not large):
         return Tiles(128, 64, 8, 3 if large else 2)
     return Tiles(min(rows, 64), 64, 4, 4 if large else 2)
 
@@ -67,7 +73,14 @@ def split_edges(capacity: int, bands: Bands = SPLITS) -> list[int]:
 
 
 def attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    slot: Tensor,
+    *,
+    causal: bool,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host.
 
@@ -76,8 +89,9 @@ def attend(
     them, nor let this one start before what wrote them is done (qk_norm_rope_write keeps to that).
     """
     n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
-    tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, _shared_memory(q.device))
-    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles)
+    capacity, shared_memory = k_cache.shape[2], _shared_memory(q.device)
+    tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, capacity, shared_memory)
+    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles, ahead)
 
 
 def _attend(
@@ -89,6 +103,7 @@ def _attend(
     causal: bool,
     bands: Bands,
     tiles: Tiles,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     n_blocks, width, n_heads, head_dim = q.shape
     n_kv_heads, capacity = k_cache.shape[1:3]
@@ -104,10 +119,10 @@ def _attend(
     overlap = overlaps(q.device)
     common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
     _split_kernel[(n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)](
-        *(q, k_cache, v_cache, start, slot, out, part_max, part_sum, part_acc, capacity),
+        *(q, k_cache, v_cache, start, slot, out, part_max, part_sum, part_acc),
+        *(q if ahead is None else ahead, capacity),
         *common,
-        tiles.rows,
-        tiles.keys,
+        *(tiles.rows, tiles.keys, *first_rows(ahead, AHEAD)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         launch_pdl=overlap,
@@ -182,6 +197,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     part_max,
     part_sum,
     part_acc,
+    ahead,
     capacity,
     WIDTH: tl.constexpr,
     N_HEADS: tl.constexpr,
@@ -193,6 +209,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
     ROW_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    AHEAD_ROWS: tl.constexpr,
+    AHEAD_ROW_BYTES: tl.constexpr,
+    AHEAD_BYTES: tl.constexpr,
 ):
     """One split (or, if there is just one, all keys) for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
@@ -246,6 +265,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         row_sum = row_sum * shrink + tl.sum(weights, 1)
         row_max = new_max
 
+    if block == 0:  # now that its keys and values are here
+        n_splits = _splits_of(length, LINES) if N_SPLITS > 1 else 1
+        program, n_programs = tl.program_id(1) * n_splits + split, tl.num_programs(1) * n_splits
+        fetch(ahead, program, n_programs, AHEAD_ROWS, AHEAD_ROW_BYTES, AHEAD_BYTES, OVERLAP)
     if N_SPLITS == 1:
         result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)

@@ -2,16 +2,19 @@
 
 A pass is a chain of kernels, each of which needs what the one before it leaves. Programmatic
 dependent launch (CUDA programming guide) starts a kernel while its predecessor still runs: it sets
-itself up, and only then waits for the predecessor to be done.
+itself up, and only then waits for the predecessor to be done. And where a kernel leaves the memory
+idle, it asks for the head of the weight that comes next, which then lies in the second-level cache.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @functools.cache
@@ -32,3 +35,79 @@ def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Until the kernels before this one are done and their writes are seen."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+class Head(NamedTuple):
+    """The part of a matrix that is asked for ahead of its product."""
+
+    n_rows: int
+    row_bytes: int  # from one row to the next
+    n_bytes: int  # of each row; 0: nothing is asked for
+
+
+def first_columns(weight: Tensor | None, limit: int, limit_of_a_row: int = 2**31) -> Head:
+    """Of a contiguous [N, K] what all programs of its product read first; limits in bytes.
+
+    Whole cache lines.
+    """
+    if weight is None or not _can_be_fetched(weight):
+        return Head(0, 0, 0)
+    row_bytes = weight.shape[1] * weight.itemsize
+    n_bytes = min(limit // len(weight) // 128 * 128, limit_of_a_row, row_bytes)
+    return Head(len(weight), row_bytes, n_bytes)
+
+
+def first_rows(weight: Tensor | None, limit: int) -> Head:
+    """Of a contiguous [N, K] whole rows, ``limit`` bytes at most."""
+    if weight is None or not _can_be_fetched(weight):
+        return Head(0, 0, 0)
+    row_bytes = weight.shape[1] * weight.itemsize
+    return Head(min(limit // row_bytes, len(weight)), row_bytes, row_bytes)
+
+
+def _can_be_fetched(weight: Tensor) -> bool:
+    """What the instruction wants: 16 bytes at a time."""
+    return weight.shape[1] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
+@triton.jit
+def share_of(program, n_programs, N_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows, from … to, that one of ``n_programs`` fetches."""
+    share = tl.cdiv(N_ROWS, n_programs)
+    begin = tl.minimum(program * share, N_ROWS)
+    return begin, tl.minimum(begin + share, N_ROWS)
+
+
+@triton.jit
+def fetch(  # type: ignore[no-untyped-def]
+    weight,
+    program,
+    n_programs,
+    N_ROWS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    N_BYTES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Ask for this program's share of a ``Head``; nothing waits, and no value depends on it."""
+    if OVERLAP and N_BYTES > 0:
+        LANES: tl.constexpr = tl.extra.cuda.num_threads()
+        begin, end = share_of(program, n_programs, N_ROWS)
+        for first in range(begin, end, LANES):
+            row = first + tl.arange(0, LANES)
+            tl.inline_asm_elementwise(
+                """{
+                    .reg .pred inside;
+                    setp.ne.s32 inside, $2, 0;
+                    @inside cp.async.bulk.prefetch.L2.global [$1], $3;
+                    mov.b32 $0, 0;
+                }""",
+                "=r,l,r,r",
+                [
+                    weight.to(tl.int64) + row.to(tl.int64) * ROW_BYTES,
+                    (row < end).to(tl.int32),
+                    tl.full((LANES,), N_BYTES, tl.int32),
+                ],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )

@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthrus_fast.kernels.overlap import overlaps, release, wait
+from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release, wait
 
 if TYPE_CHECKING:
     from orthrus_fast.model import Products
 
 
+AHEAD = 4 * 2**20  # bytes of the weight after SwiGLU: the best of what was timed
 ROWS = (16, 32, 64, 128)  # the tiles' rows of x; the table has none for more
 
 
@@ -72,6 +73,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     out,
     best,
     best_id,
+    ahead,
     n_rows,
     n_columns,
     K: tl.constexpr,
@@ -82,6 +84,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     SWIGLU: tl.constexpr,
     BEST: tl.constexpr,
     STORE: tl.constexpr,
+    AHEAD_ROWS: tl.constexpr,
+    AHEAD_ROW_BYTES: tl.constexpr,
+    AHEAD_BYTES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of out [N_SPLITS, n_rows, n_columns], summed over one split of the inner dimension.
@@ -117,6 +122,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             x_tile = tl.load(x_row[None, :] + inner[:, None], mask=inside[:, None], other=0.0)
         total = tl.dot(weight_tile, x_tile, total, input_precision="ieee")
 
+    program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)  # where K is not split
+    n_programs = tl.num_programs(0) * tl.num_programs(1)
+    fetch(ahead, program, n_programs, AHEAD_ROWS, AHEAD_ROW_BYTES, AHEAD_BYTES, OVERLAP)
     dtype = x.dtype.element_ty
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
@@ -153,18 +161,26 @@ def _best_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch(
-    x: Tensor, weight: Tensor, tiles: Tiles, *, swiglu: bool = False, best: str = ""
+    x: Tensor,
+    weight: Tensor,
+    tiles: Tiles,
+    *,
+    swiglu: bool = False,
+    best: str = "",
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [M, K] times weight [N, K] transposed -> parts [P, M, N], ids [M].
 
     P is ``tiles.n_splits``; parts are float32 where it is not 1. ``swiglu``: the parts are
     [1, M, N / 2]. ``best``: "ids" leaves the product out, "both" keeps it; otherwise ids is empty.
+    ``ahead`` [N, K] is the weight that is read next, where K is not split; its head goes into the
+    cache.
     bfloat16, float16 or float32; sums are float32, without TF32. A row of a result depends on that
     row of x alone, not on its index or its neighbours.
     """
     (n_rows, n_inner), n_columns = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
-    assert tiles.n_splits == 1 or not (swiglu or best)
+    assert tiles.n_splits == 1 or not (swiglu or best or ahead is not None)
     block_m, overlap = block_rows(n_rows), overlaps(x.device)
     columns = tiles.block_n
     if swiglu:
@@ -176,9 +192,9 @@ def launch(
     ids = x.new_empty(len(greatest), dtype=torch.int64)
     start: Any = _product_kernel[triton.cdiv(n_rows, block_m), n_tiles, tiles.n_splits]
     start(
-        *(x, weight, parts, greatest, where, n_rows, n_columns),
+        *(x, weight, parts, greatest, where, x if ahead is None else ahead, n_rows, n_columns),
         *(n_inner, tiles.n_splits, block_m, tiles.block_n, tiles.block_k),
-        *(swiglu, bool(best), best != "ids", overlap),
+        *(swiglu, bool(best), best != "ids", *first_columns(ahead, AHEAD), overlap),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # said, because the default differs between Triton's versions
@@ -215,12 +231,14 @@ def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("orthrus_fast::swiglu_product", mutates_args=())
-def swiglu_op(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
-    return launch(x, weight, Tiles(*tiles), swiglu=True)[0][0]
+def swiglu_op(
+    x: Tensor, weight: Tensor, tiles: Sequence[int], ahead: Tensor | None = None
+) -> Tensor:
+    return launch(x, weight, Tiles(*tiles), swiglu=True, ahead=ahead)[0][0]
 
 
 @swiglu_op.register_fake
-def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
+def _(x: Tensor, weight: Tensor, tiles: Sequence[int], ahead: Tensor | None = None) -> Tensor:
     return x.new_empty(len(x), weight.shape[0] // 2)
 
 
@@ -282,13 +300,13 @@ class FixedTileProducts:
         parts: Tensor = product_op(rows, weight, list(tiles))
         return parts.view(len(parts), *x.shape[:-1], -1)
 
-    def swiglu(self, x: Tensor, weight: Tensor) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         tiles = self.tiles(len(rows), weight)
         if tiles is None:
-            return self.library.swiglu(x, weight)
+            return self.library.swiglu(x, weight, ahead)
         tiles = tiles._replace(n_splits=1)
-        hidden: Tensor = swiglu_op(rows, weight, list(tiles))
+        hidden: Tensor = swiglu_op(rows, weight, list(tiles), ahead)
         return hidden.view(*x.shape[:-1], -1)
 
     def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
