@@ -13,7 +13,12 @@ from orthrus_fast.errors import RequestError, one_line
 
 RESULTS = "benchmarks/results"
 MODELS = ("1.7B", "4B", "8B")  # the order of rows; others follow by name
-PEERS_OWN_DEFAULTS = ("contexts", "new_tokens", "repeats")  # other than the benchmark's
+PEERS_OWN_DEFAULTS = (
+    "contexts",
+    "new_tokens",
+    "repeats",
+    "sequences",
+)  # other than the benchmark's
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -167,7 +167,15 @@ def _cycles(part: Result) -> Table:
     title = f"tokens/s, REPLAYED ACCEPTANCE: drafts {part['accept']:.0%} right"
     if part["accept"] != part["accept_asked"]:
         title += f", for {part['accept_asked']:g} tokens/cycle"
-    columns = ("context", "tokens/cycle", "diffusion", "AR", "AR 1 row", "speed-up", "text")
+    columns = (
+        "context",
+        "tokens/cycle, REPLAYED",
+        "drafting",
+        "AR",
+        "AR 1 row",
+        "speed-up",
+        "text",
+    )
     return Table(title, columns, rows)
 
 
@@ -190,7 +198,7 @@ def _slots(part: Result) -> Table:
         )
     title = f"tokens/s of all slots, REPLAYED ACCEPTANCE: {part['accept_asked']:g} asked, "
     title += f"after {part['context']} tokens"
-    columns = ("slots", "tokens/cycle", "diffusion", "AR", "AR 1 row", "speed-up", "text")
+    columns = ("slots", "tokens/cycle, REPLAYED", "drafting", "AR", "AR 1 row", "speed-up", "text")
     left_out = tuple(f"{at['slots']} slots left out: {at['why']}" for at in part["left_out"])
     return Table(title, columns, rows, left_out)
 
@@ -384,11 +392,13 @@ TABLES: dict[str, Callable[[Result], Table]] = {
 
 def peer_rates(content: Result) -> Table:
     rows = []
+    replayed = content["label"] == "replayed acceptance"
+    drafts = content["label"].upper() if replayed else content["label"]
     for at in content["at"]:
         programs = at["tokens_per_second_of"]
         drafting = programs["diffusion"]["tokens_per_second"]["median"]
         names = {
-            "diffusion": f"ours, drafting {at['tokens_per_cycle']:.2f} tokens a cycle",
+            "diffusion": f"ours, {at['tokens_per_cycle']:.2f} tokens a cycle: {drafts}",
             "ar_padded": "ours, AR",
             "ar_one_row": "ours, AR 1 row",
         }
@@ -399,12 +409,20 @@ def peer_rates(content: Result) -> Table:
                     names.get(name, name),
                     spread(row["tokens_per_second"]),
                     f"{drafting / row['tokens_per_second']['median']:.2f}",
-                    f"{row['texts_equal_share']:.0%}",
+                    _texts_equal(row),
                 )
             )
     skipped = tuple(f"{name}: skipped, {why}" for name, why in content["skipped"].items())
     columns = ("context", "program", "tokens/s", "drafting over it", "texts equal to our AR's")
-    return Table("tokens/s, REPLAYED ACCEPTANCE in ours", columns, rows, skipped)
+    return Table(f"tokens/s, drafts: {drafts}", columns, rows, skipped)
+
+
+def _texts_equal(row: Result) -> str:
+    """The share of texts equal to our AR's, in each dtype where there are several."""
+    by_dtype = row.get("texts_equal_share_by_dtype", {})
+    if not by_dtype:
+        return f"{row['texts_equal_share']:.0%}"
+    return ", ".join(f"{dtype} {share:.0%}" for dtype, share in by_dtype.items())
 
 
 def peer_first_tokens(content: Result) -> Table:
