@@ -165,8 +165,8 @@ def sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
     ``position`` is the absolute position of the sampled token itself, one past that of the row that
     predicts it. Arithmetic is in float32 whatever the logits' dtype; handing over bfloat16 logits
     as they are halves the cost of the filters. A slot with temperature 0 gets exactly
-    ``choose(logits)``. A logit of -inf is never chosen beside a finite one. On a GPU a kernel does
-    it, a program for each row: torch.compile's own code for it does not compile there.
+    ``choose(logits)``. A logit of -inf is never chosen beside a finite one. On a GPU kernels do it:
+    torch.compile's own code for it does not compile there.
     """
     if logits.is_cuda:
         from orthrus_fast.kernels.sample import sample_op

@@ -1,4 +1,7 @@
-"""The sampling kernel: against ``sampling.sample`` in Triton's interpreter; its machine code."""
+"""The sampling kernels: against ``sampling`` in Triton's interpreter; their machine code.
+
+What the filters leave is compared as it is, token by token: a drawn token would tell little of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from orthrus_fast.sampling import SamplingParams, Settings, sample
-from tests.kernel_compile import CHIPS, compile_for, interpreted
+from orthrus_fast import sampling
+from orthrus_fast.sampling import SamplingParams, Settings, keep, sample
+from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -22,13 +31,13 @@ from orthrus_fast.kernels import sample as kernel
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CPU = torch.device("cpu")
 # temperature, top_k, top_p, min_p
-GRID = list(itertools.product((0.7, 1.5), (None, 1, 5, 40), (None, 0.5, 0.95), (None, 0.1)))
+GRID = list(itertools.product((1.5,), (None, 1, 5, 40), (None, 0.5, 0.95), (None, 0.1)))
 
 
 @pytest.fixture
 def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 64, so that a small vocabulary has several, the last of them partial."""
-    monkeypatch.setattr(kernel, "BLOCK", 64)
+    """Blocks so small that a small vocabulary has several of each, the last of them partial."""
+    monkeypatch.setattr(kernel, "BLOCKS", kernel.Blocks(group=8, chunk=64, gathered=16, draw=64))
     with interpreted(kernel), interpreted(triton.language.random):
         yield
 
@@ -40,31 +49,57 @@ def settings_of(*params: SamplingParams) -> Settings:
     return settings
 
 
+def kept(logits: Tensor, settings: Settings) -> Tensor:
+    """What ``sampling.keep`` says, by the kernels: logits [B, T, V] -> bool [B, T, V]."""
+    rows = kernel._Launcher(logits.flatten(0, 1).contiguous(), False)
+    maxima, floors = kernel._find_floors(rows, tuple(settings)[:-1], logits.shape[1])
+    assert maxima.shape == (len(floors), -(-logits.shape[-1] // kernel.BLOCKS.group))
+    return logits.float() >= floors.view(*logits.shape[:2], 1)
+
+
+# --- what is drawn ---
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [7, 64, 150])
-def test_the_kernel_draws_what_sample_draws(
+def test_the_kernels_draw_what_sample_draws(
     interpreting: None, dtype: torch.dtype, vocab_size: int
 ) -> None:
+    """Slots of every setting beside each other."""
     generator = torch.Generator().manual_seed(vocab_size)
-    for case, (temperature, top_k, top_p, min_p) in enumerate(GRID):
-        logits = (3 * torch.randn(3, 2, vocab_size, generator=generator)).to(dtype)
-        logits[0, 0, ::3] = 2.0  # ties, at a threshold or for first place
-        params = SamplingParams(temperature, top_k, top_p, min_p, seed=2**63 + 7 * case)
-        settings = settings_of(params, SamplingParams(), SamplingParams(temperature, seed=case))
-        position = torch.randint(0, 2**20, (3, 2), generator=generator)
-        expected = sample(logits, position, settings)
-        assert torch.equal(kernel.sample_op(logits, position, *settings), expected), params
+    params = [SamplingParams(*one, seed=2**63 + 7 * case) for case, one in enumerate(GRID)]
+    params += [SamplingParams(top_k=3, seed=5), SamplingParams(0.7, seed=1)]
+    logits = (3 * torch.randn(len(params), 1, vocab_size, generator=generator)).to(dtype)
+    logits[::2, :, ::3] = 2.0  # ties, at a threshold or for first place
+    position = torch.randint(0, 2**20, (len(params), 1), generator=generator)
+    settings = settings_of(*params)
+    expected = sample(logits, position, settings)
+    drawn = kernel.sample_op(logits, position, *settings)
+    assert drawn.tolist() == expected.tolist()
+    assert drawn[:-2].ne(logits[:-2].argmax(-1)).any()  # noise decides somewhere
 
 
 def test_a_greedy_row_is_the_lowest_of_the_greatest(interpreting: None) -> None:
     logits = torch.full((1, 4, 150), -2.0)
-    logits[0, 0, [13, 70, 149]] = 5.0  # in three blocks
+    logits[0, 0, [13, 70, 149]] = 5.0  # in three chunks
     logits[0, 1, [3, 2]] = 5.0  # in one group of four
     logits[0, 2] = -math.inf
     logits[0, 3, :] = -0.0
     logits[0, 3, 7] = 0.0  # equal to -0.0
     ids = kernel.sample_op(logits, torch.zeros(1, 4), *settings_of(SamplingParams()))
     assert ids.tolist() == [[13, 2, 0, 0]]
+
+
+def test_infinite_rows_are_drawn_as_sample_draws_them(interpreting: None) -> None:
+    logits = torch.randn(1, 3, 150)
+    logits[0, 0] = -math.inf
+    logits[0, 1, [80, 140]] = math.inf
+    logits[0, 2, 1:] = -math.inf
+    position = torch.arange(3)[None]
+    for fields in ({}, {"top_k": 3, "min_p": 0.5}, {"top_p": 0.9}):
+        settings = settings_of(SamplingParams(1.0, seed=3, **fields))  # type: ignore[arg-type]
+        ids = kernel.sample_op(logits, position, *settings)
+        assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, settings).tolist()
 
 
 def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
@@ -81,6 +116,126 @@ def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
             assert row.item() == both[slot, t]
 
 
+# --- what the filters leave ---
+
+
+@pytest.fixture
+def one_exp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's: masses that differ in a last bit may move a threshold."""
+    monkeypatch.setattr(torch, "exp", lambda x: torch.from_numpy(np.exp(x.numpy())))
+
+
+@st.composite
+def rows_of_logits(draw: st.DrawFn) -> Tensor:
+    """[4, V], with few or many ties, few or many of them likely, padded or not."""
+    vocab_size = draw(st.sampled_from([1, 2, 7, 8, 63, 64, 65, 150, 200]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits = torch.randn(4, vocab_size, generator=generator) * draw(st.sampled_from([0.1, 2, 30]))
+    steps = draw(st.sampled_from([None, 4, 1]))  # in a unit
+    logits = logits if steps is None else (logits * steps).round() / steps
+    logits[:, draw(st.integers(1, vocab_size)) :] -= draw(st.sampled_from([0.0, 8.0, math.inf]))
+    return logits.to(draw(st.sampled_from(DTYPES)))
+
+
+filters = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([1e-30, 0.25, 0.7, 1.0, 4.0, 1e30]),
+    top_k=st.none() | st.integers(1, 40) | st.sampled_from([149, 150, 2**63 - 1]),
+    top_p=st.none() | st.floats(1e-9, 1.0) | st.sampled_from([0.5, 0.95, 0.999999, 1e-300]),
+    min_p=st.none() | st.floats(0.0, 1.0) | st.sampled_from([0.05, 1.0]),
+)
+
+
+@hypothesis_settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(logits=rows_of_logits(), params=st.tuples(filters, filters))
+@example(torch.arange(150.0).expand(4, 150), (SamplingParams(1.0, 19), SamplingParams(1.0, 20)))
+def test_the_kernels_keep_what_keep_keeps(
+    interpreting: None,
+    one_exp: None,
+    logits: Tensor,
+    params: tuple[SamplingParams, SamplingParams],
+) -> None:
+    settings = settings_of(*params)
+    logits = logits.reshape(2, 2, -1)
+    assert torch.equal(kept(logits, settings), keep(logits, settings))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 2, 8, 19])
+def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
+    interpreting: None, dtype: torch.dtype, top_k: int
+) -> None:
+    """The bound is then the k-th greatest logit itself: one rank more would lose it."""
+    logits = torch.linspace(-3, 1, 150)
+    heads = torch.arange(0, 150, 8)  # of 19 groups
+    logits[heads] = 2 + heads / 64
+    logits = logits.to(dtype)[None, None]
+    for top_p in (None, 0.95):  # which would miss their mass, too
+        settings = settings_of(SamplingParams(1.0, top_k, top_p))
+        mask = kept(logits, settings)
+        assert torch.equal(mask, keep(logits, settings))
+        if top_p is None:
+            assert mask[0, 0].nonzero().flatten().tolist() == heads[-top_k:].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_logits_on_the_edges_fall_on_their_side_of_them(
+    interpreting: None, one_exp: None, dtype: torch.dtype, temperature: float
+) -> None:
+    """Each on an edge of the last weighing, or half-way; top-p ends at every seventh."""
+    logits = -torch.arange(150.0)[None, None] * temperature / 8
+    logits = logits[..., torch.randperm(150, generator=torch.Generator().manual_seed(1))].to(dtype)
+    mass = sampling._mass(logits.float(), torch.zeros(1, 1, 1), torch.full((1, 1, 1), temperature))
+    running = mass.flatten().double().sort(descending=True).values.cumsum(0)
+    for n, share in list(enumerate((running / running[-1]).tolist()))[:99:7]:
+        settings = settings_of(SamplingParams(temperature, top_p=share))
+        mask = keep(logits, settings)
+        assert torch.equal(kept(logits, settings), mask)
+        assert abs(int(mask.sum()) - n - 1) <= 1  # share is a float32 by now
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_p_may_end_below_the_last_edge(
+    interpreting: None, one_exp: None, dtype: torch.dtype
+) -> None:
+    logits = torch.full((1, 1, 150), -17.0)
+    logits[..., [3, 70]] = torch.tensor([0.0, -30.0])
+    settings = settings_of(SamplingParams(1.0, top_p=0.999999))
+    mask = kept(logits.to(dtype), settings)
+    assert torch.equal(mask, logits > -20) and torch.equal(mask, keep(logits, settings))
+
+
+def test_what_is_gathered_is_what_may_decide(
+    interpreting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few tokens are left to the search; with more it would be slow, not wrong."""
+    given: dict[str, Tensor] = {}
+    search = kernel._search_kernel
+    start = kernel._Launcher.start
+
+    def recorded(self: Any, launched: Any, *arguments: Any) -> None:
+        if launched is search:
+            names = dict(zip(search.arg_names, arguments[2:], strict=False))
+            given.update(n=names["n_gathered"].clone(), values=names["gathered"].clone())
+        start(self, launched, *arguments)
+
+    monkeypatch.setattr(kernel._Launcher, "start", recorded)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
+    logits = torch.arange(150.0)[order].expand(3, 1, 150) / 8
+    params = (SamplingParams(1.0, 10), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0))
+    kept(logits, settings_of(*params))
+    assert 10 <= given["n"][0] <= 19 * 8
+    values = given["values"][0, : given["n"][0]] * 8
+    assert values.sort().values[-10:].tolist() == list(range(140, 150))
+    assert 1 <= given["n"][1] <= 3  # a quarter of a temperature
+
+
+# --- the machine code ---
+
+
 def test_the_operator_says_what_it_returns(interpreting: None) -> None:
     settings = settings_of(SamplingParams(1.0, seed=3))
     arguments = (torch.randn(1, 3, 70), torch.arange(3)[None], *settings)
@@ -88,13 +243,32 @@ def test_the_operator_says_what_it_returns(interpreting: None) -> None:
     torch.library.opcheck(kernel.sample_op, arguments, test_utils=checks)
 
 
+SIGNATURE = {"temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
+SIGNATURE |= {"logits": "*bf16", "position": "*i64", "seed": "*i64", "width": "i32", "out": "*i64"}
+SIGNATURE |= {"maxima": "*fp32", "bests": "*fp32", "bounds": "*fp32", "floors": "*fp32"}
+SIGNATURE |= {"held": "*i64", "n_gathered": "*i32", "gathered": "*bf16"}
+SIGNATURE |= {"scores": "*fp32", "tokens": "*i32"}
+CONSTANTS = {"VOCAB": 151_936, "N_GROUPS": 2374, "GROUP": kernel.BLOCKS.group}
+CONSTANTS |= {"CHUNK": kernel.BLOCKS.chunk, "SCALE": 2.0**44, "SHIFT": 16}
+CONSTANTS |= {"N_DONE": 1, "N_CHUNKS": 149}
+BLOCK = {"bound": 4096, "search": kernel.BLOCKS.gathered, "draw": kernel.BLOCKS.draw, "pick": 256}
+
+
 @pytest.mark.parametrize("chip", CHIPS)
-def test_the_kernel_compiles_for_every_chip(chip: int) -> None:
-    settings = {"temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
-    signature: dict[str, Any] = settings | {"seed": "*i64", "out": "*i64", "vocab_size": "i32"}
-    signature |= {"logits": "*bf16", "position": "*i64"}
-    constants = {"WIDTH": 32, "SCALE": 2.0**44, "N_BITS": 16, "BLOCK": 4096}
-    compiled = compile_for(kernel._sample_kernel, signature, constants, chip, 16, 3)
+@pytest.mark.parametrize("name", kernel.Warps._fields)
+def test_the_kernels_compile_for_every_chip(name: str, chip: int) -> None:
+    made = getattr(kernel, f"_{name}_kernel")
+    constants = CONSTANTS | {"BLOCK": BLOCK.get(name)}
+    constants = {name: value for name, value in constants.items() if name in made.arg_names}
+    compiled = compile_for(made, SIGNATURE, constants, chip, getattr(kernel.WARPS, name), 3)
     assert compiled.metadata.shared <= CHIPS[chip]
+    ptx = compiled.asm["ptx"]
     # The noise is as good as its logarithms near 1, where the fast approximation is poor.
-    assert "lg2.approx" not in compiled.asm["ptx"]
+    assert "lg2.approx" not in ptx
+    if name in ("survey", "weigh", "gather"):  # eight logits at a time
+        assert "ld.global.v4.b32" in ptx
+    if (
+        chip >= 90
+    ):  # Where a kernel runs ahead of its predecessors, all that it reads may be theirs.
+        assert read_before_waiting(made, constants, ptx) == set()
+        assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")
