@@ -1,11 +1,13 @@
 """Other programs' decoding against this project's: same weights, prompts and device, one run.
 
     python benchmarks/peers.py --shape 1.7B --new-tokens 128 --contexts 1024 --json peers.json
+    python benchmarks/peers.py --dtypes bfloat16,float32 --sequences 32 --json peers.json
 
-Random weights are drawn once; transformers' Qwen3 shares their memory. Each peer is warmed up, then
-takes turns with our modes on fresh prompts. Tokens/s leave the prompt out on both sides. A peer
-that is not installed or fails is skipped by name, with the reason. Whose text equals ours in
-bfloat16 is reported, not asserted: another program rounds otherwise.
+With --shape weights are random and our drafts' acceptance is replayed; else they are a checkpoint's
+and so are the drafts. transformers' Qwen3 shares their memory. Each peer is warmed up, then takes
+turns with our modes on fresh prompts. Tokens/s leave the prompt out on both sides. A peer that is
+not installed or fails is skipped by name, with the reason. Whose text equals ours is reported for
+each of --dtypes, not asserted: another program rounds otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,12 +25,14 @@ if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from orthrus_fast import bench as own
-from orthrus_fast.errors import OrthrusError, one_line
+from orthrus_fast.bench.prompts import chosen_prompts, prompts_file
+from orthrus_fast.errors import OrthrusError, RequestError, one_line
 
 if TYPE_CHECKING:
     from orthrus_fast.bench import Bench
 
 ROUNDS = 3  # prompts a context, each decoded once by everybody
+LOOKED_UP = 10  # tokens a pass, of prompt lookup: what transformers' documentation takes
 OURS = ("diffusion", "ar_padded", "ar_one_row")
 
 
@@ -44,16 +48,24 @@ Peer = Callable[[list[int], int], Run]  # prompt, new tokens
 
 
 class Clock:
-    """A transformers streamer that notes when ids arrive: the prompt's first, then each token."""
+    """A transformers streamer that notes when ids arrive: the prompt's first, then the tokens."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
+        self.counts: list[int] = []
 
     def put(self, value: Any) -> None:
         self.marks.append(time.perf_counter())
+        self.counts.append(value.numel())
 
     def end(self) -> None:
         pass
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after those that came first, of which an assisted pass has several."""
+        seconds = self.marks[-1] - self.marks[1]
+        return sum(self.counts[2:]) / seconds if seconds > 0 else 0.0
 
 
 def their_model(bench: Bench) -> Any:
@@ -113,9 +125,7 @@ def transformers_peer(model: Any, **settings: Any) -> Peer:
             **settings,
         )
         tokens = out[0, len(prompt) :].tolist()
-        first, last = clock.marks[1], clock.marks[-1]
-        rate = (n_tokens - 1) / (last - first) if n_tokens > 1 else 0.0
-        return Run(tokens, (first - begin) * 1e3, rate)
+        return Run(tokens, (clock.marks[1] - begin) * 1e3, clock.tokens_per_second)
 
     return run
 
@@ -125,6 +135,7 @@ def find_peers(bench: Bench, skipped: dict[str, str]) -> dict[str, Peer]:
     names = ["transformers, dynamic cache", "transformers, static cache"]
     if bench.device.type == "cuda":
         names[1] += ", compiled"
+    names.append("transformers, prompt lookup")
     try:
         model = their_model(bench)
     except Exception as error:
@@ -136,6 +147,8 @@ def find_peers(bench: Bench, skipped: dict[str, str]) -> dict[str, Peer]:
     return {
         names[0]: transformers_peer(model),
         names[1]: transformers_peer(model, cache_implementation="static"),
+        # The drafts are what followed the same words before; with a dynamic cache, as it demands.
+        names[2]: transformers_peer(model, prompt_lookup_num_tokens=LOOKED_UP),
     }
 
 
@@ -146,27 +159,40 @@ def reason(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")
 
 
-def measure(
-    bench: Bench, peers: dict[str, Peer], skipped: dict[str, str], context: int
-) -> dict[str, Any]:
-    """Tokens/s of everybody after prompts of ``context`` random ids, in turns."""
-    n_tokens = bench.args.new_tokens
+def prompts_of(bench: Bench) -> list[tuple[int, list[list[int]]]]:
+    """Sets of prompts, the first of each for warming up, with the tokens that a prompt has.
+
+    A checkpoint's are of its file of prompts, where it has one; the longest comes first, so that
+    no static cache has to grow while the clock runs. Others are random ids.
+    """
+    if prompts_file(bench) is not None:
+        prompts = sorted(chosen_prompts(bench), key=len, reverse=True)
+        mean = sum(map(len, prompts)) / len(prompts)
+        return [(round(mean), [prompts[0], *prompts])]
     n_rounds = min(ROUNDS, bench.args.repeats)
-    prompts = own.random_prompts(bench, [context] * (1 + n_rounds), salt=context)
+    return [
+        (context, own.random_prompts(bench, [context] * (1 + n_rounds), salt=context))
+        for context in bench.contexts
+    ]
+
+
+def measure(
+    bench: Bench,
+    peers: dict[str, Peer],
+    skipped: dict[str, str],
+    context: int,
+    prompts: list[list[int]],
+) -> dict[str, Any]:
+    """Tokens/s of everybody after these prompts, in turns; the first one warms up."""
+    n_tokens = bench.args.new_tokens
     rates: dict[str, list[float]] = {name: [] for name in (*OURS, *peers)}
     texts: dict[str, list[list[int]]] = {name: [] for name in rates}
     cycles = 0
-    for i, prompt in enumerate(prompts):  # the first one warms up
-        own.tell(f"{context} tokens of prompt, round {i}")
+    for i, prompt in enumerate(prompts):
+        own.tell(f"prompt {i} of {len(prompts) - 1}, {len(prompt)} tokens")
         decoded = our_runs(bench, prompt, n_tokens, salt=context + i)
         runs = {name: (run.tokens[0], run.tokens_per_second) for name, run in decoded.items()}
-        for name, peer in peers.items():
-            if name not in skipped:
-                try:
-                    run = peer(prompt, n_tokens)
-                    runs[name] = run.tokens, run.tokens_per_second
-                except Exception as error:
-                    skipped[name] = reason(error)
+        runs |= their_runs(peers, skipped, prompt, n_tokens)
         for name, (tokens, rate) in runs.items() if i else ():
             rates[name].append(rate)
             texts[name].append(tokens)
@@ -176,23 +202,43 @@ def measure(
         for name in rates
         if name not in skipped
     }
+    faster = max(rows[name]["tokens_per_second"]["median"] for name in ("ar_padded", "ar_one_row"))
+    for row in rows.values():
+        row["over_faster_ar"] = row["tokens_per_second"]["median"] / faster
     return {
         "context": context,
+        "prompts": len(prompts) - 1,
         "new_tokens": n_tokens,
-        "tokens_per_cycle": n_rounds * (n_tokens - 1) / cycles,
+        "tokens_per_cycle": (len(prompts) - 1) * (n_tokens - 1) / cycles,
         "tokens_per_second_of": rows,
         "diffusion_over": ratios(rows),
     }
 
 
+def their_runs(
+    peers: dict[str, Peer], skipped: dict[str, str], prompt: list[int], n_tokens: int
+) -> dict[str, tuple[list[int], float]]:
+    """Tokens and tokens/s of each peer; one that fails goes to ``skipped``."""
+    runs = {}
+    for name, peer in peers.items():
+        if name not in skipped:
+            try:
+                run = peer(prompt, n_tokens)
+                runs[name] = run.tokens, run.tokens_per_second
+            except Exception as error:
+                skipped[name] = reason(error)
+    return runs
+
+
 def our_runs(bench: Bench, prompt: list[int], n_tokens: int, salt: int) -> dict[str, own.Decoded]:
-    """Our modes on one prompt; diffusion with replayed acceptance."""
-    with own.measuring(bench.device):
+    """Our modes on one prompt; random weights draft with replayed acceptance."""
+    with own.measuring(bench.device), own.endless(bench.runner):
         padded = own.decode(bench.decoder, [prompt], n_tokens, False, bench.width)
         replay = own.Replay(bench, salt=salt)
         replay.know(0, bench.runner.state.tokens[0].clone())
         one_row = own.decode(bench.decoder, [prompt], n_tokens, False, 1)
-        with own.replaced(bench.runner, draft=replay.draft):
+        drafts = {"draft": replay.draft} if bench.args.shape else {}
+        with own.replaced(bench.runner, **drafts):
             diffusion = own.decode(bench.decoder, [prompt], n_tokens, True, bench.width)
     return dict(zip(OURS, (diffusion, padded, one_row), strict=True))
 
@@ -247,11 +293,16 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=100)
     for at in result["at"]:
-        title = f"after {at['context']} tokens; REPLAYED ACCEPTANCE: {at['tokens_per_cycle']:.2f}"
-        table = Table("", "tokens/s", "texts equal to our AR's", title=f"{title} tokens a cycle")
+        title = f"after {at['context']} tokens; {result['label'].upper()}: "
+        dtype = result["run"]["configuration"]["dtype"]
+        title += f"{at['tokens_per_cycle']:.2f} tokens a cycle; {dtype}"
+        dtypes = list(result["by_dtype"])
+        columns = (f"texts equal to our AR's, {dtype}" for dtype in dtypes)
+        table = Table("", "tokens/s", "over our faster AR", *columns, title=title)
         for name, row in at["tokens_per_second_of"].items():
-            rate = row["tokens_per_second"]["median"]
-            table.add_row(name, f"{rate:.1f}", f"{row['texts_equal_share']:.0%}")
+            rate, equal = row["tokens_per_second"]["median"], row["texts_equal_share_by_dtype"]
+            shares = (f"{equal[dtype]:.0%}" if dtype in equal else "–" for dtype in dtypes)
+            table.add_row(name, f"{rate:.1f}", f"{row['over_faster_ar']:.2f}", *shares)
         console.print(table)
         for name, ratio in at["diffusion_over"].items():
             console.print(f"diffusion over {name}: {ratio:.2f}", highlight=False)
@@ -267,9 +318,15 @@ def show(result: dict[str, Any]) -> None:
 def build_parser() -> own.Parser:
     parser = own.Parser(description=str(__doc__).partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--shape", choices=("1.7B", "4B", "8B", "tiny"), required=True, help="of random weights")
+    add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
+    add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help="of random weights")
     add("--device", metavar="D")
     add("--dtype", metavar="T")
+    dtypes = "one after another; the first one's speeds are shown, and all texts compared"
+    add("--dtypes", type=lambda text: text.split(","), metavar="T,…", help=dtypes)
+    prompts = "of a checkpoint: JSON lines (default: random ids; of model/ its held-out prompts)"
+    add("--prompts-file", metavar="FILE", help=prompts)
+    add("--sequences", type=own.positive, default=8, metavar="N", help="prompts of that file")
     add("--runner", choices=("auto", "eager", "compiled", "graph"), default="auto")
     add("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
     add("--contexts", type=own.integers, default=[1024], metavar="N,…", help="tokens of prompt")
@@ -279,32 +336,71 @@ def build_parser() -> own.Parser:
     add("--seed", type=int, default=0, metavar="N", help="of weights, prompts and drafts")
     add("--repeats", type=own.positive, default=5, metavar="N", help=f"{ROUNDS} at most a decode")
     add("--json", metavar="FILE")
-    parser.set_defaults(
-        checkpoint=None, slots=1, block_size=None, prompts_file=None, compile_mode="default"
-    )
+    parser.set_defaults(slots=1, block_size=None, compile_mode="default")
     return parser
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    bench = own.build(args)
-    skipped: dict[str, str] = {}
-    peers = find_peers(bench, skipped)
+    """All dtypes; the first one's results also stand at the top."""
     result: dict[str, Any] = {
         "arguments": {name: value for name, value in vars(args).items() if name != "json"},
-        "run": own.surroundings(bench.decoder.configuration),
+        "run": None,
         "transformers": own.version_of("transformers"),
-        "label": "replayed acceptance",
-        "accept": args.accept,
+        "label": "replayed acceptance" if args.shape else "the checkpoint's own drafts",
+        "accept": args.accept if args.shape else None,
+        "accept_source": args.accept_source if args.shape else None,
+        "at": [],
+        "first_token": [],
+        "skipped": {},
+        "by_dtype": {},
+    }
+    for dtype in args.dtypes or [args.dtype]:
+        asked = argparse.Namespace(**{**vars(args), "dtype": dtype})
+        for found in compare_in(asked):
+            result["by_dtype"][found["run"]["configuration"]["dtype"]] = found
+            first = next(iter(result["by_dtype"].values()))
+            result |= {name: first[name] for name in ("run", "at", "first_token", "skipped")}
+            add_shares(result)
+            write(args.json, result)
+        own.release_memory()
+    return result
+
+
+def compare_in(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results in one dtype, as far as they have come, each time that there are more."""
+    bench = own.build(args)
+    skipped: dict[str, str] = {}
+    found: dict[str, Any] = {
+        "run": own.surroundings(bench.decoder.configuration),
         "at": [],
         "first_token": [],
         "skipped": skipped,
     }
-    for context in bench.contexts:
-        result["at"].append(measure(bench, peers, skipped, context))
-        write(args.json, result)
-    result["first_token"] = first_tokens(bench, peers, skipped)
-    write(args.json, result)
-    return result
+    peers = find_peers(bench, skipped)
+    for context, prompts in prompts_of(bench):
+        found["at"].append(measure(bench, peers, skipped, context, prompts))
+        yield found
+    found["first_token"] = first_tokens(bench, peers, skipped)
+    yield found
+
+
+def add_shares(result: dict[str, Any]) -> None:
+    """Beside each program's speed, how many texts equalled ours in each dtype."""
+    for i, at in enumerate(result["at"]):
+        for name, row in at["tokens_per_second_of"].items():
+            row["texts_equal_share_by_dtype"] = {
+                dtype: found["at"][i]["tokens_per_second_of"][name]["texts_equal_share"]
+                for dtype, found in result["by_dtype"].items()
+                if len(found["at"]) > i and name in found["at"][i]["tokens_per_second_of"]
+            }
+
+
+def check_dtypes(names: list[str]) -> None:
+    """Raise RequestError for a name that is none, before the first one is measured."""
+    from orthrus_fast.decoder import parse_dtype
+
+    for name in names:
+        parse_dtype(name)
 
 
 def write(path: str | None, result: dict[str, Any]) -> None:
@@ -313,18 +409,21 @@ def write(path: str | None, result: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done, though peers may have been skipped; 2: bad input; 130: interrupted."""
+    """0: done, though peers may have been skipped; 2: bad input; 130, 143: interrupted."""
     try:
-        args = build_parser().parse_args(arguments)
-        own.check_flags(args)
-        show(compare(args))
+        with own.heeding_sigterm():
+            args = build_parser().parse_args(arguments)
+            own.check_flags(args)
+            if args.dtype is not None and args.dtypes is not None:
+                raise RequestError("--dtype does not go with --dtypes")
+            check_dtypes(args.dtypes or [])
+            show(compare(args))
         return 0
     except OrthrusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        return own.status(interruption)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks import peers
 from orthrus_fast import bench, steps
 from orthrus_fast.bench import command, passes, streaming
 from orthrus_fast.bench import cycles as cycles_part
@@ -431,54 +430,3 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from orthrus_fast import bench; bench.build_parser().format_help(); "
     code += "sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=bench.REPOSITORY)
-
-
-PEERS = ["--shape", "tiny", "--device", "cpu", "--contexts", "40", "--new-tokens", "16"]
-
-
-def test_peers_take_turns_on_the_same_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "peers.json"
-    assert peers.main([*PEERS, "--repeats", "2", "--json", str(path)]) == 0
-    content = json.loads(path.read_text())
-    assert content["skipped"] == {} and content["transformers"]
-    (at,) = content["at"]
-    theirs = ["transformers, dynamic cache", "transformers, static cache"]
-    assert list(at["tokens_per_second_of"]) == [*peers.OURS, *theirs]
-    for row in at["tokens_per_second_of"].values():
-        check_times(row["tokens_per_second"])
-        assert row["tokens_before_difference"] == [16, 16]  # float32, and no near tie on the way
-    assert list(at["diffusion_over"]) == ["the faster of our ARs", *theirs]
-    (first,) = content["first_token"]
-    assert first["prompt_tokens"] == 1024 and list(first["ms"]) == ["orthrus_fast", *theirs]
-    assert "REPLAYED ACCEPTANCE" in capsys.readouterr().out
-
-
-def test_their_model_computes_our_logits_from_shared_memory() -> None:
-    args = peers.build_parser().parse_args(PEERS)
-    built = bench.build(args)
-    theirs = peers.their_model(built)
-    prompt = list(range(30))
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([prompt])).logits[0, -1]
-    assert torch.allclose(built.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
-    own = built.runner.model.layers[0].attention.qkv.weight
-    assert theirs.model.layers[0].self_attn.q_proj.weight.data_ptr() == own.data_ptr()
-
-
-def test_a_peer_that_is_absent_or_fails_is_skipped_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(prompt: list[int], n_tokens: int) -> peers.Run:
-        raise RuntimeError("out of\nmemory")
-
-    path = tmp_path / "peers.json"
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "transformers", None)
-        assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
-    absent = json.loads(path.read_text())["skipped"]
-    assert len(absent) == 2 and all("transformers" in why for why in absent.values())
-    monkeypatch.setattr(peers, "find_peers", lambda *_: {"mine": fail})
-    assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
-    assert json.loads(path.read_text())["skipped"] == {"mine": "RuntimeError: out of memory"}

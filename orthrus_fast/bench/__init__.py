@@ -27,9 +27,10 @@ from orthrus_fast.bench.common import (
     REPOSITORY,
     ROUNDS,
     Result,
+    release_memory,
     tell,
 )
-from orthrus_fast.bench.decoding import Decoded, decode, seeded, served_by
+from orthrus_fast.bench.decoding import Decoded, decode, endless, seeded, served_by
 from orthrus_fast.bench.interruption import heeding_sigterm, status
 from orthrus_fast.bench.passes import first_token_ms
 from orthrus_fast.bench.published import PUBLISHED, add_accept
@@ -63,6 +64,7 @@ __all__ = [
     "build_parser",
     "check_flags",
     "decode",
+    "endless",
     "expected_tokens_per_cycle",
     "first_token_ms",
     "heeding_sigterm",
@@ -72,6 +74,7 @@ __all__ = [
     "positive",
     "random_model",
     "random_prompts",
+    "release_memory",
     "replaced",
     "seeded",
     "served_by",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,3 +21,12 @@ def tell(text: str) -> None:
     """Progress, where someone watches."""
     if sys.stderr.isatty():
         print(f"{text} …", file=sys.stderr, flush=True)
+
+
+def release_memory() -> None:
+    """Give back what dropped decoders held; their graphs and steps refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

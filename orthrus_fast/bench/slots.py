@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from orthrus_fast.bench.common import Result, tell
+from orthrus_fast.bench.common import Result, release_memory, tell
 from orthrus_fast.bench.cycles import cycles_at
 from orthrus_fast.bench.decoding import endless
 from orthrus_fast.errors import RequestError, one_line
@@ -62,9 +61,7 @@ def slots_at(bench: Bench, n: int, context: int) -> Result:
         entry = {"slots": n, **{name: at[name] for name in COPIED}}
     except (RequestError, torch.OutOfMemoryError) as error:
         entry = {"slots": n, "why": one_line(str(error))}
-    gc.collect()  # out here, where no exception holds on to the decoder
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+    release_memory()  # out here, where no exception holds on to the decoder
     return entry
 
 

@@ -1,0 +1,138 @@
+"""Other programs beside ours: that all do the same work on the same weights, or are left out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import peers
+from orthrus_fast import bench
+
+
+def check_times(values: dict[str, float]) -> None:
+    assert 0 < values["p10"] <= values["median"] <= values["p90"]
+    assert values["n"] >= 1
+
+
+PEERS = ["--shape", "tiny", "--device", "cpu", "--contexts", "40", "--new-tokens", "16"]
+
+
+def test_peers_take_turns_on_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "peers.json"
+    assert peers.main([*PEERS, "--repeats", "2", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert content["skipped"] == {} and content["transformers"]
+    (at,) = content["at"]
+    names = ("dynamic cache", "static cache", "prompt lookup")
+    theirs = [f"transformers, {name}" for name in names]
+    assert list(at["tokens_per_second_of"]) == [*peers.OURS, *theirs]
+    for row in at["tokens_per_second_of"].values():
+        check_times(row["tokens_per_second"])
+        assert row["tokens_before_difference"] == [16, 16]  # float32, and no near tie on the way
+    rates = {n: row["tokens_per_second"]["median"] for n, row in at["tokens_per_second_of"].items()}
+    faster = max(rates["ar_padded"], rates["ar_one_row"])
+    for name, row in at["tokens_per_second_of"].items():
+        assert row["over_faster_ar"] == pytest.approx(rates[name] / faster)
+        assert row["texts_equal_share_by_dtype"] == {"float32": 1.0}
+    assert list(at["diffusion_over"]) == ["the faster of our ARs", *theirs]
+    (first,) = content["first_token"]
+    assert first["prompt_tokens"] == 1024 and list(first["ms"]) == ["orthrus_fast", *theirs]
+    assert "REPLAYED ACCEPTANCE" in capsys.readouterr().out
+
+
+def test_their_model_computes_our_logits_from_shared_memory() -> None:
+    args = peers.build_parser().parse_args(PEERS)
+    built = bench.build(args)
+    theirs = peers.their_model(built)
+    prompt = list(range(30))
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([prompt])).logits[0, -1]
+    assert torch.allclose(built.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
+    own = built.runner.model.layers[0].attention.qkv.weight
+    assert theirs.model.layers[0].self_attn.q_proj.weight.data_ptr() == own.data_ptr()
+
+
+def test_a_peer_that_is_absent_or_fails_is_skipped_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(prompt: list[int], n_tokens: int) -> peers.Run:
+        raise RuntimeError("out of\nmemory")
+
+    path = tmp_path / "peers.json"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
+    absent = json.loads(path.read_text())["skipped"]
+    assert len(absent) == 3 and all("transformers" in why for why in absent.values())
+    monkeypatch.setattr(peers, "find_peers", lambda *_: {"mine": fail})
+    assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["skipped"] == {"mine": "RuntimeError: out of memory"}
+
+
+def test_a_checkpoint_drafts_for_itself_and_texts_are_compared_in_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def almost(prompt: list[int], n_tokens: int) -> peers.Run:
+        text = ours["tokens"][:n_tokens]
+        return peers.Run([*text[:-1], text[-1] + 1], 1.0, 100.0)
+
+    def note(*args: Any, **named: Any) -> Any:
+        decoded = true_runs(*args, **named)
+        ours["tokens"] = decoded["ar_padded"].tokens[0]
+        return decoded
+
+    ours: dict[str, list[int]] = {}
+    true_runs = peers.our_runs
+    monkeypatch.setattr(peers, "our_runs", note)
+    monkeypatch.setattr(peers, "find_peers", lambda *_: {"almost": almost})
+    monkeypatch.setattr(peers, "first_tokens", lambda *_: [])
+    path = tmp_path / "peers.json"
+    flags = ["--device", "cpu", "--dtypes", "bfloat16,float32", "--sequences", "2"]
+    flags += ["--new-tokens", "12", "--max-seq-len", "1100", "--json", str(path)]
+    assert peers.main(flags) == 0
+    content = json.loads(path.read_text())
+    assert content["label"] == "the checkpoint's own drafts" and content["accept"] is None
+    assert list(content["by_dtype"]) == ["bfloat16", "float32"]
+    assert content["run"]["configuration"]["dtype"] == "bfloat16"
+    (at,) = content["at"]
+    assert at["prompts"] == 2 and at["tokens_per_cycle"] > 1.5  # its own drafts, on its own prompts
+    row = at["tokens_per_second_of"]["almost"]
+    assert row["texts_equal_share_by_dtype"] == {"bfloat16": 0.0, "float32": 0.0}
+    assert row["tokens_before_difference"] == [11, 11]
+    own = at["tokens_per_second_of"]["diffusion"]
+    assert own["texts_equal_share_by_dtype"] == {"bfloat16": 1.0, "float32": 1.0}
+    assert "THE CHECKPOINT'S OWN DRAFTS" in capsys.readouterr().out
+
+
+def test_a_pass_that_gives_several_tokens_is_counted_whole() -> None:
+    clock = peers.Clock()
+    clock.put(torch.zeros(1, 40))  # the prompt
+    clock.marks, clock.counts = [0.0, 1.0, 2.0, 3.0], [40, 3, 4, 2]
+    assert clock.tokens_per_second == 3.0  # 4 + 2 in two seconds; the first three came with 1.0
+    clock.marks, clock.counts = [0.0, 1.0], [40, 1]
+    assert clock.tokens_per_second == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--shape", "3B"], "invalid choice"),
+        (["--shape", "tiny", "--checkpoint", "model"], "does not go with --checkpoint"),
+        (["--dtype", "float32", "--dtypes", "bfloat16"], "--dtype does not go with --dtypes"),
+        (["--shape", "tiny", "--device", "cpu", "--dtypes", "float32,int3"], "dtype: 'int3'"),
+        (["--json", "/nowhere/r.json"], "no such directory"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(
+    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main([*flags, "--new-tokens", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and problem in error and error.count("\n") == 1
