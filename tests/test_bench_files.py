@@ -179,7 +179,7 @@ def test_an_interrupted_program_leaves_a_whole_file_and_goes_on(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.json"
-    flags = [*TINY, *SHORT, "--parts", "startup,slots", "--slots-list", "1,2,3,4,5,6,7,8,9,10"]
+    flags = [*TINY, *SHORT, "--parts", "startup,slots", "--slots-list", "1,2,3,4,5,6,7,8"]
     program = [sys.executable, "-m", "orthrus_fast.bench", *flags, "--json", str(path)]
     process = subprocess.Popen(
         program, cwd=bench.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -197,12 +197,14 @@ def test_an_interrupted_program_leaves_a_whole_file_and_goes_on(
 
     before = json.loads(path.read_text())
     held = [entry["slots"] for entry in before["unfinished"]["slots"]]
-    assert list(before["parts"]) == ["startup"] and 1 <= len(held) < 10
+    assert list(before["parts"]) == ["startup"] and 1 <= len(held) < 8
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+    if number == signal.SIGTERM:
+        return  # what follows is the same
     after = run(path, *flags)
     assert after["parts"]["startup"] == before["parts"]["startup"]
     at = after["parts"]["slots"]["at"]
-    assert [entry["slots"] for entry in at] == list(range(1, 11))
+    assert [entry["slots"] for entry in at] == list(range(1, 9))
     assert at[: len(held)] == before["unfinished"]["slots"]
     assert after["unfinished"] == {} and len(after["runs"]) == 2
 
@@ -340,7 +342,7 @@ def test_distinct_trigrams_by_hand() -> None:
 
 
 EMBEDDED = ["--device", "cpu", "--parts", "acceptance,identity", "--sequences", "3"]
-EMBEDDED += ["--new-tokens", "40", "--max-seq-len", "1100", "--contexts", "64"]
+EMBEDDED += ["--new-tokens", "24", "--max-seq-len", "1100", "--contexts", "64"]
 
 
 def test_acceptance_of_the_embedded_checkpoint(tmp_path: Path) -> None:
