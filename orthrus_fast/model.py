@@ -166,7 +166,7 @@ class Attention(nn.Module):
             v_cache,
         )
         caches, where = (k_cache, v_cache), (places.start, places.slot)
-        mixed = kernels.attend(q, *caches, *where, causal=causal, ahead=self.o.weight)
+        mixed = kernels.attend(q, *caches, *where, self.o.weight, causal=causal)
         return kernels.products.parts(mixed.flatten(-2), self.o.weight)
 
 

@@ -231,7 +231,7 @@ class CompiledRunner(EagerRunner):
             x = rows(o)
             q = x.view(*x.shape[:2], n_heads, -1)
             where = (cache.k[0], cache.v[0], self.state.length, self.state.slots)
-            kernels.attend(q, *where, causal=causal, ahead=o)
+            kernels.attend(q, *where, o, causal=causal)
 
         def multiply(product: Callable[..., object], weight: Tensor, *rest: object) -> None:
             product(rows(weight), weight, *rest)

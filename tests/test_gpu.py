@@ -350,7 +350,7 @@ def one_wider(attend: Attend) -> Attend:
     """A mask one wide: each row also sees the one after it."""
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         later = start + 1
         return attend(q.clone(), k, v, later, slot, causal=causal)
@@ -363,7 +363,7 @@ def stale_length(attend: Attend) -> Attend:
     last = torch.zeros(1, dtype=torch.int32, device=CUDA)
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         before = last.clone()
         last.copy_(start)
@@ -374,7 +374,7 @@ def stale_length(attend: Attend) -> Attend:
 
 def reads_scratch(attend: Attend) -> Attend:
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         return attend(q, k, v, start, slot, causal=False)
 
@@ -386,7 +386,7 @@ def splits_by_length(attend: Attend) -> Attend:
     from orthrus_fast.attention import triton
 
     def wrong(
-        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool, **_: Any
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         tiles = triton.Tiles(16, 64, 4, 2)
         other = triton._attend(q, k, v, start, slot, causal, ((64, None),), tiles)

@@ -206,8 +206,10 @@ def attend_by(runner: EagerRunner, attend: Attend) -> None:
 def adding(term: Callable[[Tensor], Tensor]) -> Attend:
     """The honest backend, and on top ``term`` of the rows' start [R] -> [R or 1, T or 1, 1, 1]."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, **view: Any) -> Tensor:
-        return sdpa.attend(q, k, v, start, slot, **view) + term(start)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
+    ) -> Tensor:
+        return sdpa.attend(q, k, v, start, slot, causal=causal) + term(start)
 
     return attend
 
@@ -224,9 +226,9 @@ def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
         v_cache: Tensor,
         start: Tensor,
         slot: Tensor,
+        ahead: Tensor | None = None,
         *,
         causal: bool,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         capacity, group = k_cache.shape[2], q.shape[2] // k_cache.shape[1]
         rows = []
@@ -316,15 +318,17 @@ def the_caches_last_row_is_read(runner: EagerRunner, patch: Patch) -> None:
 
 
 def verification_looks_both_ways(runner: EagerRunner, patch: Patch) -> None:
-    def attend(*arguments: Tensor, causal: bool, ahead: Tensor | None = None) -> Tensor:
+    def attend(*arguments: Tensor, causal: bool) -> Tensor:
         return sdpa.attend(*arguments, causal=False)
 
     attend_by(runner, attend)
 
 
 def every_slot_reads_the_first_ones_cache(runner: EagerRunner, patch: Patch) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, **view: Any) -> Tensor:
-        return sdpa.attend(q, k, v, start, torch.zeros_like(slot), **view)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
+    ) -> Tensor:
+        return sdpa.attend(q, k, v, start, torch.zeros_like(slot), causal=causal)
 
     attend_by(runner, attend)
 

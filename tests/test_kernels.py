@@ -730,7 +730,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     table = {shape: Tiles(64, 32, 2, 4, 2) for shape in shapes}
     own = FixedTileProducts(model.LibraryProducts(), table, SHARED)
 
-    def attend(q: Tensor, *rest: Tensor, causal: bool, ahead: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, *rest: Tensor | None, causal: bool) -> Tensor:
         return q
 
     kernels = model.Kernels(attend, rope.qk_norm_rope_write_op, norm.add_norm_op, own)

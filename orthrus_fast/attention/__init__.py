@@ -3,7 +3,7 @@
 A backend attends a short block of rows over the static cache, which already holds the block's own
 K and V:
 
-    attend(q, k_cache, v_cache, start, slot, *, causal, ahead) -> [R, T, n_heads, head_dim]
+    attend(q, k_cache, v_cache, start, slot, ahead, *, causal) -> [R, T, n_heads, head_dim]
 
 ``q`` [R, T, n_heads, head_dim]: row t of r sits at position ``start[r] + t`` of ``slot[r]``.
 ``k_cache``, ``v_cache`` [B, n_kv_heads, S, head_dim]; ``start``, ``slot`` [R]. Causal rows see the
@@ -34,9 +34,9 @@ class Attend(Protocol):
         v_cache: Tensor,
         start: Tensor,
         slot: Tensor,
+        ahead: Tensor | None = None,
         *,
         causal: bool,
-        ahead: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -99,8 +99,8 @@ def as_operator(name: str, attend: Any) -> Attend:
         f"orthrus_fast::attend_{name}",
         attend,
         mutates_args=(),
-        schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor slot, *, "
-        "bool causal, Tensor? ahead=None) -> Tensor",
+        schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor slot, "
+        "Tensor? ahead=None, *, bool causal) -> Tensor",
     )
     operator.register_fake(_empty_like_q)
     backend: Attend = operator
@@ -113,8 +113,8 @@ def _empty_like_q(
     v_cache: Tensor,
     start: Tensor,
     slot: Tensor,
+    ahead: Tensor | None = None,
     *,
     causal: bool,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -39,9 +39,9 @@ def find_attend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atte
         v_cache: Tensor,
         start: Tensor,
         slot: Tensor,
+        ahead: Tensor | None = None,
         *,
         causal: bool,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host."""
         out = flash(

@@ -17,9 +17,9 @@ def attend(
     v_cache: Tensor,
     start: Tensor,
     slot: Tensor,
+    ahead: Tensor | None = None,
     *,
     causal: bool,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """See ``orthrus_fast.attention`` for the shapes.
 
