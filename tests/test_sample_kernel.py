@@ -163,11 +163,14 @@ def test_the_kernels_keep_what_keep_keeps(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("top_k", [1, 2, 8, 19])
+@pytest.mark.parametrize("top_k", [1, 2, 8, 19, 100])
 def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
     interpreting: None, dtype: torch.dtype, top_k: int
 ) -> None:
-    """The bound is then the k-th greatest logit itself: one rank more would lose it."""
+    """The bound is then the k-th greatest logit itself: one rank more would lose it.
+
+    Of 100 there are fewer groups, and no bound.
+    """
     logits = torch.linspace(-3, 1, 150)
     heads = torch.arange(0, 150, 8)  # of 19 groups
     logits[heads] = 2 + heads / 64
@@ -176,8 +179,24 @@ def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
         settings = settings_of(SamplingParams(1.0, top_k, top_p))
         mask = kept(logits, settings)
         assert torch.equal(mask, keep(logits, settings))
-        if top_p is None:
+        if top_p is None and top_k <= 19:
             assert mask[0, 0].nonzero().flatten().tolist() == heads[-top_k:].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_threshold_tells_neighbouring_floats_apart(
+    interpreting: None, one_exp: None, dtype: torch.dtype, sign: int
+) -> None:
+    """120 logits that follow each other without a gap, in the dtype's steps."""
+    logits = sign * (1 + torch.arange(120.0) * torch.finfo(dtype).eps)
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(3))
+    logits = logits[order].to(dtype)[None, None]
+    for n in (1, 2, 10, 17, 36, 101, 119):
+        assert int(kept(logits, settings_of(SamplingParams(1.0, n))).sum()) == n
+        settings = settings_of(SamplingParams(1.0, top_p=n / 120))
+        mask = keep(logits, settings)
+        assert torch.equal(kept(logits, settings), mask) and 0 < int(mask.sum()) <= n + 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
