@@ -163,7 +163,7 @@ def test_the_kernels_keep_what_keep_keeps(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("top_k", [1, 2, 8, 19, 100])
+@pytest.mark.parametrize("top_k", [1, 2, 4, 19, 100])
 def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
     interpreting: None, dtype: torch.dtype, top_k: int
 ) -> None:
@@ -244,12 +244,13 @@ def test_what_is_gathered_is_what_may_decide(
     monkeypatch.setattr(kernel._Launcher, "start", recorded)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
     logits = torch.arange(150.0)[order].expand(3, 1, 150) / 8
-    params = (SamplingParams(1.0, 10), SamplingParams(1.0, top_p=0.9), SamplingParams(1.0))
+    params = (SamplingParams(1.0, k, p) for k, p in ((10, None), (None, 0.9), (150, 0.9)))
     kept(logits, settings_of(*params))
     assert 10 <= given["n"][0] <= 19 * 8
     values = given["values"][0, : given["n"][0]] * 8
     assert values.sort().values[-10:].tolist() == list(range(140, 150))
     assert 1 <= given["n"][1] <= 3  # a quarter of a temperature
+    assert given["n"][2] == given["n"][1]  # top-k is off
 
 
 # --- the machine code ---
