@@ -61,21 +61,19 @@ def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @triton.jit
-def share_kernel(out, N_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    begin, end = overlap.share_of(tl.program_id(0), tl.num_programs(0), N_ROWS)
+def share_kernel(out, N_ROWS: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin, end = overlap.share_of(tl.program_id(0), tl.num_programs(0), N_ROWS, MOST)
     tl.store(out + 2 * tl.program_id(0), begin)
     tl.store(out + 2 * tl.program_id(0) + 1, end)
 
 
-@pytest.mark.parametrize("n_rows, n_programs", [(1, 1), (7, 3), (6, 9), (2048, 72), (96, 32)])
-def test_every_row_is_fetched_by_one_program(
-    interpreting: None, n_rows: int, n_programs: int
-) -> None:
+@pytest.mark.parametrize("n_rows, n_programs", [(1, 1), (7, 3), (6, 9), (2048, 72), (96, 2)])
+def test_a_row_is_fetched_by_one_program(interpreting: None, n_rows: int, n_programs: int) -> None:
     out = torch.empty(n_programs, 2, dtype=torch.int32)
     with interpreted(sys.modules[__name__]):
-        share_kernel[n_programs,](out, n_rows)
+        share_kernel[n_programs,](out, n_rows, 32)
     rows = [row for begin, end in out.tolist() for row in range(begin, end)]
-    assert rows == list(range(n_rows))
+    assert rows == list(range(min(n_rows, 32 * n_programs)))
 
 
 def test_what_is_fetched_lies_within_the_weight_and_its_limit() -> None:

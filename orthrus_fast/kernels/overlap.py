@@ -71,9 +71,11 @@ def _can_be_fetched(weight: Tensor) -> bool:
 
 
 @triton.jit
-def share_of(program, n_programs, N_ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The rows, from … to, that one of ``n_programs`` fetches."""
-    share = tl.cdiv(N_ROWS, n_programs)
+def share_of(  # type: ignore[no-untyped-def]
+    program, n_programs, N_ROWS: tl.constexpr, MOST: tl.constexpr
+):
+    """The rows, from … to, that one of ``n_programs`` fetches: its part, but at most ``MOST``."""
+    share = tl.minimum(tl.cdiv(N_ROWS, n_programs), MOST)
     begin = tl.minimum(program * share, N_ROWS)
     return begin, tl.minimum(begin + share, N_ROWS)
 
@@ -88,26 +90,28 @@ def fetch(  # type: ignore[no-untyped-def]
     N_BYTES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Ask for this program's share of a ``Head``; nothing waits, and no value depends on it."""
+    """Ask for this program's share of a ``Head``; nothing waits, and no value depends on it.
+
+    One row a thread, for asking takes its time: one-row AR, whose norm is one program, would wait.
+    """
     if OVERLAP and N_BYTES > 0:
         LANES: tl.constexpr = tl.extra.cuda.num_threads()
-        begin, end = share_of(program, n_programs, N_ROWS)
-        for first in range(begin, end, LANES):
-            row = first + tl.arange(0, LANES)
-            tl.inline_asm_elementwise(
-                """{
-                    .reg .pred inside;
-                    setp.ne.s32 inside, $2, 0;
-                    @inside cp.async.bulk.prefetch.L2.global [$1], $3;
-                    mov.b32 $0, 0;
-                }""",
-                "=r,l,r,r",
-                [
-                    weight.to(tl.int64) + row.to(tl.int64) * ROW_BYTES,
-                    (row < end).to(tl.int32),
-                    tl.full((LANES,), N_BYTES, tl.int32),
-                ],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        begin, end = share_of(program, n_programs, N_ROWS, LANES)
+        row = begin + tl.arange(0, LANES)
+        tl.inline_asm_elementwise(
+            """{
+                .reg .pred inside;
+                setp.ne.s32 inside, $2, 0;
+                @inside cp.async.bulk.prefetch.L2.global [$1], $3;
+                mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            [
+                weight.to(tl.int64) + row.to(tl.int64) * ROW_BYTES,
+                (row < end).to(tl.int32),
+                tl.full((LANES,), N_BYTES, tl.int32),
+            ],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

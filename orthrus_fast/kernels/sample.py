@@ -161,8 +161,8 @@ def _edge(best, heat, depth):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _need(held, p):  # type: ignore[no-untyped-def]
-    """The mass that makes top_p of ``held``; 0, which the best holds, too, where p rounded to 0."""
-    return p.to(tl.float64) * held.to(tl.float64)
+    """The mass that makes top_p of ``held``; p may be 0 once it is a float32."""
+    return tl.maximum(p.to(tl.float64) * held.to(tl.float64), 1.0)
 
 
 @triton.jit
