@@ -93,6 +93,25 @@ def replace(path: Path, old: str, new: str) -> None:
 # The committed pages.
 
 
+def test_a_run_that_was_ended_shows_the_slots_it_came_to() -> None:
+    part = RESULT["parts"]["slots"]
+    numbers = [at["slots"] for at in part["at"]]
+
+    def cut(content: Any) -> None:
+        content["arguments"] |= {"contexts": [part["context"]], "slots_list": numbers}
+        content["arguments"]["accept"] = part["accept_asked"]
+        del content["parts"]["slots"]
+        content["unfinished"] = {"slots": part["at"][:2]}
+
+    file = ResultFile(Path("cut.json"), changed(cut))
+    whole, got = ResultFile(Path("whole.json"), RESULT), file.parts["slots"]
+    assert got["at"] == part["at"][:2]
+    assert got["left_out"] == [{"slots": n, "why": "the run ended before"} for n in numbers[2:]]
+    for name in ("accept_asked", "context"):
+        assert got[name] == whole.parts["slots"][name]
+    assert ",slots" in file.command()
+
+
 def test_the_pages_of_this_repository_agree_with_their_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -40,11 +40,33 @@ class ResultFile:
     def parts(self) -> dict[str, Result]:
         """What was measured, by part; the breakdown by kernel and a peers' file count as parts."""
         parts = {n: p for n, p in self.content.get("parts", {}).items() if "skipped" not in p}
+        if self._unfinished.get("slots"):
+            parts.setdefault("slots", self._slots_so_far())
         if "kernels" in self.content:
             parts["kernels"] = {"kernels": self.content["kernels"]}
         if "transformers" in self.content:
             parts["peers"] = self.content
         return parts
+
+    @property
+    def _unfinished(self) -> Result:
+        """The steps that were done of parts that were not."""
+        unfinished: Result = self.content.get("unfinished", {})
+        return unfinished
+
+    def _slots_so_far(self) -> Result:
+        """The part of throughput as far as a run that was ended early came with it."""
+        arguments, entries = self.arguments, self._unfinished["slots"]
+        done, contexts = {entry["slots"] for entry in entries}, arguments["contexts"]
+        missing = [n for n in arguments["slots_list"] if n not in done]
+        why = "the run ended before"
+        return {
+            "accept_asked": arguments["accept"],
+            "context": contexts[len(contexts) // 2],
+            "at": [entry for entry in entries if "why" not in entry],
+            "left_out": [entry for entry in entries if "why" in entry]
+            + [{"slots": n, "why": why} for n in sorted(missing)],
+        }
 
     @property
     def model(self) -> str:
@@ -89,7 +111,8 @@ class ResultFile:
             elif own or value != parser.get_default(name):
                 words += _flag(name, value)
         if not peers:
-            words.append(f"--parts {','.join(self.content['parts'])}")
+            parts = [*self.content["parts"], *self._unfinished]
+            words.append(f"--parts {','.join(parts)}")
         if "kernels" in self.content:
             words.append("--profile trace.json")
         return " ".join(words)
