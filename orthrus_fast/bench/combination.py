@@ -14,7 +14,6 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.clocks import measuring, place, random_cache, time_cycles, time_steps
 from orthrus_fast.bench.common import Result, tell
@@ -25,8 +24,6 @@ from orthrus_fast.bench.streaming import ceiling, shares
 from orthrus_fast.bench.subject import Bench, build, random_prompts
 from orthrus_fast.errors import OrthrusError, one_line
 
-if TYPE_CHECKING:
-    pass
 
 IDENTITY_TOKENS = 64  # at most, a slot
 
