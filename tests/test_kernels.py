@@ -98,6 +98,48 @@ def test_what_the_chip_would_refuse_is_not_fetched() -> None:
             assert head == (0, 0, 0)
 
 
+@pytest.mark.parametrize("view", model.View)
+def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None:
+    """Told another, it would only be slow."""
+    layer = model.Layer(shape_config("tiny"), draft_view=True).requires_grad_(False)
+    for weight in layer.parameters():
+        weight.fill_(0.1)
+    told: list[Tensor | None] = []
+    read: list[tuple[int, Tensor]] = []  # a weight, and how many were told of before
+
+    class Noting(model.LibraryProducts):
+        def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+            read.append((len(told), weight))
+            return super().parts(x, weight)
+
+        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+            read.append((len(told), weight))
+            told.append(ahead)
+            return super().swiglu(x, weight)
+
+    def attend(q: Tensor, *rest: Any, causal: bool) -> Tensor:
+        told.append(rest[4])
+        return q
+
+    def add_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
+        told.append(arguments[4])
+        return model.add_norm(*arguments)
+
+    inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
+    names = ("positions", "slot", "positions", "cos", "sin")
+    places = model.Places(*(inputs[name] for name in names))
+    x, update = torch.randn(2, 2, 3, 64)
+    kernels = model.Kernels(attend, model.qk_norm_rope_write, add_norm, Noting())
+    caches = inputs["k_cache"], inputs["v_cache"]
+    layer(x, update[None], places, *caches, kernels, view)
+    attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention
+    assert attention is not None
+    order = [attention.qkv, attention.o, layer.gate_up, layer.down]
+    assert len(told) == len(read) == 4
+    for n, (linear, ahead, (n_told, weight)) in enumerate(zip(order, told, read, strict=True)):
+        assert ahead is linear.weight is weight and n_told == n + 1
+
+
 # qk_norm_rope_write
 
 
