@@ -77,9 +77,10 @@ def differing_prompts(decoder: Decoder, max_new_tokens: int) -> list[int]:
     return [i for i in range(len(prompts)) if ar[i] != diffusion[i]]
 
 
-def test_both_modes_agree_on_every_held_out_prompt(decoder: Decoder) -> None:
+def test_both_modes_agree_on_every_held_out_prompt() -> None:
     assert len(HELD_OUT) >= 128
-    assert differing_prompts(decoder, 48) == []
+    several = orthrus_fast.load(MODEL, device="cpu", slots=8)  # sooner done than one by one
+    assert differing_prompts(several, 48) == []
 
 
 def test_texts_are_the_judges(decoder: Decoder) -> None:

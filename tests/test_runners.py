@@ -443,7 +443,8 @@ def test_torchs_own_graphs_hear_of_each_pass(
     assert begun == []  # a CPU has no graphs
     assert isinstance(runner, runners.CompiledRunner)
     runner._torchs_graphs = True
-    runner._warm_up(16, False)
+    with torch.inference_mode(), runners.compiler_limits():  # as ``prepare`` calls it
+        runner._warm_up(16, False)
     assert len(begun) == 2 * runners.RECORDED_AFTER
     runner.launch(True, 16)
     assert len(begun) == 2 * runners.RECORDED_AFTER + 2
