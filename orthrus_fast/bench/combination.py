@@ -24,7 +24,6 @@ from orthrus_fast.bench.streaming import ceiling, shares
 from orthrus_fast.bench.subject import Bench, build, random_prompts
 from orthrus_fast.errors import OrthrusError, one_line
 
-
 IDENTITY_TOKENS = 64  # at most, a slot
 
 
