@@ -21,6 +21,7 @@ from orthrus_fast.bench_report.command import REPOSITORY
 from orthrus_fast.bench_report.files import ResultFile, read_result
 from orthrus_fast.bench_report.joined import JOINED
 from orthrus_fast.bench_report.pages import PAGES
+from orthrus_fast.errors import RequestError
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bench"
 RESULT = json.loads((FIXTURES / "result.json").read_text(encoding="utf-8"))
@@ -100,6 +101,7 @@ def test_a_run_that_was_ended_shows_the_slots_it_came_to() -> None:
     def cut(content: Any) -> None:
         content["arguments"] |= {"contexts": [part["context"]], "slots_list": numbers}
         content["arguments"]["accept"] = part["accept_asked"]
+        content["runs"][-1]["configuration"]["max_seq_len"] = 4096
         del content["parts"]["slots"]
         content["unfinished"] = {"slots": part["at"][:2]}
 
@@ -110,6 +112,9 @@ def test_a_run_that_was_ended_shows_the_slots_it_came_to() -> None:
     for name in ("accept_asked", "context"):
         assert got[name] == whole.parts["slots"][name]
     assert ",slots" in file.command()
+    del file.content["arguments"]["contexts"]
+    with pytest.raises(RequestError, match="cut.json: unfinished: has no 'contexts'"):
+        _ = file.parts
 
 
 def test_the_pages_of_this_repository_agree_with_their_files(

@@ -9,7 +9,7 @@ from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import ROUNDS, Result, tell
 from orthrus_fast.bench.decoding import decode, endless
 from orthrus_fast.bench.replay import Replay, expected_tokens_per_cycle, replaced
-from orthrus_fast.bench.subject import random_prompts
+from orthrus_fast.bench.subject import random_prompts, with_room
 
 if TYPE_CHECKING:
     from orthrus_fast.bench.subject import Bench
@@ -20,7 +20,7 @@ def cycles(bench: Bench) -> Result:
     if not bench.drafting:
         return {"skipped": "no draft view"}
     n_tokens, limit = bench.args.new_tokens, bench.decoder.max_seq_len
-    fitting = [context for context in bench.contexts if context + n_tokens <= limit]
+    fitting = with_room(bench.contexts, n_tokens, limit)
     with endless(bench.runner):
         at = [cycles_at(bench, context) for context in fitting]
     return {

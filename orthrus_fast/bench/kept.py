@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-Result = dict[str, Any]
+from orthrus_fast.bench.common import Result
 
 
 class Kept:

@@ -9,14 +9,10 @@ import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.common import REPOSITORY, Result
 from orthrus_fast.bench.kept import Kept
 from orthrus_fast.errors import RequestError
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 2  # of the JSON file
 # Arguments that say nothing of what is measured: where results go, and which ones.
@@ -39,8 +35,6 @@ class Report:
         }
         if self.path is not None and self.path.exists():
             self.content = self._held(self.path, self.content["arguments"])
-        elif self.path is not None and not self.path.absolute().parent.is_dir():
-            raise RequestError(f"json: {self.path}: there is no such directory")
 
     @staticmethod
     def _held(path: Path, arguments: Result) -> Result:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orthrus_fast.bench.common import Result, release_memory, tell
 from orthrus_fast.bench.cycles import cycles_at
 from orthrus_fast.bench.decoding import endless
+from orthrus_fast.bench.subject import with_room
 from orthrus_fast.errors import RequestError, one_line
 
 if TYPE_CHECKING:
@@ -32,10 +34,9 @@ def slots(bench: Bench) -> Result:
     if not bench.drafting:
         return {"skipped": "no draft view"}
     n_tokens, limit = bench.args.new_tokens, bench.decoder.max_seq_len
-    fitting = [context for context in bench.contexts if context + n_tokens <= limit]
-    if not fitting:
+    context = choose_context(bench.contexts, n_tokens, limit)
+    if context is None:
         return {"skipped": f"max_seq_len {limit} has no room for {n_tokens} tokens after a context"}
-    context = fitting[len(fitting) // 2]
     for n in bench.args.slots_list:
         if bench.kept.find("slots", slots=n) is None:
             bench.kept.add("slots", slots_at(bench, n, context))
@@ -50,6 +51,12 @@ def slots(bench: Bench) -> Result:
         "at": [entry for entry in entries if "why" not in entry],
         "left_out": [entry for entry in entries if "why" in entry],
     }
+
+
+def choose_context(contexts: Sequence[int], n_tokens: int, max_seq_len: int) -> int | None:
+    """The middle one of those that leave room, if there is one."""
+    fitting = with_room(contexts, n_tokens, max_seq_len)
+    return fitting[len(fitting) // 2] if fitting else None
 
 
 def slots_at(bench: Bench, n: int, context: int) -> Result:

@@ -98,6 +98,11 @@ def choose_contexts(args: argparse.Namespace, max_seq_len: int) -> tuple[int, ..
     return tuple(context for context in args.contexts or CONTEXTS if context < max_seq_len)
 
 
+def with_room(contexts: Sequence[int], n_tokens: int, max_seq_len: int) -> list[int]:
+    """The contexts after which ``n_tokens`` more fit."""
+    return [context for context in contexts if context + n_tokens <= max_seq_len]
+
+
 def build_shape(args: argparse.Namespace, device: torch.device) -> Decoder:
     from orthrus_fast.decoder import (
         Decoder,

@@ -41,7 +41,7 @@ class ResultFile:
         """What was measured, by part; the breakdown by kernel and a peers' file count as parts."""
         parts = {n: p for n, p in self.content.get("parts", {}).items() if "skipped" not in p}
         if self._unfinished.get("slots"):
-            parts.setdefault("slots", self._slots_so_far())
+            parts.setdefault("slots", guarded(self, "unfinished", self._slots_so_far))
         if "kernels" in self.content:
             parts["kernels"] = {"kernels": self.content["kernels"]}
         if "transformers" in self.content:
@@ -56,13 +56,17 @@ class ResultFile:
 
     def _slots_so_far(self) -> Result:
         """The part of throughput as far as a run that was ended early came with it."""
+        from orthrus_fast.bench.slots import choose_context
+        from orthrus_fast.bench.subject import CONTEXTS
+
         arguments, entries = self.arguments, self._unfinished["slots"]
-        done, contexts = {entry["slots"] for entry in entries}, arguments["contexts"]
+        limit = self.run_of("slots")["configuration"]["max_seq_len"]
+        contexts, done = arguments["contexts"] or CONTEXTS, {entry["slots"] for entry in entries}
         missing = [n for n in arguments["slots_list"] if n not in done]
         why = "the run ended before"
         return {
             "accept_asked": arguments["accept"],
-            "context": contexts[len(contexts) // 2],
+            "context": choose_context(contexts, arguments["new_tokens"], limit),
             "at": [entry for entry in entries if "why" not in entry],
             "left_out": [entry for entry in entries if "why" in entry]
             + [{"slots": n, "why": why} for n in sorted(missing)],
