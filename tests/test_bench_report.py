@@ -186,6 +186,10 @@ def test_of_many_kernels_the_small_ones_are_summed_up() -> None:
     table = bench_report.TABLES["kernels"]({"kernels": [one] * 20})
     assert len(table.rows) == 16 and table.rows[0][0] == f"`{'k' * 59}…`"
     assert table.notes == ("4 more kernels: 20.0% together",)
+    assert table.title == "kernels of a cycle, 100 µs together; those that overlap count in full"
+    small = one | {"us_per_cycle": 0.05, "share": 0.0005}
+    table = bench_report.TABLES["kernels"]({"kernels": [one, small, small]})
+    assert len(table.rows) == 1 and table.notes == ("2 more kernels: 0.1% together",)
 
 
 def test_both_shares_of_a_pass_are_derived_from_its_bytes() -> None:

@@ -351,11 +351,14 @@ def _prefill(part: Result) -> Table:
     return Table("time to first token", ("prompt", "ms", "tokens/s"), rows)
 
 
-KERNELS_SHOWN = 16
+KERNELS_SHOWN = 16  # at most, and
+WORTH_A_ROW = 0.001  # of the sum
 
 
 def _kernels(part: Result) -> Table:
-    shown, rest = part["kernels"][:KERNELS_SHOWN], part["kernels"][KERNELS_SHOWN:]
+    kernels = part["kernels"]  # the longest first
+    n_shown = sum(of["share"] >= WORTH_A_ROW for of in kernels[:KERNELS_SHOWN])
+    shown, rest = kernels[:n_shown], kernels[n_shown:]
     rows = [
         (
             f"`{of['name'] if len(of['name']) <= 60 else of['name'][:59] + '…'}`",
@@ -367,7 +370,10 @@ def _kernels(part: Result) -> Table:
     ]
     share = percent(sum(of["share"] for of in rest))
     notes = (f"{len(rest)} more kernels: {share} together",) if rest else ()
-    return Table("kernels of a cycle", ("kernel", "a cycle", "µs a cycle", "share"), rows, notes)
+    total = short(sum(of["us_per_cycle"] for of in kernels))
+    title = f"kernels of a cycle, {total} µs together; those that overlap count in full"
+    columns = ("kernel", "a cycle", "µs from start to end", "share of the sum")
+    return Table(title, columns, rows, notes)
 
 
 TABLES: dict[str, Callable[[Result], Table]] = {
