@@ -28,7 +28,7 @@ _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
 
-_MINUS_INFINITY_RANK = 0x007FFFFF  # below it and above +inf lie the NaNs
+MINUS_INFINITY_RANK = 0x007FFFFF  # below it and above +inf lie the NaNs
 
 _MAX_TEMPERATURE = 1e30  # temperature times noise stays finite in float32
 _CHECKPOINT_DECIDES = ("temperature", "top_k", "top_p", "min_p")
@@ -254,8 +254,7 @@ def keep(logits: Tensor, settings: Settings) -> Tensor:
     (V = 151,936), so that their sums are exact in any order; what is rarer weighs nothing and is
     kept only with top-p off.
     """
-    n_bits = 9 - round(math.log2(torch.finfo(logits.dtype).eps)) if logits.itemsize < 4 else 32
-    vocab_size = logits.shape[-1]
+    n_bits, vocab_size = bits_that_differ(logits.dtype), logits.shape[-1]
     top_k, top_p, min_p = (
         value[:, None, None] for value in (settings.top_k, settings.top_p, settings.min_p)
     )
@@ -281,12 +280,21 @@ def keep(logits: Tensor, settings: Settings) -> Tensor:
 def _mass(logits: Tensor, best: Tensor, temperature: Tensor) -> Tensor:
     """logits [B, T, V] -> int64 [B, T, V]: probability over the best's, in fixed point.
 
-    The scale is the greatest at which a sum over the vocabulary fits. Equality is asked first, so
-    that an infinite best (of a row of -inf, say) has weight 1 and not NaN.
+    Equality is asked first, so that an infinite best (of a row of -inf, say) has weight 1, not NaN.
     """
     weight = torch.exp((logits - best) / temperature)
     weight = torch.where(logits == best, 1.0, weight)
-    return (weight * 2.0 ** (62 - logits.shape[-1].bit_length())).long()
+    return (weight * mass_scale(logits.shape[-1])).long()
+
+
+def mass_scale(vocab_size: int) -> float:
+    """The fixed-point weight of the best logit: the greatest at which a vocabulary's sum fits."""
+    return 2.0 ** (62 - vocab_size.bit_length())
+
+
+def bits_that_differ(dtype: torch.dtype) -> int:
+    """How many leading bits of a float32 tell values apart that came from ``dtype``."""
+    return 9 - round(math.log2(torch.finfo(dtype).eps)) if dtype.itemsize < 4 else 32
 
 
 def _threshold(logits: Tensor, mass: Tensor | None, need: Tensor, n_bits: int) -> Tensor:
@@ -315,5 +323,5 @@ def _float_of_rank(rank: Tensor) -> Tensor:
 
     Floats of one sign are ordered as their bits are; the negative ones run backwards.
     """
-    key = rank.clamp(min=_MINUS_INFINITY_RANK) - 2**31
+    key = rank.clamp(min=MINUS_INFINITY_RANK) - 2**31
     return torch.where(key < 0, key ^ 0x7FFFFFFF, key).to(torch.int32).view(torch.float32)

@@ -80,7 +80,7 @@ def differing_prompts(decoder: Decoder, max_new_tokens: int) -> list[int]:
 def test_both_modes_agree_on_every_held_out_prompt() -> None:
     assert len(HELD_OUT) >= 128
     several = orthrus_fast.load(MODEL, device="cpu", slots=8)  # sooner done than one by one
-    assert differing_prompts(several, 48) == []
+    assert differing_prompts(several, 24) == []  # 256 on a GPU: benchmarks/README.md
 
 
 def test_texts_are_the_judges(decoder: Decoder) -> None:

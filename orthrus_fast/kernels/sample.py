@@ -25,7 +25,6 @@ knows that all the kernels before are done, and scratch may be written anew.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus_fast.kernels.overlap import overlaps, release, wait
+from orthrus_fast.sampling import MINUS_INFINITY_RANK, bits_that_differ, mass_scale
 
 
 class Blocks(NamedTuple):
@@ -58,7 +58,7 @@ class Warps(NamedTuple):
 
 
 BLOCKS, WARPS = Blocks(), Warps()
-_LEAST_RANK = tl.constexpr(0x007FFFFF)  # of -inf; below it and above +inf lie the NaNs
+_LEAST_RANK = tl.constexpr(MINUS_INFINITY_RANK)
 _NO_TOKEN = tl.constexpr(2147483647)
 _N_EDGES = tl.constexpr(8)
 _N_WEIGHINGS = tl.constexpr(2)
@@ -515,8 +515,7 @@ def _find_floors(
     logits, vocab, start = rows.logits, rows.logits.shape[1], rows.start
     n_groups, n_chunks = triton.cdiv(vocab, BLOCKS.group), triton.cdiv(vocab, BLOCKS.chunk)
     groups = (n_groups, BLOCKS.group, BLOCKS.chunk)
-    scale = 2.0 ** (62 - vocab.bit_length())
-    n_bits = 9 - round(math.log2(torch.finfo(logits.dtype).eps)) if logits.itemsize < 4 else 32
+    scale, n_bits = mass_scale(vocab), bits_that_differ(logits.dtype)
     maxima, bests, bounds, floors = (rows.scratch(*shape) for shape in ((n_groups,), (), (), ()))
     held = rows.scratch(_N_WEIGHINGS.value, _N_EDGES.value, dtype=torch.int64)
     n_gathered = rows.scratch(dtype=torch.int32)
