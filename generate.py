@@ -152,9 +152,16 @@ def run(args: argparse.Namespace) -> int:
     if "expected" in demo and result.finish_reason == "eos":
         equal = as_parsed(result.text) == demo["expected"]
         print(f"the JSON {'equals' if equal else 'DIFFERS FROM'} the table", file=sys.stderr)
-    verdict = None if interrupted or not args.check else check(decoder, args, ids, result)
-    if args.json:
-        print(as_json(decoder, args, result, verdict), flush=True)
+    verdict = None
+    try:
+        if args.check and not interrupted:
+            verdict = check(decoder, args, ids, result)
+    except KeyboardInterrupt:
+        print("check: interrupted", file=sys.stderr)
+        interrupted = True
+    finally:  # whatever became of the check, the first decode is done
+        if args.json:
+            print(as_json(decoder, args, result, verdict), flush=True)
     if interrupted:
         return 130
     return 0 if verdict is None or verdict["identical"] else 1

@@ -13,7 +13,6 @@ each of --dtypes, not asserted: another program rounds otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from orthrus_fast import bench as own
+from orthrus_fast.bench.common import write_whole
 from orthrus_fast.bench.prompts import chosen_prompts, prompts_file
 from orthrus_fast.errors import OrthrusError, RequestError, one_line
 
@@ -263,9 +263,10 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {"the faster of our ARs": diffusion / faster, **others}
 
 
-def first_tokens(bench: Bench, peers: dict[str, Peer], skipped: dict[str, str]) -> list[Any]:
+def first_tokens(
+    bench: Bench, peers: dict[str, Peer], skipped: dict[str, str]
+) -> Iterator[dict[str, Any]]:
     """Milliseconds to the first token at each prompt length that fits."""
-    results = []
     for length in own.PREFILL_LENGTHS:
         if length >= bench.decoder.max_seq_len:
             continue
@@ -282,8 +283,7 @@ def first_tokens(bench: Bench, peers: dict[str, Peer], skipped: dict[str, str]) 
                 row[name] = own.summary(spans[1:])  # the first one warms up
             except Exception as error:
                 skipped[name] = reason(error)
-        results.append({"prompt_tokens": length, "ms": row})
-    return results
+        yield {"prompt_tokens": length, "ms": row}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -380,8 +380,9 @@ def compare_in(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for context, prompts in prompts_of(bench):
         found["at"].append(measure(bench, peers, skipped, context, prompts))
         yield found
-    found["first_token"] = first_tokens(bench, peers, skipped)
-    yield found
+    for row in first_tokens(bench, peers, skipped):
+        found["first_token"].append(row)
+        yield found
 
 
 def add_shares(result: dict[str, Any]) -> None:
@@ -405,7 +406,7 @@ def check_dtypes(names: list[str]) -> None:
 
 def write(path: str | None, result: dict[str, Any]) -> None:
     if path is not None:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(Path(path), result)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -417,6 +418,8 @@ def main(arguments: list[str] | None = None) -> int:
             if args.dtype is not None and args.dtypes is not None:
                 raise RequestError("--dtype does not go with --dtypes")
             check_dtypes(args.dtypes or [])
+            if args.json is not None and Path(args.json).exists():
+                raise RequestError(f"json: {args.json}: exists; name another file, or remove it")
             show(compare(args))
         return 0
     except OrthrusError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -29,6 +30,7 @@ from orthrus_fast.errors import CheckpointError, PromptError, TemplateError, one
 MAX_TEMPLATE_BYTES = 2**18  # the longest templates of the field have some 30 kB
 MAX_OUTPUT = 2**24  # characters of a rendered prompt
 MAX_LENGTH = 2**20  # of what one operator makes: characters, entries, or bits of a number
+MAX_PIECES = 100_000  # taken to be joined where nobody knows: what jinja's ``range`` may have
 MAX_NUMBER = 9999  # that a filter or method of text may be given: widths, counts, indents
 
 
@@ -182,7 +184,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         if isinstance(function, BuiltinMethodType) and isinstance(function.__self__, (str, int)):
-            _check_numbers(function.__name__, [*args, *kwargs.values()])
+            values = [*args, *kwargs.values()]
+            _check_numbers(function.__name__, values)
+            _check_texts(function.__name__, function.__self__, values)
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -225,13 +229,34 @@ def _check_numbers(name: str, values: Sequence[Any]) -> None:
         raise SecurityError(f"{name} with a number above {MAX_NUMBER}")
 
 
+def _check_texts(name: str, value: Any, values: Sequence[Any]) -> None:
+    """Refuse to put a text into another so often that the result is huge."""
+    texts = [text for text in values if isinstance(text, str)]
+    if name == "replace" and len(texts) > 1:
+        text, (old, new) = str(value), texts[:2]
+        length = (text.count(old) if old else len(text) + 1) * len(new)
+    elif name == "join":  # a method's value is the separator, a filter's is what is joined
+        sizes = [len(v) if hasattr(v, "__len__") else MAX_PIECES for v in (value, *values)]
+        length = math.prod(sizes[:2]) if len(sizes) > 1 else 0
+    elif name in ("indent", "translate"):
+        tables = [table.values() for table in values if isinstance(table, Mapping)]
+        texts += [text for table in tables for text in table if isinstance(text, str)]
+        length = len(str(value)) * max(map(len, texts), default=0)
+    else:
+        return
+    if length > MAX_OUTPUT:
+        raise SecurityError(f"{name} makes a text longer than {MAX_OUTPUT}")
+
+
 def _small(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that refuses large numbers in its arguments; what it filters may be any."""
 
     @functools.wraps(function)  # keeps jinja's mark for a context as first argument
     def checked(*args: Any, **kwargs: Any) -> Any:
         skipped = 2 if hasattr(function, "jinja_pass_arg") else 1  # the context, and the value
-        _check_numbers(name, [*args[skipped:], *kwargs.values()])
+        value, values = args[skipped - 1], [*args[skipped:], *kwargs.values()]
+        _check_numbers(name, values)
+        _check_texts(name, value, values)
         if name == "format":
             _check_widths(str(args[0]))
         return function(*args, **kwargs)

@@ -136,14 +136,20 @@ def load_model(
             if progress is not None:
                 progress(done, total)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise  # a fault of ours; CPU and CUDA both say "memory" where it ran out
+        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+            raise  # a fault of ours
         size = f"{checkpoint.config.n_weights * dtype.itemsize / 1e9:.2f} GB"
         raise CheckpointError(
             f"{checkpoint.name}: {size} of weights do not fit into the memory of {device}; "
             "use a smaller dtype, a smaller checkpoint, or another device"
         ) from None
     return model
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA's and the CPU's words; "illegal memory access" is something else."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(said in str(error) for said in words)
 
 
 def tensor_views(model: Transformer) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Generation:
 
     text: str
     tokens: list[int]
-    finish_reason: str | None  # eos, length, error; None: the stream was left before its end
+    finish_reason: str | None  # eos, length, stop, error; None: the stream was left early
     seed: int | None
     stats: Stats | None  # None where nothing came: an error, or a stream left at once
     error: str | None = None

@@ -365,9 +365,18 @@ def qk_norm_rope_write(
     n_heads = heads.shape[-2] - 2 * n_kv_heads
     q, k, v = torch.split(heads, [n_heads, n_kv_heads, n_kv_heads], dim=-2)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    write_rows(k_cache, rotate(rms_norm(k, k_norm, eps), cos, sin), positions, slot)
-    write_rows(v_cache, v, positions, slot)
+    write_rows(k_cache, finite(rotate(rms_norm(k, k_norm, eps), cos, sin)), positions, slot)
+    write_rows(v_cache, finite(v), positions, slot)
     return rotate(rms_norm(q, q_norm, eps), cos, sin)
+
+
+def finite(x: Tensor) -> Tensor:
+    """x with 0 for what has overflowed, so that the cache is finite.
+
+    A weight of 0 does not hide a key or value that is not: it would reach rows that do not see it,
+    and the slot's next owner.
+    """
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

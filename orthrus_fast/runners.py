@@ -79,7 +79,7 @@ class EagerRunner:
         self.cache = cache
         self.device = state.tokens.device
         self.seconds: dict[str, float] = {}  # what preparing took, by stage
-        self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next one
+        self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next pass
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
         self._settle = steps.settle
         self._sampled = steps.sampled
@@ -105,14 +105,16 @@ class EagerRunner:
     ) -> First:
         """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
         params = params or SamplingParams()
-        ids = self.ids(prompt)
-        self.state.settings.put(slot, params)
-        logits = self.prefill_logits(ids, slot)
-        first = steps.first_token(self.state, slot, logits, len(prompt), params.temperature > 0)
-        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
-        logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
-        return First(int(first), bool(self.state.done[slot]), logprob)
+        with plain_arithmetic(self.device):
+            ids = self.ids(prompt)
+            self.state.settings.put(slot, params)
+            logits = self.prefill_logits(ids, slot)
+            first = steps.first_token(self.state, slot, logits, len(prompt), params.temperature > 0)
+            steps.open_slot(self.state, slot, ids, first, limit, self.eos)
+            logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
+            return First(int(first), bool(self.state.done[slot]), logprob)
 
+    @torch.inference_mode()
     def close(self, slot: int) -> None:
         """End a slot from the host's side: what a stop string does."""
         self.state.done[slot] = True
@@ -296,6 +298,7 @@ class GraphRunner(CompiledRunner):
     ) -> None:
         super().__init__(model, state, cache, kernels)
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
         self._draft_graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._verify_graphs: dict[
             tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
@@ -304,7 +307,7 @@ class GraphRunner(CompiledRunner):
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False) -> None:
         """Compile and capture for blocks of ``width`` rows."""
-        if (width, sampling) in self._prepared:
+        if (width, sampling) in self._verify_graphs:  # what is captured last
             return
         super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
@@ -317,7 +320,10 @@ class GraphRunner(CompiledRunner):
 
     def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        if self._stream is None:  # torch's own is of one device, whichever captured first
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        how: dict[str, Any] = {"pool": self._pool, "stream": self._stream}
+        with torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
             out = step()
         return graph, out
 
@@ -367,7 +373,9 @@ class _Mailbox:
         assert len(self._unread) < 2
         if not self._ring or self._ring[0][0].shape != report.shape:
             shape, dtype = report.shape, report.dtype
-            pinned = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(2)]
+            pinned = [
+                torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True) for _ in range(2)
+            ]
             self._ring = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
         self._n_sent += 1
         return self._ring[self._n_sent % 2]

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from torch import Tensor
 from orthrus_fast import bench, steps
 from orthrus_fast.bench import against, command
 from orthrus_fast.bench.acceptance import Text, averages, by_position, distinct_trigrams
+from orthrus_fast.bench.decoding import decode
 from orthrus_fast.bench.interruption import Terminated, heeding_sigterm
 from orthrus_fast.bench.published import PUBLISHED
+from orthrus_fast.bench.trace import by_kernel
 from orthrus_fast.errors import RequestError
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--repeats", "3", "--max-seq-len", "300"]
@@ -226,6 +229,33 @@ def test_sigterm_is_heeded_only_within() -> None:
     assert seen == [before]  # another thread may not set handlers, and does not try
 
 
+# --- rates ---
+
+
+def test_a_rate_is_of_the_time_in_which_all_decode() -> None:
+    """The first ends after two cycles, at 5 s; what the other does alone does not count."""
+
+    def request(accepted: list[int], n_tokens: int, first_at: float, last_at: float) -> Any:
+        named = {"accepted": accepted, "tokens": [0] * n_tokens}
+        return SimpleNamespace(**named, first_at=first_at, last_at=last_at)
+
+    def decoded(*requests: Any) -> Any:
+        waiting = iter(requests)
+        decoder: Any = SimpleNamespace(
+            _runner=SimpleNamespace(state=SimpleNamespace(reset=lambda: None)),
+            _request=lambda *_: next(waiting),
+            _run=lambda *_: [],
+        )
+        return decode(decoder, [[1]] * len(requests), 9, True, 16)
+
+    both = decoded(request([3, 2], 7, 1.0, 5.0), request([0, 1, 4], 9, 2.0, 9.0))
+    assert both.tokens_per_second == (6 + 3) / (5.0 - 2.0)  # of 7 the last is past the budget
+    assert both.accepted == [3, 2, 0, 1, 4] and both.tokens_per_cycle == 14 / 5
+    assert decoded(request([1, 1], 5, 1.0, 3.0)).tokens_per_second == 2.0
+    one_after_another = decoded(request([1], 3, 1.0, 2.0), request([1], 3, 3.0, 4.0))
+    assert one_after_another.tokens_per_second == 0.0
+
+
 # --- profile ---
 
 
@@ -254,6 +284,34 @@ def test_a_profile_comes_last_and_is_made_once(
     assert "aten::mm" in capsys.readouterr().out
     monkeypatch.setattr(command, "build", lambda *_: pytest.fail("the trace is there"))
     assert run(path, *flags) == content
+
+
+def test_what_a_kernel_waits_for_another_is_not_its_own() -> None:
+    """Times in µs, of two cycles: a norm waits for its product, a copy runs inside another."""
+    on_gpu = [
+        ("kernel", "product", 0.0, 10.0, {"grid": [1, 304, 1]}),
+        ("kernel", "norm", 4.0, 8.0, {"grid": [32, 1, 1]}),  # to 12, of which 2 past the product
+        ("kernel", "product", 11.0, 4.0, {"grid": [1, 40, 1]}),  # to 15
+        ("gpu_memcpy", "copy", 13.0, 1.0, {"stream": 7}),  # to 14, within the product
+        ("kernel", "product", 20.0, 6.0, {"grid": [1, 304, 1]}),  # after a gap
+    ]
+    events = [
+        {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+        for cat, name, ts, dur, args in (*on_gpu, ("cpu_op", "aten::mm", 0.0, 99.0, {}))
+    ]
+    events += [{"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": 1.0}]
+    entries = by_kernel(events, 2)
+    assert [(entry["name"], entry["grid"]) for entry in entries] == [
+        ("product", [1, 304, 1]),
+        ("norm", [32, 1, 1]),
+        ("product", [1, 40, 1]),
+        ("copy", None),
+    ]
+    assert [entry["us_added_per_cycle"] for entry in entries] == [8.0, 1.0, 1.0, 0.5]
+    assert [entry["us_per_cycle"] for entry in entries] == [8.0, 4.0, 2.0, 0.5]
+    assert [entry["count_per_cycle"] for entry in entries] == [1.0, 0.5, 0.5, 0.5]
+    assert sum(entry["share"] for entry in entries) == 1
+    assert 2 * sum(entry["us_added_per_cycle"] for entry in entries) == 15 + 6  # the time it ran
 
 
 def test_a_trace_needs_its_directory(capsys: pytest.CaptureFixture[str]) -> None:

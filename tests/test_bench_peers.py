@@ -72,6 +72,9 @@ def test_a_peer_that_is_absent_or_fails_is_skipped_by_name(
     absent = json.loads(path.read_text())["skipped"]
     assert len(absent) == 3 and all("transformers" in why for why in absent.values())
     monkeypatch.setattr(peers, "find_peers", lambda *_: {"mine": fail})
+    assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 2  # is there
+    assert json.loads(path.read_text())["skipped"] == absent
+    path.unlink()
     assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
     assert json.loads(path.read_text())["skipped"] == {"mine": "RuntimeError: out of memory"}
 

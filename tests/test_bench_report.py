@@ -182,12 +182,14 @@ def test_a_broken_promise_is_shown(part: str, key: str, value: object, said: str
 
 
 def test_of_many_kernels_the_small_ones_are_summed_up() -> None:
-    one = {"name": "k" * 80, "count_per_cycle": 2.0, "us_per_cycle": 5.0, "share": 0.05}
+    times = {"us_per_cycle": 7.0, "us_added_per_cycle": 5.0, "share": 0.05}
+    one = {"name": "k" * 80, "grid": None, "count_per_cycle": 2.0, **times}
     table = bench_report.TABLES["kernels"]({"kernels": [one] * 20})
-    assert len(table.rows) == 16 and table.rows[0][0] == f"`{'k' * 59}…`"
+    assert len(table.rows) == 16
+    assert table.rows[0] == (f"`{'k' * 59}…`", "–", "2", "7.00", "5.00", "5.0%")
     assert table.notes == ("4 more kernels: 20.0% together",)
-    assert table.title == "kernels of a cycle, 100 µs together; those that overlap count in full"
-    small = one | {"us_per_cycle": 0.05, "share": 0.0005}
+    assert table.title == "kernels of a cycle, 100 µs"
+    small = one | {"us_added_per_cycle": 0.05, "share": 0.0005}
     table = bench_report.TABLES["kernels"]({"kernels": [one, small, small]})
     assert len(table.rows) == 1 and table.notes == ("2 more kernels: 0.1% together",)
 
@@ -210,6 +212,13 @@ def test_the_command_beside_a_table_parses_to_the_files_arguments() -> None:
     asked = {name: value for name, value in RESULT["arguments"].items() if name != "list_accept"}
     assert {name: args[name] for name in asked} == asked
     assert args["profile"] == "trace.json"  # the result has a breakdown by kernel
+
+
+def test_the_command_of_a_cpus_file_has_its_number_of_threads() -> None:
+    hardware = {"hardware": "x86_64 CPU, 2 threads"}
+    content = changed(lambda c: c["runs"][-1]["configuration"].update(hardware))
+    command = ResultFile(Path("r.json"), content).command()
+    assert command.startswith("OMP_NUM_THREADS=2 python -m orthrus_fast.bench ")
 
 
 def test_a_published_acceptance_is_named_in_the_command() -> None:

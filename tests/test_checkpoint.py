@@ -186,6 +186,9 @@ def test_no_room_on_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         fail_with(error)
         message = refusal(path)
         assert message.startswith(f"{path}: 0.00 GB of weights do not fit into the memory of cpu")
+    fail_with(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        load(path)
     fail_with(RuntimeError("a fault of ours"))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         load(path)

@@ -21,6 +21,7 @@ import torch
 import generate
 import orthrus_fast
 from orthrus_fast import Chunk
+from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -432,6 +433,28 @@ def test_ctrl_c_before_the_first_token_is_said_so(
     assert got.err.splitlines()[-1] == "interrupted before the first token"
     result = json.loads(got.out)
     assert (result["tokens"], result["stats"]) == ([], None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RequestError("no room")])
+def test_what_was_decoded_is_printed_whatever_becomes_of_its_check(
+    raw: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(orthrus_fast.Decoder, "generate_one_row", fail)
+    got = run(
+        capsys, "--checkpoint", raw, "--prompt", "x", "--max-new-tokens", 8, "--check", "--json"
+    )
+    result = json.loads(got.out)
+    assert len(result["tokens"]) == 8 and result["check"] is None
+    if isinstance(error, KeyboardInterrupt):
+        assert (got.code, got.err.splitlines()[-1]) == (130, "check: interrupted")
+    else:
+        assert (got.code, got.err.splitlines()[-1]) == (2, "error: no room")
 
 
 def test_without_the_embedded_checkpoint_the_default_run_says_so(

@@ -215,6 +215,27 @@ def test_rope_kernel_rounds_as_the_model_does(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", [float("inf"), -float("inf"), float("nan")])
+def test_what_overflows_does_not_reach_the_cache(
+    interpreting: None, dtype: torch.dtype, what: float
+) -> None:
+    """It stands there as 0, in one row of k and of v; the rest is as it was without."""
+    inputs = make_rope_inputs(dtype, 4, 2, 16, 2, 3)
+    bad = inputs["parts"].clone()
+    bad[0, 1, 2, 5 * 16 + 3] = what  # k's second head, whose norm spreads it
+    bad[0, 1, 2, 7 * 16 + 9] = what  # v's second head
+    for function in (model.qk_norm_rope_write, rope.qk_norm_rope_write):
+        _, k_cache, v_cache = run(function, inputs)
+        at = (inputs["slot"][1], 1, inputs["positions"][1, 2])
+        v_cache[at][9] = 0
+        _, k_got, v_got = run(function, inputs | {"parts": bad})
+        assert torch.equal(v_got, v_cache)
+        assert bool(k_got.isfinite().all())
+        k_got[at] = k_cache[at]
+        assert torch.equal(k_got, k_cache)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rope_kernels_rows_do_not_depend_on_each_other(
     interpreting: None, dtype: torch.dtype
 ) -> None:
@@ -504,6 +525,13 @@ def test_the_lowest_of_equal_logits_is_the_greatest(
         product, ids = launch(x, weight, Tiles(block_n, 32, 1, 4, 2), best="both")
         assert torch.equal(product[0, 0], weight[:, 0])
         assert ids.tolist() == [winner] == [int(product[0, 0].argmax())]
+
+
+def test_the_greatest_of_a_row_with_nans_is_a_token(interpreting: None) -> None:
+    weight = torch.tensor([[1.0], [2.0], [float("nan")], *[[0.5]] * 147])
+    x = torch.tensor([[1.0], [float("nan")]])
+    _, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), best="both")
+    assert ids.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1016,3 +1016,81 @@ def test_the_graph_runner_replays_what_it_captured(
     after = {key: entry[0].n_replays for key, entry in runner._verify_graphs.items()}
     assert after == {**before, (8, False): before[8, False] + n_cycles}
     assert drafts == [graph.n_replays for graph in runner._draft_graphs.values()]  # AR never drafts
+
+
+def test_a_capture_that_was_interrupted_is_made_up_for(
+    tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(self: Any, step: Callable[[], Any]) -> Any:
+        attempts.append(step)
+        if len(attempts) == 2:  # the draft is captured, verification is not
+            raise KeyboardInterrupt
+        graph = StandInGraph(self, step)
+        return graph, graph.out
+
+    attempts: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
+    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)
+    directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
+    eager, decoder = load(directory), load(directory)
+    old = decoder._runner
+    decoder._runner = runners.GraphRunner(
+        old.model, old.state, old.cache, runners.opaque("sdpa", old.model.kernels)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        decoder.generate(PROMPTS[1], 12)
+    assert decoder.generate(PROMPTS[1], 12).tokens == eager.generate(PROMPTS[1], 12).tokens
+
+
+def test_the_first_token_is_drawn_on_the_runners_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels start on the current device, which ``plain_arithmetic`` sets."""
+    inside: list[bool] = []
+    depth = 0
+
+    @contextlib.contextmanager
+    def noting(device: torch.device) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        yield
+        depth -= 1
+
+    def first_token(*arguments: Any) -> Any:
+        inside.append(depth > 0)
+        return true_first_token(*arguments)
+
+    true_first_token = steps.first_token
+    monkeypatch.setattr(runners, "plain_arithmetic", noting)
+    monkeypatch.setattr(steps, "first_token", first_token)
+    decoder = load(write_checkpoint(tmp_path / "model"))
+    decoder.generate(PROMPTS[1], 2, orthrus_fast.SamplingParams(0.7, seed=1))
+    assert inside == [True]
+
+
+def test_a_stop_string_ends_a_text_of_a_decoder_made_in_inference_mode(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", tokenizer=True, eos_token_id=ENDS)
+    with torch.inference_mode():
+        decoder = load(directory)
+    text = decoder.generate(PROMPTS[1], 12).text
+    stop = orthrus_fast.SamplingParams(stop=(text[-1],))
+    assert decoder.generate(PROMPTS[1], 12, stop).finish_reason == "stop"
+
+
+def test_an_overflow_is_gone_with_its_request(tmp_path: Path) -> None:
+    """Keys and values of float16 that are no numbers do not stay in the slot for the next one."""
+    directory = write_checkpoint(tmp_path / "model", eos_token_id=ENDS)
+    decoder = load(directory, "float16")
+    expected = decoder.generate(PROMPTS[1], 12).tokens
+    embedding = decoder._runner.model.embed_tokens.weight
+    held = embedding.clone()
+    with torch.no_grad():
+        embedding[PROMPTS[2][0]] = float("inf")
+    decoder.generate(PROMPTS[2], 4)
+    assert all(
+        bool(rows.isfinite().all()) for rows in (*decoder._runner.cache.k, *decoder._runner.cache.v)
+    )
+    with torch.no_grad():
+        embedding.copy_(held)
+    assert decoder.generate(PROMPTS[1], 12).tokens == expected

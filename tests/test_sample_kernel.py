@@ -90,6 +90,21 @@ def test_a_greedy_row_is_the_lowest_of_the_greatest(interpreting: None) -> None:
     assert ids.tolist() == [[13, 2, 0, 0]]
 
 
+@pytest.mark.parametrize("vocab_size", [150, 320])  # the last group partial, and whole
+def test_a_row_of_nans_gives_a_token(interpreting: None, vocab_size: int) -> None:
+    for params in (
+        SamplingParams(),
+        SamplingParams(1.0),
+        SamplingParams(1.0, top_k=2),
+        SamplingParams(1.0, top_p=0.5),
+        SamplingParams(1.0, min_p=0.5),
+    ):
+        logits = torch.full((1, 2, vocab_size), math.nan)
+        logits[0, 1] = torch.arange(vocab_size)
+        ids = kernel.sample_op(logits, torch.zeros(1, 2), *settings_of(params))
+        assert 0 <= int(ids[0, 0]) < vocab_size and int(ids[0, 1]) >= vocab_size - 30
+
+
 def test_infinite_rows_are_drawn_as_sample_draws_them(interpreting: None) -> None:
     logits = torch.randn(1, 3, 150)
     logits[0, 0] = -math.inf

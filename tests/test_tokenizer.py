@@ -633,6 +633,15 @@ HOSTILE = [
     "{{ [1] | batch(10**10, 'x') | list }}",
     "{{ [1] | slice(10**10) | list }}",
     "{{ lipsum(10**9) }}",
+    "{{ ('a' * 2**20).replace('a', 'b' * 2**20) | length }}",
+    "{{ ('a' * 2**20).replace('', 'b' * 2**20) | length }}",
+    "{{ ('a' * 2**20) | replace('a', 'b' * 2**20) | length }}",
+    "{{ ('b' * 2**20).join('a' * 2**20) | length }}",
+    "{{ ('b' * 2**20).join(['a'] * 2**20) | length }}",
+    "{{ (['a'] * 2**20) | join('b' * 2**20) | length }}",
+    "{{ (['a'] * 2**20) | map('upper') | join('b' * 2**20) | length }}",
+    "{{ ('\\n' * 2**20) | indent('b' * 2**20) | length }}",
+    "{{ ('a' * 2**20).translate({97: 'b' * 2**20}) | length }}",
     "{% for i in range(9999) %}" + "y" * 100_000 + "{% endfor %}",
 ]
 
@@ -645,6 +654,17 @@ def test_huge_values_are_refused_before_they_are_made(tmp_path: Path, template: 
         tokenizer.render_chat([USER])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak  # KiB on Linux
     assert grown < (200 * 2**10 if sys.platform == "linux" else 200 * 2**20)
+
+
+def test_texts_of_a_usual_length_are_replaced_and_joined(tmp_path: Path) -> None:
+    template = (
+        "{{ 'a-b'.replace('-', '<think>') }} {{ 'a-b' | replace('-', '+') }} "
+        "{{ ', '.join(['a', 'b']) }} {{ ['a', 'b'] | join('; ') }} {{ 'ab' | join }} "
+        "{{ 'a\\nb' | indent('  ') }} "
+        "{{ 'ab'.translate({97: 'A'}) }} {{ ('x' * 2**20).replace('x', '') | length }} "
+        "{{ ('x' * 2**20).replace('y', 'z' * 99) | length }}"
+    )
+    assert render(tmp_path, template) == "a<think>b a+b a, b a; b ab a\n  b Ab 0 1048576"
 
 
 def test_widths_are_limited(tmp_path: Path) -> None:

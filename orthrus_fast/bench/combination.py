@@ -8,7 +8,6 @@ The result is written after each context, so that what crashes later leaves what
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from argparse import Namespace
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orthrus_fast.bench.clocks import measuring, place, random_cache, time_cycles, time_steps
-from orthrus_fast.bench.common import Result, tell
+from orthrus_fast.bench.common import Result, tell, write_whole
 from orthrus_fast.bench.decoding import endless
 from orthrus_fast.bench.identity import compare_modes
 from orthrus_fast.bench.replay import Replay
@@ -33,9 +32,7 @@ def main(request_path: str, result_path: str) -> int:
     result: Result = {"at": [], "problem": None}
 
     def write() -> None:
-        draft = Path(result_path + ".part")
-        draft.write_text(json.dumps(result), encoding="utf-8")
-        os.replace(draft, result_path)
+        write_whole(Path(result_path), result)
 
     try:
         measure(Namespace(**request["arguments"]), request["ceiling"], result, write)
@@ -52,17 +49,22 @@ def measure(
     args: Namespace, known: Result | None, result: Result, write: Callable[[], None]
 ) -> None:
     """Into ``result``, step by step. ``known``: the ceiling, where it was measured before."""
+    import torch
+
     bench = build(args)
     result["configuration"] = bench.decoder.configuration
     result["startup_seconds"] = dict(bench.decoder.startup)
     with measuring(bench.device):
         bench.runner.prepare(bench.width)
+        so_far = peak(bench)
         result["ceiling"] = known or ceiling(bench)
         write()
+        if so_far is not None:  # the ceiling's buffer is not the decoder's
+            torch.cuda.reset_peak_memory_stats(bench.device)
         with random_cache(bench):
             for context in bench.contexts:
                 result["at"].append(times_at(bench, context, result["ceiling"]["bytes_per_s"]))
-                result["peak_allocated_bytes"] = peak(bench)
+                result["peak_allocated_bytes"] = so_far and max(so_far, peak(bench) or 0)
                 write()
         for at in result["at"]:
             at["identity"] = identity_at(bench, at["context"])

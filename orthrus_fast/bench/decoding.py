@@ -18,7 +18,7 @@ class Decoded(NamedTuple):
 
     tokens: list[list[int]]  # new ones, by prompt
     accepted_by_prompt: list[list[int]]  # drafts accepted, by cycle
-    tokens_per_second: float  # all prompts' together, after the last one's first token
+    tokens_per_second: float  # of all together, while all decode; 0 where they never do
 
     @property
     def accepted(self) -> list[int]:
@@ -48,11 +48,17 @@ def decode(
     requests = [decoder._request(p, n_tokens, s) for p, s in zip(prompts, each, strict=True)]
     for _ in decoder._run(requests, drafting, width):
         pass
-    seconds = max(r.last_at for r in requests) - max(r.first_at for r in requests)
     tokens = [request.tokens for request in requests]
-    n_after_first = sum(len(ids) - 1 for ids in tokens)
     accepted = [request.accepted for request in requests]
-    return Decoded(tokens, accepted, n_after_first / seconds if seconds > 0 else 0.0)
+    # Until the first one ends: a slot that waits for others to end, as none does whose place the
+    # next prompt takes, would count against drafting alone. By Wald's identity this is unbiased.
+    seconds = min(r.last_at for r in requests) - max(r.first_at for r in requests)
+    n_cycles = min(map(len, accepted))
+    n_emitted = sum(
+        min(sum(of_cycles[:n_cycles]) + n_cycles, len(ids) - 1)
+        for ids, of_cycles in zip(tokens, accepted, strict=True)
+    )
+    return Decoded(tokens, accepted, n_emitted / seconds if seconds > 0 else 0.0)
 
 
 def seeded(

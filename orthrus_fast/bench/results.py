@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from orthrus_fast.bench.common import REPOSITORY, Result
+from orthrus_fast.bench.common import REPOSITORY, Result, write_whole
 from orthrus_fast.bench.kept import Kept
 from orthrus_fast.errors import RequestError
 
@@ -91,11 +90,8 @@ class Report:
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        if self.path is not None:
+            write_whole(self.path, self.content)
 
 
 def surroundings(configuration: Result) -> Result:

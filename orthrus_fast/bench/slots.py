@@ -27,7 +27,7 @@ COPIED = (
 
 
 def slots(bench: Bench) -> Result:
-    """Tokens/s at replayed acceptance by number of slots, over the same weights.
+    """Tokens/s at replayed acceptance by number of slots, all of them busy, over the same weights.
 
     A number that memory has no room for is left out, with the reason.
     """
@@ -62,8 +62,9 @@ def choose_context(contexts: Sequence[int], n_tokens: int, max_seq_len: int) -> 
 def slots_at(bench: Bench, n: int, context: int) -> Result:
     tell(f"{n} slots")
     try:
-        at = with_slots(bench, n, context)
-        entry = {"slots": n, **{name: at[name] for name in COPIED}}
+        configuration, at = with_slots(bench, n, context)
+        copied = {name: at[name] for name in COPIED}
+        entry = {"slots": n, **copied, "configuration": configuration}
     except (RequestError, RuntimeError) as error:  # drivers and captures have errors of their own
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
@@ -72,11 +73,11 @@ def slots_at(bench: Bench, n: int, context: int) -> Result:
     return entry
 
 
-def with_slots(bench: Bench, n: int, context: int) -> Result:
-    """``cycles_at`` with another decoder over the same weights. Raises RequestError.
+def with_slots(bench: Bench, n: int, context: int) -> tuple[Result, Result]:
+    """Another decoder's configuration and ``cycles_at``. Raises RequestError.
 
-    The model is copied without its weights: its tables of positions and its choice of products are
-    the decoder's own.
+    Its weights are the same: the model is copied without them, for tables of positions and the
+    choice of products are a decoder's own.
     """
     from orthrus_fast.decoder import Decoder, check_memory, memory_needed
 
@@ -95,4 +96,4 @@ def with_slots(bench: Bench, n: int, context: int) -> Result:
         compile_mode=of["compile_mode"] or "default",
     )
     with endless(decoder._runner):
-        return cycles_at(replace(bench, decoder=decoder), context)
+        return decoder.configuration, cycles_at(replace(bench, decoder=decoder), context)

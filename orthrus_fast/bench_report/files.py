@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,20 @@ class ResultFile:
             run = self.content["runs"][self.content["parts"].get(part, {}).get("run", -1)]
         return run
 
+    @property
+    def _hardware(self) -> str:
+        configuration: Result = self.run_of("")["configuration"]
+        return str(configuration["hardware"])
+
     def command(self) -> str:
         """What measures the file again."""
         from orthrus_fast.bench import build_parser
 
         parser, peers = build_parser(), "transformers" in self.content
         words = ["python benchmarks/peers.py" if peers else "python -m orthrus_fast.bench"]
+        threads = re.search(r"CPU, (\d+) threads", self._hardware)
+        if threads:
+            words.insert(0, f"OMP_NUM_THREADS={threads[1]}")
         for name, value in self.arguments.items():
             own = peers and name in PEERS_OWN_DEFAULTS
             if name == "accept" and self.arguments.get("accept_source"):

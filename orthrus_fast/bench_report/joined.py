@@ -17,6 +17,7 @@ from orthrus_fast.bench_report.tables import (
     median,
     peer_first_tokens,
     peer_rates,
+    seconds_to_start,
     shares_of,
     short,
 )
@@ -153,7 +154,10 @@ def headline_rows(file: ResultFile) -> list[tuple[str, str]]:
             "AR against drafting: logit rows that differ in a bit",
             f"{identity['rows_differing']} of {identity['rows']}",
         ),
-        ("of these with an exact tie for first place", str(identity["ties_for_first_place"])),
+        (
+            "logit rows with an exact tie for first place",
+            f"{identity['ties_for_first_place']} of {identity['rows']}",
+        ),
     ]
     return rows + startup_rows(file.parts.get("startup"))
 
@@ -161,7 +165,7 @@ def headline_rows(file: ResultFile) -> list[tuple[str, str]]:
 def startup_rows(startup: Result | None) -> list[tuple[str, str]]:
     if startup is None:
         return []
-    seconds = sum(startup["seconds"].get(n, 0.0) for n in ("compile", "capture", "check"))
+    seconds = seconds_to_start(startup["seconds"])
     over = startup["memory"]["over_allocated_bytes"]
     return [
         ("compile, capture, check", f"{seconds:.1f} s"),
@@ -197,7 +201,7 @@ JOINED: dict[str, Recipe] = {
     "positions": Recipe("acceptance", _positions),
     "temperatures": below("temperatures", TABLES["temperatures"], 1),
     "prefill": below("prefill", TABLES["prefill"], 1),
-    "kernels": below("kernels", TABLES["kernels"], 1, as_filed=True),
+    "kernels": below("kernels", TABLES["kernels"], 2, as_filed=True),
     "peers": below("peers", peer_rates, 2, as_filed=True),
     "first-token": below("peers", peer_first_tokens, 2, as_filed=True),
 }

@@ -215,7 +215,7 @@ def _modes(part: Result) -> Table:
         how, slots = combination(of), of["slots"]
         if of["problem"] is not None:
             problems.append(f"{how}, slots {slots}: {of['problem']}")
-        start, peak = sum(of["startup_seconds"].values()), of["peak_allocated_bytes"]
+        start, peak = seconds_to_start(of["startup_seconds"]), of["peak_allocated_bytes"]
         for at in of["at"]:
             rows.append(
                 (
@@ -235,6 +235,11 @@ def _modes(part: Result) -> Table:
     columns += ("w+c", "rows differ", "start, s", "GB")
     title = f"ways to run: passes and cycles, ms; w+c: share of {best}"
     return Table(title, columns, rows, tuple(problems))
+
+
+def seconds_to_start(seconds: dict[str, float]) -> float:
+    """What comes on top of the weights."""
+    return sum(seconds.get(name, 0.0) for name in ("compile", "capture", "check"))
 
 
 def _differing(identity: Result | None) -> str:
@@ -352,28 +357,29 @@ def _prefill(part: Result) -> Table:
 
 
 KERNELS_SHOWN = 16  # at most, and
-WORTH_A_ROW = 0.001  # of the sum
+WORTH_A_ROW = 0.001  # of what all add
 
 
 def _kernels(part: Result) -> Table:
-    kernels = part["kernels"]  # the longest first
+    kernels = part["kernels"]  # what adds the most first
     n_shown = sum(of["share"] >= WORTH_A_ROW for of in kernels[:KERNELS_SHOWN])
     shown, rest = kernels[:n_shown], kernels[n_shown:]
     rows = [
         (
             f"`{of['name'] if len(of['name']) <= 60 else of['name'][:59] + '…'}`",
+            " × ".join(map(str, of["grid"])) if of["grid"] else "–",
             f"{of['count_per_cycle']:g}",
             short(of["us_per_cycle"]),
+            short(of["us_added_per_cycle"]),
             percent(of["share"]),
         )
         for of in shown
     ]
     share = percent(sum(of["share"] for of in rest))
     notes = (f"{len(rest)} more kernels: {share} together",) if rest else ()
-    total = short(sum(of["us_per_cycle"] for of in kernels))
-    title = f"kernels of a cycle, {total} µs together; those that overlap count in full"
-    columns = ("kernel", "a cycle", "µs from start to end", "share of the sum")
-    return Table(title, columns, rows, notes)
+    total = short(sum(of["us_added_per_cycle"] for of in kernels))
+    columns = ("kernel", "grid", "a cycle", "µs from start to end", "µs it adds", "share")
+    return Table(f"kernels of a cycle, {total} µs", columns, rows, notes)
 
 
 TABLES: dict[str, Callable[[Result], Table]] = {

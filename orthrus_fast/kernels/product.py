@@ -140,7 +140,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if STORE:
         tl.store(out + at, result, mask=inside)
     if BEST:
-        value = tl.where(column < n_columns, result.to(tl.float32), -float("inf"))
+        # Without NaNs, which are neither greater nor less, so that the id is one of the vocabulary.
+        value = result.to(tl.float32)
+        value = tl.where((column < n_columns) & (value == value), value, -float("inf"))
         greatest, where = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(best + tile, greatest, mask=row < n_rows)

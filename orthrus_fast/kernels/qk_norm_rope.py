@@ -43,6 +43,12 @@ def _norm_and_rotate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _finite(value):  # type: ignore[no-untyped-def]
+    """The value, or 0 where it has overflowed: see ``model.finite``."""
+    return tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0).to(value.dtype)
+
+
+@triton.jit
 def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     qkv,
     q_norm,
@@ -93,9 +99,11 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
         first, second = _norm_and_rotate(first, second, k_norm, cos_row, sin_row, EPS, HALF)
         kv_head = (head - N_HEADS).to(tl.int64)
         target = k_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
+        first, second = _finite(first), _finite(second)
     else:
         kv_head = (head - N_HEADS - N_KV_HEADS).to(tl.int64)
         target = v_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
+        first, second = _finite(first), _finite(second)
     tl.store(target, first)
     tl.store(target + HALF, second)
 

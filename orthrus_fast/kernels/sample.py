@@ -464,6 +464,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     else:
         index = chunk * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(logits + index, mask=index < VOCAB, other=-float("inf")).to(tl.float32)
+        value = tl.where(value == value, value, -float("inf"))  # a NaN is no score
         score, first = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
         token = chunk * BLOCK + first
     tl.store(scores + row * tl.num_programs(0) + chunk, score)
@@ -482,7 +483,9 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     at, mask = row * N_CHUNKS + chunk, chunk < N_CHUNKS
     score = tl.load(scores + at, mask=mask, other=-float("inf"))
     token = tl.load(tokens + at, mask=mask, other=_NO_TOKEN)
-    tl.store(out + row, tl.min(tl.where(score == tl.max(score), token, _NO_TOKEN)).to(tl.int64))
+    best = tl.min(tl.where(score == tl.max(score), token, _NO_TOKEN))
+    best = tl.where(best == _NO_TOKEN, 0, best)  # of a row of NaNs, which nothing is drawn from
+    tl.store(out + row, best.to(tl.int64))
 
 
 class _Launcher(NamedTuple):
