@@ -405,6 +405,9 @@ def test_the_gain_is_over_the_faster_ar(
         assert low <= rates[name] <= high
     low, high = figures["gain_range"]
     assert low <= figures["gain"] <= high
+    stats = saved[1].generate([1, 2, 3], 20).stats
+    assert stats is not None and stats.tokens_per_cycle is not None
+    assert figures["tokens_per_cycle"] == round(stats.tokens_per_cycle, 4)
     fastest = max(ranges["ar_same_pass"][1], ranges["ar_one_row"][1])
     slowest = max(ranges["ar_same_pass"][0], ranges["ar_one_row"][0])
     assert ranges["diffusion"][0] / fastest * 0.99 <= low

@@ -75,7 +75,10 @@ def time_modes(decoder: Decoder, ids: list[int]) -> Figures:
     medians = {name: statistics.median(kept) for name, kept in rates.items()}
     rounds = [d / max(ar) for d, *ar in zip(*rates.values(), strict=True)]
     spread = {name: [round(v, 1) for v in (min(k), max(k))] for name, k in rates.items()}
+    stats = results[0].stats  # as in every round: nothing in it is left to chance
+    assert stats is not None and stats.tokens_per_cycle is not None
     return {
+        "tokens_per_cycle": round(stats.tokens_per_cycle, 4),
         "gain": round(statistics.median(rounds), 3),
         "gain_range": [round(min(rounds), 3), round(max(rounds), 3)],
         "tokens_per_second": {name: round(value, 1) for name, value in medians.items()},
