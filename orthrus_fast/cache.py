@@ -12,8 +12,8 @@ class KVCache:
     """One K and one V tensor per layer, each [B, n_kv_heads, S, head_dim], zeroed once.
 
     Rows at or past a slot's committed length are scratch: a pass writes its block there, and the
-    next pass overwrites what was not committed. Buffers start at zero so that a masked row is
-    finite; garbage from the allocator could be NaN, and 0 · NaN is not 0.
+    next pass overwrites what was not committed. Buffers start at zero, and what overflowed is
+    written as zero (``model.finite``), so that a masked row is finite: 0 · NaN is not 0.
     """
 
     def __init__(

@@ -258,7 +258,7 @@ def _small(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         _check_numbers(name, values)
         _check_texts(name, value, values)
         if name == "format":
-            _check_widths(str(args[0]))
+            _check_widths(str(value))
         return function(*args, **kwargs)
 
     return checked

@@ -371,10 +371,9 @@ def qk_norm_rope_write(
 
 
 def finite(x: Tensor) -> Tensor:
-    """x with 0 for what has overflowed, so that the cache is finite.
+    """x with 0 for what has overflowed, as the cache wants it.
 
-    A weight of 0 does not hide a key or value that is not: it would reach rows that do not see it,
-    and the slot's next owner.
+    Else it would reach rows that do not see it, and the slot's next owner.
     """
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 

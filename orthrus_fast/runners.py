@@ -105,14 +105,14 @@ class EagerRunner:
     ) -> First:
         """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
         params = params or SamplingParams()
-        with plain_arithmetic(self.device):
-            ids = self.ids(prompt)
-            self.state.settings.put(slot, params)
-            logits = self.prefill_logits(ids, slot)
-            first = steps.first_token(self.state, slot, logits, len(prompt), params.temperature > 0)
-            steps.open_slot(self.state, slot, ids, first, limit, self.eos)
-            logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
-            return First(int(first), bool(self.state.done[slot]), logprob)
+        ids, sampling = self.ids(prompt), params.temperature > 0
+        self.state.settings.put(slot, params)
+        logits = self.prefill_logits(ids, slot)
+        with plain_arithmetic(self.device):  # no longer: others wait for it, and below is a wait
+            first = steps.first_token(self.state, slot, logits, len(prompt), sampling)
+        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
+        logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
+        return First(int(first), bool(self.state.done[slot]), logprob)
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:

@@ -216,7 +216,7 @@ def test_the_command_beside_a_table_parses_to_the_files_arguments() -> None:
 
 def test_the_command_of_a_cpus_file_has_its_number_of_threads() -> None:
     hardware = {"hardware": "x86_64 CPU, 2 threads"}
-    content = changed(lambda c: c["runs"][-1]["configuration"].update(hardware))
+    content = changed(lambda c: c["runs"][-1].update(gpu=None, configuration=hardware))
     command = ResultFile(Path("r.json"), content).command()
     assert command.startswith("OMP_NUM_THREADS=2 python -m orthrus_fast.bench ")
 

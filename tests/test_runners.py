@@ -977,6 +977,19 @@ class StandInGraph:
             self.logits.copy_(self.runner.logits)
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any, Any], Any]) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
+    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)  # a CPU has no copy of a report in flight
+
+
+def graph_runner_of(decoder: Decoder) -> runners.GraphRunner:
+    """One over the decoder's own model, state and cache."""
+    old = decoder._runner
+    kernels = runners.opaque("sdpa", old.model.kernels)
+    return runners.GraphRunner(old.model, old.state, old.cache, kernels)
+
+
 def test_the_graph_runner_replays_what_it_captured(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -986,16 +999,11 @@ def test_the_graph_runner_replays_what_it_captured(
         graph = StandInGraph(self, step)
         return graph, graph.out
 
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
-    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)  # a CPU has no copy of a report in flight
+    stand_in(monkeypatch, capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager = orthrus_fast.load(directory, device="cpu", dtype="float64", slots=2)
     decoder = orthrus_fast.load(directory, device="cpu", dtype="float64", slots=2)
-    old = decoder._runner
-    runner = runners.GraphRunner(
-        old.model, old.state, old.cache, runners.opaque("sdpa", old.model.kernels)
-    )
+    runner = graph_runner_of(decoder)
     runner.prepare(8)
     decoder._runner = runner
     assert check(runner, 8, [64]).holds
@@ -1029,15 +1037,10 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
         return graph, graph.out
 
     attempts: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
-    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)
+    stand_in(monkeypatch, capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager, decoder = load(directory), load(directory)
-    old = decoder._runner
-    decoder._runner = runners.GraphRunner(
-        old.model, old.state, old.cache, runners.opaque("sdpa", old.model.kernels)
-    )
+    decoder._runner = graph_runner_of(decoder)
     with pytest.raises(KeyboardInterrupt):
         decoder.generate(PROMPTS[1], 12)
     assert decoder.generate(PROMPTS[1], 12).tokens == eager.generate(PROMPTS[1], 12).tokens

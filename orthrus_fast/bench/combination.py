@@ -56,15 +56,15 @@ def measure(
     result["startup_seconds"] = dict(bench.decoder.startup)
     with measuring(bench.device):
         bench.runner.prepare(bench.width)
-        so_far = peak(bench)
+        before = peak(bench)
         result["ceiling"] = known or ceiling(bench)
         write()
-        if so_far is not None:  # the ceiling's buffer is not the decoder's
+        if before is not None:  # the ceiling's buffer is not the decoder's
             torch.cuda.reset_peak_memory_stats(bench.device)
         with random_cache(bench):
             for context in bench.contexts:
                 result["at"].append(times_at(bench, context, result["ceiling"]["bytes_per_s"]))
-                result["peak_allocated_bytes"] = so_far and max(so_far, peak(bench) or 0)
+                result["peak_allocated_bytes"] = before and max(before, peak(bench) or 0)
                 write()
         for at in result["at"]:
             at["identity"] = identity_at(bench, at["context"])

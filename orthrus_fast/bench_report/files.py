@@ -103,18 +103,14 @@ class ResultFile:
             run = self.content["runs"][self.content["parts"].get(part, {}).get("run", -1)]
         return run
 
-    @property
-    def _hardware(self) -> str:
-        configuration: Result = self.run_of("")["configuration"]
-        return str(configuration["hardware"])
-
     def command(self) -> str:
         """What measures the file again."""
         from orthrus_fast.bench import build_parser
 
         parser, peers = build_parser(), "transformers" in self.content
         words = ["python benchmarks/peers.py" if peers else "python -m orthrus_fast.bench"]
-        threads = re.search(r"CPU, (\d+) threads", self._hardware)
+        name, _ = guarded(self, "runs", hardware, self, "")
+        threads = re.search(r"CPU, (\d+) threads", name)
         if threads:
             words.insert(0, f"OMP_NUM_THREADS={threads[1]}")
         for name, value in self.arguments.items():
@@ -204,8 +200,8 @@ def surroundings(files: Iterable[ResultFile], part: str) -> str:
 
 def _surroundings(file: ResultFile, part: str) -> tuple[str, str]:
     """Hardware and versions, and when: the day and the commit."""
-    run = file.run_of(part)
-    words = [str(run["gpu"] or run["configuration"]["hardware"])]
+    run, (name, day) = file.run_of(part), hardware(file, part)
+    words = [name]
     if run["driver"]:
         words.append(f"driver {run['driver']}")
     words.append(f"torch {run['torch']}")
@@ -213,7 +209,7 @@ def _surroundings(file: ResultFile, part: str) -> tuple[str, str]:
         words.append(f"Triton {run['triton']}")
     if "transformers" in file.content:
         words.append(f"transformers {file.content['transformers']}")
-    when = run["date"][:10]
+    when = day
     if run["commit"]:
         when += f" at commit {run['commit'][:8]}{' with changes' if run['dirty'] else ''}"
     return ", ".join(words), when
