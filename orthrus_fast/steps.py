@@ -137,7 +137,7 @@ def draft(
     masks = torch.full_like(state.proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    hidden = hidden[:, :-1]
+    hidden = hidden[:, :-1].contiguous()  # or a library reads the output head for each slot
     if sampled is None:
         state.proposals.copy_(model.choose(hidden, keep=False)[0])
     else:

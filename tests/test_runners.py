@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthrus_fast
 from orthrus_fast import Decoder, runners, steps
@@ -882,6 +883,37 @@ def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> Non
 
 
 # Kernels: which ones, and made ready before they are needed
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_pass_multiplies_all_slots_at_once(tiny: Path, sampling: bool) -> None:
+    """Slot by slot, as torch does what is not contiguous, each would read the weight again."""
+    runner = load(tiny, slots=3)._runner
+    weights = {weight.untyped_storage().data_ptr() for weight in runner.model.parameters()}
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            with self:  # inference_mode leaves linear and matmul whole
+                made = func.decompose(*args, **(kwargs or {}))
+            if made is not NotImplemented:
+                return made
+            held = {of.untyped_storage().data_ptr() for of in args if isinstance(of, Tensor)}
+            if weights & held and func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
+                products.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    for drafting in (True, False):
+        with torch.inference_mode(), Products():
+            if drafting:
+                runner.draft(sampling)
+            else:
+                runner.verify(16, sampling)
+        # qkv, o, gate_up and down of each layer, and the output head
+        assert products == [torch.ops.aten.mm] * (4 * len(runner.model.layers) + 1), drafting
+        products.clear()
 
 
 def test_plain_kernels_are_left_for_the_compiler_to_see_through() -> None:
