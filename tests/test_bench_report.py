@@ -529,6 +529,28 @@ def test_the_slots_chart_says_where_drafting_stops_paying() -> None:
     assert chart("slots", changed(behind)).panels[0].title.endswith("one-row AR ahead")
 
 
+def test_the_models_charts_leave_out_what_was_run_otherwise() -> None:
+    narrow = changed(lambda c: c["arguments"].update(block_size=16))
+    files = [ResultFile(Path("r.json"), content) for content in (RESULT, narrow)]
+    for name in ("speed", "ceiling"):
+        assert pictures.chart_of(name, files) == chart(name)
+
+
+def test_lines_beyond_the_colours_get_another_mark() -> None:
+    from matplotlib.figure import Figure
+
+    n_models = 3 * len(pictures.COLOURS)
+    made = [
+        changed(lambda c, n=n: c["arguments"].update(shape=None, checkpoint=f"model-{n}"))
+        for n in range(n_models)
+    ]
+    drawn = pictures.chart_of("ceiling", [ResultFile(Path("r.json"), one) for one in made])
+    ax = Figure().subplots()
+    pictures.draw_lines(ax, drawn.panels[0], drawn)
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines}
+    assert len(looks) == len(drawn.panels[0].series) == 2 * n_models
+
+
 def test_a_way_to_run_that_is_not_identical_is_marked() -> None:
     (panel,) = chart("modes").panels
     assert [str(name) for name in panel.series[0].x] == [

@@ -28,6 +28,7 @@ CONTEXT = 1024  # tokens; of charts that show one context
 # Okabe and Ito's colours, told apart by the colour-blind too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")  # another for each time the colours are used up
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def captioned(part: str, files: Sequence[ResultFile], *words: str) -> str:
 
 
 def public(files: list[ResultFile]) -> list[ResultFile]:
-    """Those of the public models' shapes; all, where there are none."""
-    return [file for file in files if file.model in MODELS] or files
+    """Those of the public models' shapes, run as is the rule; all, where there are none."""
+    return [file for file in files if file.label in MODELS] or files
 
 
 def spread(name: str, x: Any, at: Sequence[dict[str, float]], **style: int) -> Series:
@@ -319,8 +320,10 @@ def draw_rows(ax: Axes, panel: Panel, chart: Chart) -> None:
 
 def draw_lines(ax: Axes, panel: Panel, chart: Chart) -> None:
     for series in panel.series:
-        colour, x = COLOURS[series.colour], [float(value) for value in series.x]
-        style = {"color": colour, "linestyle": DASHES[series.dash], "marker": "o"}
+        again, of_colour = divmod(series.colour, len(COLOURS))
+        colour, marker = COLOURS[of_colour], MARKERS[again % len(MARKERS)]
+        x = [float(value) for value in series.x]
+        style = {"color": colour, "linestyle": DASHES[series.dash], "marker": marker}
         ax.plot(x, series.y, label=series.name, markersize=4, **style)  # type: ignore[arg-type]
         if series.low is not None and series.high is not None:
             ax.fill_between(x, series.low, series.high, color=colour, alpha=0.15, linewidth=0)
