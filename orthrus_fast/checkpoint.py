@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from orthrus_fast.config import ModelConfig, read_config, read_json
-from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
+from orthrus_fast.errors import CheckpointError, ConfigError, RequestError, is_out_of_memory
 from orthrus_fast.model import Attention, Kernels, Layer, Transformer, plain_kernels
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -136,7 +136,7 @@ def load_model(
             if progress is not None:
                 progress(done, total)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise  # a fault of ours
         size = f"{checkpoint.config.n_weights * dtype.itemsize / 1e9:.2f} GB"
         raise CheckpointError(
@@ -144,12 +144,6 @@ def load_model(
             "use a smaller dtype, a smaller checkpoint, or another device"
         ) from None
     return model
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's and the CPU's words; "illegal memory access" is something else."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return any(said in str(error) for said in words)
 
 
 def tensor_views(model: Transformer) -> dict[str, Tensor]:

@@ -6,6 +6,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:1000]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """By CUDA's and the CPU's words; "illegal memory access" is something else."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in words)
+
+
 class OrthrusError(Exception):
     """Base of all errors raised on purpose; the command line prints it and exits with code 2."""
 

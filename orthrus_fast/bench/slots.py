@@ -11,7 +11,7 @@ from orthrus_fast.bench.common import Result, release_memory, tell
 from orthrus_fast.bench.cycles import cycles_at
 from orthrus_fast.bench.decoding import endless
 from orthrus_fast.bench.subject import with_room
-from orthrus_fast.errors import RequestError, one_line
+from orthrus_fast.errors import RequestError, is_out_of_memory, one_line
 
 if TYPE_CHECKING:
     from orthrus_fast.bench.subject import Bench
@@ -66,7 +66,7 @@ def slots_at(bench: Bench, n: int, context: int) -> Result:
         copied = {name: at[name] for name in COPIED}
         entry = {"slots": n, **copied, "configuration": configuration}
     except (RequestError, RuntimeError) as error:  # drivers and captures have errors of their own
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         entry = {"slots": n, "why": one_line(str(error))}
     release_memory()  # out here, where no exception holds on to the decoder
