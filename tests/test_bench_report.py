@@ -414,6 +414,13 @@ def test_models_stand_side_by_side_by_size(site: Path) -> None:
     assert labels == ["| 1.7B", "| 4B", "| 8B", "| embedded, 8 slots"]
 
 
+def test_a_start_with_more_room_has_a_column_of_its_own() -> None:
+    roomy = changed(lambda c: c["runs"][0]["configuration"].update(max_seq_len=33000))
+    files = [ResultFile(Path("r.json"), content) for content in (RESULT, roomy, RESULT)]
+    (table,) = JOINED["startup"].make(files).tables
+    assert table.columns == ("", "1.7B, 4096 tokens", "1.7B, 33000 tokens")
+
+
 def test_of_two_runs_of_one_thing_the_later_one_counts(site: Path) -> None:
     def earlier(content: Any) -> None:
         content["runs"][0]["date"] = "2000-01-01T00:00:00+00:00"

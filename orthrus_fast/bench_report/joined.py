@@ -83,11 +83,11 @@ def natural(key: tuple[str, ...]) -> list[Any]:
     return order
 
 
-def beside(part: str) -> Recipe:
+def beside(part: str, label: Callable[[ResultFile], str] = lambda file: file.label) -> Recipe:
     """Tables of "what" and a value, a column for each model; the latest file's."""
 
     def make(files: list[ResultFile]) -> Joined:
-        table, latest = TABLES[part], {file.label: file for file in files}
+        table, latest = TABLES[part], {guarded(file, part, label, file): file for file in files}
         columns = {
             label: {
                 what: value for what, value in guarded(file, part, table, file.parts[part]).rows
@@ -99,6 +99,11 @@ def beside(part: str) -> Recipe:
         return Joined([Table("", ("", *columns), rows)], list(latest.values()))
 
     return Recipe(part, make)
+
+
+def with_room(file: ResultFile) -> str:
+    """The model, and for how many tokens it was set up."""
+    return f"{file.label}, {file.run_of('startup')['configuration']['max_seq_len']} tokens"
 
 
 def _headline(files: list[ResultFile]) -> Joined:
@@ -188,7 +193,7 @@ def _positions(files: list[ResultFile]) -> Joined:
 
 JOINED: dict[str, Recipe] = {
     "headline": Recipe("cycles", _headline),
-    "startup": beside("startup"),
+    "startup": beside("startup", with_room),
     "ceiling": below("ceiling", TABLES["ceiling"], 0),
     "passes": below("passes", TABLES["passes"], 1),
     "modes": below("modes", TABLES["modes"], 3, as_filed=True),
