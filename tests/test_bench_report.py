@@ -264,6 +264,8 @@ def test_report_fills_every_place_and_check_is_then_silent(
     assert "| drafting over the faster AR | 3.33 |" in front
     assert "](benchmarks/results/pictures/card-speed.png)" in front
     assert "From [1.7B](benchmarks/results/card/1.7B.json): Imagined GPU, driver 1.2.3" in front
+    assert ResultFile(Path("r.json"), RESULT).command() in front  # beside its figures, once
+    assert front.count("python -m orthrus_fast.bench --shape 1.7B") == 1
     page = (site / "benchmarks/README.md").read_text(encoding="utf-8")
     assert "](results/pictures/card-speed.png)" in page and "Not measured" not in page
     assert page.count("python -m orthrus_fast.bench --shape 1.7B") == 1  # beside its first table

@@ -24,7 +24,6 @@ from orthrus_fast.bench_report.tables import markdown
 from orthrus_fast.errors import RequestError
 
 PAGES = ("README.md", "benchmarks/README.md")
-WITH_COMMANDS = "benchmarks/README.md"  # where each table has its files' commands beside it
 PLACE = re.compile(r"(<!-- (\w+): ([^\n]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:\w+: |end )[^\n]*-->")
 MODEL = "model"  # as a device: the embedded checkpoint's own figures
@@ -128,11 +127,9 @@ def body(site: Site, place: Place, shown: set[object]) -> str:
 def sources(
     site: Site, place: Place, part: str, files: list[ResultFile], shown: set[object]
 ) -> str:
-    """Where the figures are from: files, machine, versions; on one page commands, once each."""
+    """Where the figures are from: files, machine, versions, and commands, once each on a page."""
     links = ", ".join(f"[{f.path.stem}]({relative(site, place.page, f.path)})" for f in files)
     said = f"From {links}: {surroundings(files, part)}"
-    if place.page != WITH_COMMANDS:
-        return f"{said}.\n"
     commands = [file.command() for file in files if file.path not in shown]
     if not commands:
         return f"{said}; commands above.\n"
