@@ -392,8 +392,8 @@ def splits_by_length(attend: Attend) -> Attend:
         q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         tiles = triton.Tiles(16, 64, 4, 2)
-        other = triton._attend(q, k, v, start, slot, causal, ((64, None),), tiles)
-        own = triton._attend(q, k, v, start, slot, causal, ((192, None),), tiles)
+        other = triton.attend(q, k, v, start, slot, causal=causal, bands=((64, None),), tiles=tiles)
+        own = triton.attend(q, k, v, start, slot, causal=causal, bands=((192, None),), tiles=tiles)
         return torch.where((start % 2 == 0)[:, None, None, None], own, other)
 
     return wrong
