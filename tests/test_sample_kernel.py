@@ -278,11 +278,11 @@ def test_the_operator_says_what_it_returns(interpreting: None) -> None:
     torch.library.opcheck(kernel.sample_op, arguments, test_utils=checks)
 
 
-SIGNATURE = {"temperature": "*fp32", "top_k": "*i64", "top_p": "*fp32", "min_p": "*fp32"}
-SIGNATURE |= {"logits": "*bf16", "position": "*i64", "seed": "*i64", "width": "i32", "out": "*i64"}
-SIGNATURE |= {"maxima": "*fp32", "bests": "*fp32", "bounds": "*fp32", "floors": "*fp32"}
-SIGNATURE |= {"held": "*i64", "n_gathered": "*i32", "gathered": "*bf16"}
-SIGNATURE |= {"scores": "*fp32", "tokens": "*i32"}
+SIGNATURE = {"temperatures": "*fp32", "top_ks": "*i64", "top_ps": "*fp32", "min_ps": "*fp32"}
+SIGNATURE |= {"logits": "*bf16", "positions": "*i64", "seeds": "*i64", "width": "i32"}
+SIGNATURE |= {"group_max": "*fp32", "bests": "*fp32", "bounds": "*fp32", "thresholds": "*fp32"}
+SIGNATURE |= {"masses": "*i64", "n_gathered": "*i32", "gathered": "*bf16"}
+SIGNATURE |= {"scores": "*fp32", "tokens": "*i32", "out": "*i64"}
 CONSTANTS = {"VOCAB": 151_936, "N_GROUPS": 2374, "GROUP": kernel.BLOCKS.group}
 CONSTANTS |= {"CHUNK": kernel.BLOCKS.chunk, "SCALE": 2.0**44, "SHIFT": 16}
 CONSTANTS |= {"N_DONE": 1, "N_CHUNKS": 149}

@@ -108,12 +108,12 @@ def test_a_split_of_which_a_row_sees_nothing_adds_nothing(monkeypatch: pytest.Mo
     k, v = make_cache(torch.float32)
     start, slot = torch.tensor([62], dtype=torch.int32), torch.tensor([0])
     run(torch.randn(1, 4, 1, 16), k, v, start, slot, True)
-    part_max, part_sum, part_acc = (
+    partial_max, partial_sum, partial_acc = (
         part[0, 0, 1] for part in scratch
     )  # the split that begins at 64
-    assert part_max.isinf().tolist() == [True, True, False, False]
-    assert part_sum[:2].tolist() == [0, 0] and not part_acc[:2].any()
-    assert part_sum[2:].tolist() > [0, 0] and part_acc[2:].all()
+    assert partial_max.isinf().tolist() == [True, True, False, False]
+    assert partial_sum[:2].tolist() == [0, 0] and not partial_acc[:2].any()
+    assert partial_sum[2:].tolist() > [0, 0] and partial_acc[2:].all()
 
 
 def test_a_mask_one_wide_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_compiles_within_each_chips_shared_memory(
     tiles = backend.choose_tiles(itemsize, head_dim, n_rows, capacity, CHIPS[capability])
     n_splits = 1 if n_rows > backend.LONG_BLOCK else 20
     signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "prefetch"], f"*{dtype}")
-    signature |= dict.fromkeys(["part_max", "part_sum", "part_acc"], "*fp32")
+    signature |= dict.fromkeys(["partial_max", "partial_sum", "partial_acc"], "*fp32")
     signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
     names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
     lines = backend._lines(backend.SPLITS)

@@ -49,7 +49,7 @@ def test_a_narrower_block(block_size: str) -> None:
     ],
 )
 def test_replayed_acceptance_is_what_was_asked(accept: str, asked: float, expected: float) -> None:
-    found = part("--accept", accept, "--new-tokens", "270", "--repeats", "1")
+    found = part("--accept", accept, "--new-tokens", "140", "--repeats", "1")
     assert found["label"] == "replayed acceptance" and found["accept_asked"] == asked
     assert expected_tokens_per_cycle(found["accept"], 8) == pytest.approx(expected)
     source = found["accept_source"]
@@ -57,7 +57,7 @@ def test_replayed_acceptance_is_what_was_asked(accept: str, asked: float, expect
     (at,) = found["at"]
     assert at["tokens_per_cycle_expected"] == pytest.approx(expected)
     error = at["tokens_per_cycle_standard_error"]
-    assert 0 < error < 0.3 and at["cycles"] > 200
+    assert 0 < error < 0.4 and at["cycles"] > 100
     assert abs(at["tokens_per_cycle"] - expected) < BOUND * error
 
 

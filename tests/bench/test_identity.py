@@ -74,7 +74,7 @@ def test_a_planted_fault_is_seen(
     assert part(*TINY, "--new-tokens", "40", "--sequences", "2")[seen] > 0
 
 
-@pytest.mark.parametrize("slots", ["1", "3"])
+@pytest.mark.parametrize("slots", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_sampled_identity_with_replayed_drafts(slots: str) -> None:
     flags = (*TINY, "--new-tokens", "24", "--slots", slots, "--sequences", "3")
     found = part(*flags, *SAMPLED)

@@ -26,7 +26,7 @@ def run(path: Path, *flags: str) -> Any:
 def test_peers_take_turns_on_the_same_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = run(tmp_path / "r.json", *FLAGS[:-2], "--max-seq-len", "1100", "--repeats", "2")
+    content = run(tmp_path / "r.json", *FLAGS[:-2], "--max-seq-len", "1100", "--repeats", "1")
     assert content["command"].startswith("OMP_NUM_THREADS=1 python benchmarks/peers.py --shape")
     part = content["parts"]["peers"]
     assert part["skipped"] == {} and part["transformers"]
@@ -36,7 +36,7 @@ def test_peers_take_turns_on_the_same_weights(
     assert list(at["tokens_per_second_of"]) == [*peers.MODES, *theirs]
     for row in at["tokens_per_second_of"].values():
         check_times(row["tokens_per_second"])
-        assert row["tokens_before_difference"] == [16, 16]  # float32, and no near tie on the way
+        assert row["tokens_before_difference"] == [16]  # float32, and no near tie on the way
     rates = {n: row["tokens_per_second"]["median"] for n, row in at["tokens_per_second_of"].items()}
     faster = max(rates["ar_padded"], rates["ar_one_row"])
     for name, row in at["tokens_per_second_of"].items():
