@@ -592,6 +592,37 @@ def test_a_link_that_leads_outside(path: Path, name: str) -> None:
     assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
 
 
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_a_directory_whose_name_begins_with_the_checkpoints_is_outside(
+    path: Path, name: str
+) -> None:
+    sibling = path.with_name(path.name + "-other")
+    sibling.mkdir()
+    outside = sibling / name
+    outside.write_bytes((path / name).read_bytes() if (path / name).exists() else b"{}")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(f"../{sibling.name}/{name}")
+    assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_directory_whose_name_begins_with_that_of_the_blobs_is_outside(
+    path: Path, tmp_path: Path, shared: bool
+) -> None:
+    cache = tmp_path / "cache"
+    snapshot = hub_snapshot(cache, path, shared=shared)
+    if shared:
+        (cache / "blobs" / ".huggingface-shared-blobs").touch()
+    assert open_checkpoint(snapshot).config.n_layers == 2
+    blobs = cache / "blobs" if shared else snapshot.parent.parent / "blobs"
+    sibling = blobs.with_name("blobs-other")
+    sibling.mkdir()
+    (snapshot / "config.json").resolve().rename(sibling / "config")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(sibling / "config")
+    assert f"leads outside the checkpoint, to {sibling / 'config'}" in refusal(snapshot)
+
+
 def test_links_that_are_broken_loop_or_stay_inside(path: Path) -> None:
     (path / "model.safetensors").rename(path / "weights")
     (path / "model.safetensors").symlink_to("weights")

@@ -446,6 +446,30 @@ def test_accepted_counts_only_what_was_emitted(tiny: Path, monkeypatch: pytest.M
     assert [(len(chunk.tokens), chunk.n_accepted) for chunk in chunks] == [(1, 0), (8, 7), (3, 3)]
 
 
+@pytest.mark.parametrize("runner", ["eager", "compiled"])
+def test_ar_ignores_proposals_that_drafting_has_left(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, runner: str
+) -> None:
+    """Even where they are right: those of AR's first block were left there by the call before."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="eager"))
+    decoder = load(tiny, "float32", runner=runner)
+    expected = decoder.generate([5, 6, 7], 20, mode="ar").tokens
+
+    def the_first_blocks(
+        model: Any, cache: Any, state: steps.State, mask: int, sampled: Any
+    ) -> None:
+        state.proposals[0] = torch.tensor(expected[1:8])
+
+    monkeypatch.setattr(steps, "draft", the_first_blocks)
+    assert max(decoder.generate([5, 6, 7], 20).stats.accepted) == 7
+    chunks = list(decoder.stream([5, 6, 7], 20, mode="ar"))
+    assert [chunk.tokens for chunk in chunks] == [[token] for token in expected]
+    assert not any(chunk.n_accepted for chunk in chunks)
+    stats = decoder.generate([5, 6, 7], 20, mode="ar").stats
+    assert (stats.cycles, stats.accepted) == (19, (0,) * 19)
+
+
 def test_rates_are_those_of_the_clock(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))

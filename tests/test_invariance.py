@@ -214,10 +214,16 @@ def adding(term: Callable[[Tensor], Tensor]) -> Attend:
     return attend
 
 
+def coarse(x: Tensor) -> Tensor:
+    """x rounded to bfloat16: then on every machine another order of summation has other bits."""
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
 def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
     """Keys in splits, each with its own softmax, then combined: what a GPU kernel does.
 
-    ``boundaries`` of the visible length and the capacity: where splits begin, after 0.
+    ``boundaries`` of the visible length and the capacity: where splits begin, after 0. What a
+    split leaves is ``coarse``.
     """
 
     def attend(
@@ -245,7 +251,7 @@ def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
             scales = [(top - highest).exp() for top in best]
             total = sum(w.sum(-1, keepdim=True) * s for w, s in zip(weights, scales, strict=True))
             places = zip(weights, scales, begins, begins[1:], strict=False)
-            mixed = sum((w @ v[:, a:b]) * s for w, s, a, b in places)
+            mixed = sum(coarse(w @ v[:, a:b]) * s for w, s, a, b in places)
             rows.append((mixed / total).transpose(0, 1))
         return torch.stack(rows).contiguous()
 
@@ -272,8 +278,21 @@ def splits_follow_the_length(runner: EagerRunner, patch: Patch) -> None:
     attend_by(runner, splitting(split_by_length))
 
 
-def visible_keys_follow_the_start(runner: EagerRunner, patch: Patch) -> None:
-    patch.setattr(sdpa, "VISIBLE_MULTIPLE", 1)
+def one_ulp_follows_the_length(runner: EagerRunner, patch: Patch) -> None:
+    """As where keys are summed in another order once there are more of them."""
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
+    ) -> Tensor:
+        out = sdpa.attend(q, k, v, start, slot, causal=causal)
+        odd = (start % 2 == 1)[:, None, None, None]
+        return torch.where(odd, one_ulp_up(out), out)
+
+    attend_by(runner, attend)
+
+
+def one_ulp_up(x: Tensor) -> Tensor:
+    return torch.nextafter(x, torch.full_like(x, math.inf))
 
 
 def a_term_follows_the_start(runner: EagerRunner, patch: Patch) -> None:
@@ -398,7 +417,8 @@ def tamper(runner: EagerRunner, name: str, term: Term, layer: int = 0) -> None:
 class SplitProducts(LibraryProducts):
     """Of a product whose inner dimension is split: the sum of two parts, as a GPU's kernel has it.
 
-    ``split`` of the rows [T, 1] and the inner dimension: where the second part begins.
+    ``split`` of the rows [T, 1] and the inner dimension: where the second part begins. The parts
+    are ``coarse``.
     """
 
     def __init__(self, split: Callable[[Tensor, int], Tensor]) -> None:
@@ -410,7 +430,7 @@ class SplitProducts(LibraryProducts):
         terms = (
             x[..., None, :] * weight
         )  # and no product of the library's, of which little is known
-        return torch.stack([(terms * part[:, None]).sum(-1) for part in (first, ~first)])
+        return torch.stack([coarse((terms * part[:, None]).sum(-1)) for part in (first, ~first)])
 
 
 def test_products_in_parts_hold(tiny: Path) -> None:
@@ -541,7 +561,7 @@ def the_anchor_is_the_last_proposal(runner: EagerRunner, patch: Patch) -> None:
 Plant = Callable[[EagerRunner, Patch], None]
 BY_ROWS_OR_REPLAY: list[Plant] = [
     splits_follow_the_length,
-    visible_keys_follow_the_start,
+    one_ulp_follows_the_length,
     a_term_follows_the_start,
     a_term_follows_the_row_in_the_block,
     two_launches_differ,
@@ -595,6 +615,84 @@ def test_a_fault_between_passes_shows_in_the_replay(tiny: Path, plant: Plant) ->
         plant(decoder._runner, patch)
         found = found_in(decoder)
     assert (found.holds, found.n_differing, found.replay_equal) == (False, 0, False)
+
+
+# Each part of the check alone: what one does not see, another would cover for.
+
+
+def test_rows_in_other_places_are_compared_to_the_bit(tiny: Path) -> None:
+    """One logit of one row of the block, by one ulp."""
+
+    def term(out: Tensor) -> Tensor:
+        change = torch.zeros_like(out)
+        change[:, WIDTH // 2, 7] = (one_ulp_up(out) - out)[:, WIDTH // 2, 7]
+        return change
+
+    for dtype in ("float32", "float64"):
+        decoder = load(tiny, dtype)
+        tamper(decoder._runner, "lm_head", term)
+        found = found_in(decoder)
+        assert 0 < found.n_differing < found.n_rows / 2, str(found)
+
+
+def test_a_zero_of_the_other_sign_differs(tiny: Path) -> None:
+    runner = load(tiny)._runner
+    zero_at = torch.zeros(272, dtype=torch.bool)
+    zero_at[9] = True
+
+    class Signed(LibraryProducts):
+        def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+            _, product = super().greatest(x, weight, keep)
+            product = product.masked_fill(zero_at, 0.0)
+            product[:, WIDTH // 2, 9] = -0.0
+            return product.argmax(dim=-1), product
+
+    use(runner, products=Signed())
+    assert check(runner, WIDTH, [64]).n_differing > 0
+
+
+def test_the_replay_compares_logits_to_the_bit(tiny: Path) -> None:
+    """Only where slots are at work, and so in the replay alone, is one logit an ulp greater."""
+    runner = load(tiny)._runner
+
+    def term(out: Tensor) -> Tensor:
+        change = torch.zeros_like(out)
+        if not runner.state.done.all():
+            change[:, 1:, 7] = (one_ulp_up(out) - out)[:, 1:, 7]
+        return change
+
+    tamper(runner, "lm_head", term)
+    found = check(runner, WIDTH, [64])
+    assert (found.n_differing, found.replay_equal) == (0, False)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_the_replay_compares_cache_rows_to_the_bit(tiny: Path, name: str, layer: int) -> None:
+    """One element of a row follows its place in the block by an ulp, and nothing reads it."""
+    runner = load(tiny)._runner
+    caches = {"k": runner.cache.k[layer], "v": runner.cache.v[layer]}
+
+    def write(parts: Tensor, *rest: Any) -> Tensor:
+        *_, positions, slot, k_cache, v_cache = rest
+        q = qk_norm_rope_write(parts, *rest)
+        if k_cache is runner.cache.k[layer]:
+            at = (slot[:, None], 0, positions[:, 1:], 3)
+            caches[name][at] = one_ulp_up(caches[name][at])
+        return q
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
+    ) -> Tensor:
+        k, v = k.clone(), v.clone()
+        k[..., 3] = v[..., 3] = 0.0
+        return sdpa.attend(q, k, v, start, slot, causal=causal)
+
+    use(runner, attend=attend)
+    assert check(runner, WIDTH, [64]).holds
+    use(runner, qk_norm_rope_write=write)
+    found = check(runner, WIDTH, [64])
+    assert (found.n_differing, found.replay_equal) == (0, False)
 
 
 def test_a_commit_that_never_advances_is_caught(tiny: Path, monkeypatch: Patch) -> None:

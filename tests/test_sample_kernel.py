@@ -21,6 +21,7 @@ from torch import Tensor
 from orthrus_fast import sampling
 from orthrus_fast.sampling import SamplingParams, Settings, keep, sample
 from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
+from tests.test_sampling import min_p_thresholds
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -117,6 +118,20 @@ def test_infinite_rows_are_drawn_as_sample_draws_them(interpreting: None) -> Non
         assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, settings).tolist()
 
 
+def test_the_lowest_of_equal_scores_is_drawn(interpreting: None) -> None:
+    """Logits so far from 0 that the noise is rounded away: they tie with it as they do without."""
+    places = [[13, 70, 149], [2, 3], [5, 6, 7], [63, 64]]
+    logits = torch.full((1, len(places), 150), -2e9)
+    for row, equal in enumerate(places):
+        logits[0, row, equal] = 1e9
+    position = torch.arange(len(places))[None]
+    for top_k in (None, 2):
+        settings = settings_of(SamplingParams(1.0, top_k, seed=3))
+        ids = kernel.sample_op(logits, position, *settings)
+        assert ids.tolist() == [[equal[0] for equal in places]]
+        assert ids.tolist() == sample(logits, position, settings).tolist()
+
+
 def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
     logits = torch.randn(2, 3, 150)
     position = torch.arange(6).view(2, 3)
@@ -175,6 +190,12 @@ def test_the_kernels_keep_what_keep_keeps(
     settings = settings_of(*params)
     logits = logits.reshape(2, 2, -1)
     assert torch.equal(kept(logits, settings), keep(logits, settings))
+
+
+def test_the_threshold_of_min_p_is_rounded_once(interpreting: None) -> None:
+    params, logits = min_p_thresholds(8)
+    expected = torch.tensor([True, True, False]).expand(8, 1, 3)
+    assert torch.equal(kept(logits, settings_of(*params)), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -218,6 +218,34 @@ def test_a_tie_at_a_threshold_is_kept_whole() -> None:
         assert keep(logits, settings)[0, 0].nonzero().flatten().tolist() == kept, fields
 
 
+def min_p_thresholds(n: int) -> tuple[list[SamplingParams], Tensor]:
+    """Settings, and logits [n, 1, 3]: a best one, the least that min_p keeps, the next below.
+
+    The threshold is worked out in float64 and rounded to float32 once; it is another number where
+    each step is rounded.
+    """
+    draw = random.Random(5)
+    params, rows = [], []
+    while len(rows) < n:
+        values = torch.tensor(
+            [draw.uniform(0.3, 3.0), draw.uniform(0.01, 0.9), draw.uniform(-20, 20)],
+            dtype=torch.float32,
+        )
+        temperature, min_p, best = values.tolist()
+        least = torch.tensor(best + temperature * math.log(min_p), dtype=torch.float32)
+        if least != values[2] + values[0] * values[1].log():
+            params.append(SamplingParams(temperature, min_p=min_p))
+            below = torch.nextafter(least, torch.tensor(-math.inf))
+            rows.append([best, float(least), float(below)])
+    return params, torch.tensor(rows)[:, None]
+
+
+def test_the_threshold_of_min_p_is_rounded_once() -> None:
+    params, logits = min_p_thresholds(50)
+    expected = torch.tensor([True, True, False]).expand(50, 1, 3)
+    assert torch.equal(keep(logits, settings_of(*params)), expected)
+
+
 def test_the_token_that_reaches_top_p_is_kept() -> None:
     logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
     for top_p, n_kept in ((0.49, 1), (0.51, 2), (0.74, 2), (0.76, 4), (1.0, 4), (1e-300, 1)):
