@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +14,8 @@ from safetensors import safe_open
 import generate
 import orthrus_fast
 from orthrus_fast import Decoder
+from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, follows
-
-MODEL = generate.EMBEDDED
-ENTRIES = [json.loads(line) for line in (MODEL / "heldout.jsonl").read_text().splitlines()]
-# All kinds in a minute; the card's figures are of all the prompts.
-HELD_OUT = [entry for entry in ENTRIES if entry.get("source") != "docstrings"]
-
-
-def prompt_of(example: dict[str, Any]) -> Any:
-    return example["messages"] if "messages" in example else example["text"]
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +56,6 @@ def test_the_other_demonstrations_continue_a_text(
     assert captured.out == expected + "\n"
     assert "the JSON" not in captured.err
     assert generate.main([*line, "--prompt", "x"]) == 2
-
-
-def differing_prompts(decoder: Decoder, max_new_tokens: int) -> list[int]:
-    """Indices of the held-out prompts whose tokens differ between the two modes."""
-    prompts = [prompt_of(example) for example in HELD_OUT]
-    ar, diffusion = (
-        [result.tokens for result in decoder.generate(prompts, max_new_tokens, mode=mode)]
-        for mode in ("ar", "diffusion")
-    )
-    return [i for i in range(len(prompts)) if ar[i] != diffusion[i]]
 
 
 def test_both_modes_agree_on_every_held_out_prompt() -> None:

@@ -24,9 +24,8 @@ from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.model import LibraryProducts, View
 from orthrus_fast.runners import GraphRunner, find_kernels, opaque, plain_arithmetic
 from tests.checkpoints import write_checkpoint
-from tests.judge import Judge, follows
-from tests.test_attention import dense
-from tests.test_embedded import MODEL, differing_prompts
+from tests.embedded import MODEL, differing_prompts
+from tests.judge import Judge, dense_attention, follows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +94,7 @@ def dense_on_device(q: Tensor, k: Tensor, v: Tensor, start: int, causal: bool) -
 def test_the_dense_computations_agree() -> None:
     q, k, v = (t.cpu() for t in random_inputs(torch.float64, 64, 4))
     for causal in (True, False):
-        one = dense(q[0], k[0], v[0], 30, causal)
+        one = dense_attention(q[0], k[0], v[0], 30, causal)
         assert torch.allclose(dense_on_device(q[0], k[0], v[0], 30, causal), one, atol=1e-12)
 
 

@@ -39,7 +39,7 @@ from tests.checkpoints import (
     write_files,
 )
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 CPU = torch.device("cpu")
 KERNELS = find_kernels("sdpa", torch.device("cpu"), torch.float32, 16)[1]
 INDEX = "model.safetensors.index.json"

@@ -38,7 +38,7 @@ from scripts.embedded import (
 from scripts.embedded import sources as package_sources
 from scripts.embedded import train as training
 
-MODEL = Path(__file__).resolve().parent.parent / "model"
+MODEL = Path(__file__).resolve().parents[2] / "model"
 N_SAMPLES = 6000
 
 

@@ -23,7 +23,7 @@ from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.errors import PromptError, RequestError
 from tests.checkpoints import write_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "hello"},
     {"prompt": "one two three"},

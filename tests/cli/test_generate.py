@@ -24,7 +24,7 @@ from orthrus_fast import Chunk
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run(SimpleNamespace):

@@ -30,9 +30,9 @@ from orthrus_fast.model import (
 )
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import write_checkpoint
+from tests.decoders import committed
 from tests.judge import Judge
 from tests.kernel_compile import interpreted
-from tests.test_decoder import committed
 
 WIDTH = 16
 SLOTS = 2

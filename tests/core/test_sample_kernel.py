@@ -20,8 +20,8 @@ from torch import Tensor
 
 from orthrus_fast import sampling
 from orthrus_fast.sampling import SamplingParams, Settings, keep, sample
+from tests.core.test_sampling import min_p_thresholds
 from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
-from tests.test_sampling import min_p_thresholds
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 

@@ -30,9 +30,9 @@ from orthrus_fast.invariance import check
 from orthrus_fast.model import Kernels, LibraryProducts, plain_kernels
 from orthrus_fast.runners import COMPILE_MODES, RUNNERS, check_runner
 from tests.checkpoints import write_checkpoint
+from tests.decoders import committed, rows_are_alike
+from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
-from tests.test_decoder import committed, rows_are_alike
-from tests.test_embedded import HELD_OUT, MODEL, prompt_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ENDS = [270, 271]  # ids past the tokenizer's: texts hardly ever end, but may
@@ -147,7 +147,7 @@ def test_the_embedded_checkpoint_compiled() -> None:
         assert expected.stats.tokens_per_cycle > 1
 
 
-def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
+def test_committed_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     if not rows_are_alike(compiled):
         pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")

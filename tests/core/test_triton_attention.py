@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.config import read_config
+from tests.judge import dense_attention
 from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
-from tests.test_attention import dense
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -62,7 +62,7 @@ def error(
         got = attend(q, k, v, start, slot, causal)
         assert got.dtype == dtype and got.is_contiguous()
         for r, (begin, s) in enumerate(zip(starts, slot.tolist(), strict=True)):
-            wanted = dense(q[r].double(), k[s].double(), v[s].double(), begin, causal)
+            wanted = dense_attention(q[r].double(), k[s].double(), v[s].double(), begin, causal)
             worst = max(worst, float((got[r].double() - wanted).abs().max()))
     return worst
 
@@ -185,7 +185,7 @@ def test_split_edges_are_those_of_the_kernels(bands: backend.Bands, capacity: in
         assert n_splits == sum(edge < length for edge in edges)
 
 
-EMBEDDED = read_config(Path(__file__).parents[1] / "model")
+EMBEDDED = read_config(Path(__file__).parents[2] / "model")
 assert EMBEDDED.block_size is not None
 SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "1.7B": (16, 8, 128, 32),

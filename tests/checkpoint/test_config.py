@@ -16,7 +16,7 @@ from orthrus_fast.errors import CheckpointError, ConfigError
 from orthrus_fast.model import rope_table
 from tests.checkpoints import TINY, tiny_config
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 
 
 def refusal(fields: dict[str, Any], generation: dict[str, Any] | None = None) -> str:

@@ -20,6 +20,7 @@ from orthrus_fast.decoder import memory_needed, with_block_size
 from orthrus_fast.errors import BusyError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.model import View
 from tests.checkpoints import write_checkpoint
+from tests.decoders import committed, rows_are_alike
 from tests.judge import Judge, follows
 
 slow_examples = settings(
@@ -29,14 +30,6 @@ slow_examples = settings(
 
 def load(directory: Path, dtype: str = "float64", **options: Any) -> Decoder:
     return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
-
-
-def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
-    """K and V [length, KV, D] of slot 0's committed rows."""
-    runner = decoder._runner
-    length = int(runner.state.length[0])
-    k, v = runner.cache.k[layer], runner.cache.v[layer]
-    return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
 
 
 @st.composite
@@ -234,7 +227,7 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
     assert int(runner.state.length[0]) + 1 == 5
 
 
-def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
+def test_committed_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
     """Where this machine's products treat all rows alike, so does the whole pass, to the bit."""
     directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
     both = load(directory, "float32", max_seq_len=200)
@@ -246,16 +239,6 @@ def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
         assert mode == "ar" or max(result.stats.accepted) > 1
         rows.append([tensor.clone() for layer in range(2) for tensor in committed(both, layer)])
     assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
-
-
-def rows_are_alike(decoder: Decoder) -> bool:
-    model = decoder._runner.model
-    for weight in {p for p in model.parameters() if p.dim() == 2}:
-        x = torch.randn(1, weight.shape[1]).expand(16, -1).contiguous()
-        out = x @ weight.T
-        if not torch.equal(out, out[:1].expand_as(out).contiguous()):
-            return False
-    return True
 
 
 def test_one_row_ar_follows_the_judge(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
