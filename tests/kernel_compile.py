@@ -19,6 +19,8 @@ CHIPS = {
     100: 227 * 1024,  # B200
     120: 99 * 1024,  # RTX 50
 }
+# For parametrize: compiling for one chip tells most faults, the others are left to the slow tests.
+EVERY_CHIP = [chip if chip == 90 else pytest.param(chip, marks=pytest.mark.slow) for chip in CHIPS]
 
 
 def compile_for(

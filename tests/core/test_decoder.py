@@ -227,7 +227,7 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
     assert int(runner.state.length[0]) + 1 == 5
 
 
-def test_committed_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
+def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
     """Where this machine's products treat all rows alike, so does the whole pass, to the bit."""
     directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
     both = load(directory, "float32", max_seq_len=200)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orthrus_fast import model
 from orthrus_fast.bench import shape_config
-from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
+from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -871,6 +871,7 @@ def check_compiled(
     return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", TABLES)
 def test_the_tables_products_fit_their_chip(chip: str) -> None:
     """A launch for all that differs between binaries, but for the number of steps along K."""
@@ -884,6 +885,7 @@ def test_the_tables_products_fit_their_chip(chip: str) -> None:
         compile_product(int(chip.removeprefix("sm_")), "bf16", shape, tiles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_default_tiles_fit_every_chip(chip: int) -> None:
     cases = [("bf16", shape) for shape in SHAPES.values() if shape.n_rows in (32, 128)]
@@ -919,7 +921,7 @@ def test_default_tiles_split_small_grids_and_the_order_of_summation_ignores_m() 
     assert n_splits(320, 384) == 1  # three steps are not worth splitting
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EVERY_CHIP)
 def test_search_for_the_greatest_compiles_for_every_chip(chip: int) -> None:
     signature = {"best": "*fp32", "best_id": "*i32", "out": "*i64"}
     for block_n in (64, 128):
@@ -928,7 +930,7 @@ def test_search_for_the_greatest_compiles_for_every_chip(chip: int) -> None:
         check_compiled(chip, products._best_kernel, signature, constants, 8)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EVERY_CHIP)
 def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
     hidden = sorted({config.hidden_size for config in MODELS.values()})
     cases = [("bf16", size, n_parts) for size in hidden for n_parts in (1, 8)]
@@ -942,7 +944,7 @@ def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
         check_compiled(chip, norm._add_norm_kernel, signature, constants, num_warps, early=early)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EVERY_CHIP)
 def test_rope_kernel_compiles_for_every_chip(chip: int) -> None:
     heads = sorted({(config.n_heads, config.n_kv_heads) for config in MODELS.values()})
     cases = [("bf16", *pair, n_parts) for pair in heads for n_parts in (1, 4)]

@@ -1,7 +1,8 @@
 """Runners on the CPU: the compiled one against the eager one, what they refuse, cycles in flight.
 
 torch.compile's work is shared by all decoders of the same shapes in a process, so the tests keep to
-a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the C++ compiler out.
+a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the C++ compiler out; of
+those that need it, one smoke test is not slow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +89,13 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 # The compiled runner decodes what the eager one does
 
 
-@pytest.mark.parametrize("dtype, slots", SHAPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, dtype, slots",
+    [
+        pytest.param(variant, *shape, marks=[pytest.mark.slow] if case else [])
+        for case, (variant, shape) in enumerate(product(VARIANTS, SHAPES))
+    ],
+)
 def test_compiled_decodes_what_eager_and_the_judge_decode(
     variants: dict[str, Path], variant: str, dtype: str, slots: int
 ) -> None:
@@ -105,6 +112,7 @@ def test_compiled_decodes_what_eager_and_the_judge_decode(
         assert expected == [judge.generate(p, 30, tuple(ENDS))[0] for p in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, slots", SHAPES)
 def test_compiled_ends_where_eager_ends(tiny: Path, tmp_path: Path, dtype: str, slots: int) -> None:
     free = [result.tokens for result in load(tiny, "float64").generate(PROMPTS, 30)]
@@ -123,7 +131,7 @@ def test_compiled_ends_where_eager_ends(tiny: Path, tmp_path: Path, dtype: str, 
             ]
 
 
-def test_a_plain_qwen3_compiled(tmp_path: Path) -> None:
+def test_a_plain_qwen3_compiled(tmp_path: Path, plain_compile: None) -> None:
     """No draft view and one row a pass, so generate_one_row is what mode ar already runs."""
     directory = write_checkpoint(tmp_path / "model", draft=False, tied=False, eos_token_id=ENDS)
     compiled = load(directory, runner="compiled", slots=2)
@@ -136,6 +144,7 @@ def test_a_plain_qwen3_compiled(tmp_path: Path) -> None:
         compiled.generate([1, 2], 10)
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_compiled() -> None:
     eager, compiled = both(MODEL, max_seq_len=1024)
     for example in (HELD_OUT[0], HELD_OUT[-1]):
@@ -147,7 +156,8 @@ def test_the_embedded_checkpoint_compiled() -> None:
         assert expected.stats.tokens_per_cycle > 1
 
 
-def test_committed_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
+@pytest.mark.slow
+def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     if not rows_are_alike(compiled):
         pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
@@ -158,6 +168,7 @@ def test_committed_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Pa
     assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, slots", SHAPES)
 def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: int) -> None:
     runner = load(tiny, dtype, slots=slots, runner="compiled")._runner
@@ -169,7 +180,7 @@ def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: in
     assert found.holds, str(found)
 
 
-def test_startup_and_configuration_say_what_was_compiled(tiny: Path) -> None:
+def test_startup_and_configuration_say_what_was_compiled(tiny: Path, plain_compile: None) -> None:
     eager, compiled = both(tiny, slots=4)
     assert set(eager.startup) == {"load"}
     assert set(compiled.startup) == {"load", "compile"}
@@ -182,7 +193,7 @@ def test_startup_and_configuration_say_what_was_compiled(tiny: Path) -> None:
 # What is compiled, and when
 
 
-def test_nothing_is_compiled_after_load(tiny: Path) -> None:
+def test_nothing_is_compiled_after_load(tiny: Path, plain_compile: None) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     prompts = [[7] * n for n in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 300)]
     expected = [result.tokens for result in compiled.generate(prompts, 20, mode="ar")]
@@ -259,7 +270,9 @@ def test_one_layers_code_serves_all_layers(tmp_path: Path, plain_compile: None) 
     assert len(set(n_new)) == 1
 
 
-def test_a_second_decoder_of_the_same_shapes_compiles_nothing(variants: dict[str, Path]) -> None:
+def test_a_second_decoder_of_the_same_shapes_compiles_nothing(
+    variants: dict[str, Path], plain_compile: None
+) -> None:
     load(variants["tied"], runner="compiled", slots=4)
     before = n_graphs()
     load(variants["untied"], runner="compiled", slots=4)
@@ -342,6 +355,7 @@ def restored_precisions() -> Iterator[None]:
         backend.fp32_precision = precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switched", ["nothing", "legacy", "tf32"])
 def test_compiling_and_decoding_leave_torch_as_they_found_it(
     tmp_path: Path, switched: str, restored_precisions: None
@@ -559,7 +573,7 @@ def test_without_the_draft_view_its_weights_are_not_read(
         assert decoders[False].generate_one_row(prompt, 20).tokens[0] == expected[0]
 
 
-def test_without_the_draft_view_no_drafting(tiny: Path, variants: dict[str, Path]) -> None:
+def test_without_the_draft_view_no_drafting(tiny: Path, plain_compile: None) -> None:
     for runner in ("eager", "compiled"):
         half = load(tiny, "float64", draft_view=False, runner=runner)
         whole = load(tiny, "float64")
@@ -749,7 +763,7 @@ def contents(state: steps.State) -> list[Tensor]:
 @pytest.mark.parametrize("runner", ["eager", "compiled"])
 @pytest.mark.parametrize("drafting", [True, False])
 def test_a_cycle_past_the_end_changes_nothing(
-    tiny: Path, tmp_path: Path, runner: str, drafting: bool
+    tiny: Path, tmp_path: Path, plain_compile: None, runner: str, drafting: bool
 ) -> None:
     free = [result.tokens for result in load(tiny).generate(PROMPTS[:4], 12)]
     ends = [free[1][5], free[3][7]]

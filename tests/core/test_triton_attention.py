@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orthrus_fast.config import read_config
 from tests.judge import dense_attention
-from tests.kernel_compile import CHIPS, compile_for, interpreted, read_before_waiting
+from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -194,7 +194,7 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
 }
 
 
-@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize("capability", EVERY_CHIP)
 @pytest.mark.parametrize(
     "shape, dtype, causal, width, capacity",
     [
