@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from tests.checkpoints import write_checkpoint
 from tests.decoders import committed
 from tests.judge import Judge
 from tests.kernel_compile import interpreted
+from tests.marks import slow_but
 
 WIDTH = 16
 SLOTS = 2
@@ -78,8 +80,13 @@ def ready(runner: EagerRunner) -> None:
 # What an honest pass gives
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize(
+    "dtype, slots",
+    slow_but(
+        [("float64", 1), ("float32", 4), ("bfloat16", 2), ("float16", 2)],
+        product(["float64", "float32", "bfloat16", "float16"], [1, 2, 4]),
+    ),
+)
 def test_an_honest_pass_holds(tiny: Path, dtype: str, slots: int) -> None:
     found = found_in(load(tiny, dtype, slots))
     assert found.holds, str(found)
@@ -588,7 +595,7 @@ IN_THE_REPLAY: list[Plant] = [
 
 
 @pytest.mark.parametrize("plant", BY_ROWS_OR_REPLAY, ids=lambda plant: plant.__name__)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "float64"]))
 def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> None:
     decoder = load(tiny, dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -599,7 +606,7 @@ def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> 
 
 @pytest.mark.parametrize("term", [by_row, by_neighbours], ids=lambda term: term.__name__)
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "float64"]))
 def test_a_fault_in_any_product_is_caught(tiny: Path, dtype: str, name: str, term: Term) -> None:
     decoder = load(tiny, dtype)
     tamper(decoder._runner, name, term)
