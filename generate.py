@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from unicodedata import category
 
 from orthrus_fast import __version__
-from orthrus_fast.config import read_json
 from orthrus_fast.errors import CheckpointError, OrthrusError, PromptError, RequestError
+from orthrus_fast.files import read_json
+from orthrus_fast.options import ATTENTION_BACKENDS, MODES, RUNNERS
 
 if TYPE_CHECKING:
     from orthrus_fast import Chunk, Decoder, Generation, SamplingParams
-    from orthrus_fast.batch import PromptLine, Results
+    from orthrus_fast.cli.batch import PromptLine, Results
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
 PATIENCE = 3.0  # seconds for a pipe to send something
@@ -66,7 +67,7 @@ def build_parser() -> Parser:
     add("--block-size", type=int, metavar="K", help=width)
     add("--max-new-tokens", type=int, default=256, metavar="N", help="budget (default: 256)")
     add("--max-seq-len", type=int, metavar="N", help="prompt plus new tokens (default: 4096)")
-    add("--mode", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
+    add("--mode", choices=MODES, default="diffusion", help="default: diffusion")
     settings = "greedy (the default), or generation_config.json's, under the flags given here"
     add("--sampling", choices=("checkpoint", "greedy"), help=settings)
     add("--temperature", type=float, metavar="T", help="above 0 samples (default: 0, greedy)")
@@ -77,8 +78,8 @@ def build_parser() -> Parser:
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
-    add("--runner", choices=("auto", "eager", "compiled", "graph"), default="auto")
-    add("--attention", choices=("auto", "sdpa", "triton", "flash"), default="auto")
+    add("--runner", choices=("auto", *RUNNERS), default="auto")
+    add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto")
     add("--show-blocks", action="store_true", help="mark the text that came from accepted drafts")
     add("--check", action="store_true", help="decode in both modes; exit 1 if a token differs")
     add("--json", action="store_true", help="print one JSON object in place of the text")
@@ -540,7 +541,7 @@ def chat(decoder: Decoder, args: argparse.Namespace) -> int:
 
 def run_batch(args: argparse.Namespace) -> int:
     """--prompts-file to --output; what is there already is not done again."""
-    from orthrus_fast import batch
+    from orthrus_fast.cli import batch
 
     lines = batch.read_prompts(args.prompts_file)
     asked = batch.parameters(lines, lambda own: sampling(args, **{"seed": None, **own}))
@@ -568,7 +569,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
     """What decides the texts beside the decoder's configuration."""
-    from orthrus_fast.batch import sampling_settings
+    from orthrus_fast.cli.batch import sampling_settings
 
     names = ("mode", "max_new_tokens", "raw", "system", "thinking")
     return {name: getattr(args, name) for name in names} | {"sampling": sampling_settings(params)}
@@ -638,8 +639,8 @@ def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], No
 def show_info(args: argparse.Namespace) -> int:
     import torch
 
-    from orthrus_fast.checkpoint import open_checkpoint
-    from orthrus_fast.decoder import check_max_seq_len, memory_needed
+    from orthrus_fast.checkpoint import count_weights, open_checkpoint
+    from orthrus_fast.loading import check_max_seq_len, memory_needed
 
     path = args.checkpoint if args.checkpoint is not None else EMBEDDED
     checkpoint = open_checkpoint(path, revision=args.revision)
@@ -652,7 +653,7 @@ def show_info(args: argparse.Namespace) -> int:
         "directory": checkpoint.directory,
         "views": views,
         "block size": config.block_size or "none",
-        "parameters": f"{config.n_weights / 1e6:.1f} million",
+        "parameters": f"{count_weights(config) / 1e6:.1f} million",
         "layers": f"{config.n_layers}, hidden size {config.hidden_size}",
         "heads": f"{config.n_heads}, KV heads {config.n_kv_heads}, head size {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, tied: {'yes' if config.tie_word_embeddings else 'no'}",

@@ -24,8 +24,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from orthrus_fast.config import read_bytes
 from orthrus_fast.errors import CheckpointError, PromptError, TemplateError, one_line
+from orthrus_fast.files import read_bytes
 
 MAX_TEMPLATE_BYTES = 2**18  # the longest templates of the field have some 30 kB
 MAX_OUTPUT = 2**24  # characters of a rendered prompt

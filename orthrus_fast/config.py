@@ -7,14 +7,13 @@ compute must never be decoded as if it had not.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orthrus_fast.errors import CheckpointError, ConfigError
-
-MAX_JSON_BYTES = 64 * 2**20  # a Qwen3 tokenizer.json has 11 MB; the largest honest file we know
+from orthrus_fast.errors import ConfigError
+from orthrus_fast.files import read_object
+from orthrus_fast.options import DTYPES
 
 
 def _names(text: str) -> frozenset[str]:
@@ -51,7 +50,6 @@ _READ = _names(
     "eos_token_id model_type layer_types sliding_window"
 )
 _YARN_RANGE = (1e-4, 1e4)  # beyond it, tables overflow; honest values lie between 0.1 and 100
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -96,68 +94,9 @@ class ModelConfig:
         return self.block_size is not None
 
     @property
-    def n_weights(self) -> int:
-        """Weights in elements, both views; a tied lm_head counts once."""
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        layer = self._attention_weights + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.n_layers * layer + embeddings + self.hidden_size + self.n_draft_weights
-
-    @property
-    def n_draft_weights(self) -> int:
-        """The draft view's share of them."""
-        return self.n_layers * self._attention_weights if self.has_draft_view else 0
-
-    @property
-    def _attention_weights(self) -> int:
-        """One view's attention weights in one layer."""
-        heads = 2 * self.n_heads + 2 * self.n_kv_heads  # q and o, k and v
-        return (self.hidden_size * heads + 2) * self.head_dim
-
-    @property
     def cache_elements_per_token(self) -> int:
         """K and V elements that one committed token takes in one slot, over all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint that nobody vouches for.
-
-    Raises CheckpointError for a file that is missing, over 64 MiB, not UTF-8, nested so deeply that
-    the parser gives up, or not JSON (NaN and Infinity are not).
-    """
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        content = read_bytes(path, MAX_JSON_BYTES).decode("utf-8")
-        return json.loads(content, parse_constant=refuse_constant)
-    except RecursionError:
-        raise CheckpointError(f"{path}: JSON is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """``read_json`` of a file that must hold an object. Raises ConfigError where it does not."""
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return fields
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's content. Raises CheckpointError where there is none, or too much of it."""
-    try:
-        if not path.is_file():  # reading a FIFO would wait for ever
-            raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'file not found'}")
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes, over the limit of {limit}")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -292,8 +231,8 @@ def _check_unread_fields(reader: _Reader) -> None:
 
 def _parse_dtype(reader: _Reader) -> str:
     name = reader.fields.get("dtype") or reader.fields.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
-        reader.fail("dtype", f"{name!r} is not one of {', '.join(_DTYPES)}")
+    if name not in DTYPES:
+        reader.fail("dtype", f"{name!r} is not one of {', '.join(DTYPES)}")
     return str(name)
 
 

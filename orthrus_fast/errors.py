@@ -6,8 +6,20 @@ def one_line(text: str) -> str:
     return " ".join(text.split())[:1000]
 
 
+def shown(name: object) -> str:
+    """A name or value out of a file, safe on a terminal and of bounded length."""
+    text = name if isinstance(name, str) and name.isprintable() else ascii(name)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def list_some(parts: list[str]) -> str:
+    """The first ten of the parts, and how many more there are."""
+    rest = len(parts) - 10
+    return "; ".join(parts[:10]) + (f"; and {rest} more" if rest > 0 else "")
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """By CUDA's and the CPU's words; "illegal memory access" is something else."""
+    """Whether a lack of memory caused it, by its words; "illegal memory access" did not."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or any(said in str(error) for said in words)
 

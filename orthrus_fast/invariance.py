@@ -1,8 +1,8 @@
 """The invariance check: do a row's bits in the captured verify pass depend on that row alone, here?
 
 AR and diffusion put the same token, after the same text, into different rows of the block, with
-other neighbours. Their texts are equal to the bit if a row's bits don't notice. That is a property
-of this GPU, these libraries and these shapes, so it is looked at wherever a decoder is built, on
+other neighbours. Their texts are equal to the bit if a row's bits do not depend on that. This is a
+property of the GPU, the libraries and the shapes, so every decoder checks it when it is built, on
 the very graph that will decode.
 """
 
@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orthrus_fast.model import Layer, Transformer
-from orthrus_fast.runners import EagerRunner, plain_arithmetic
+from orthrus_fast.model import Transformer, View
+from orthrus_fast.runners import EagerRunner, full_precision_matmul
 
 N_REPLAYED = 64  # tokens decoded in both modes
 _log = logging.getLogger("orthrus_fast")
@@ -35,7 +34,7 @@ class Invariance:
     n_differing: int
     n_replayed: int  # tokens decoded in both modes, their logits and cache rows compared
     replay_equal: bool
-    replaced: tuple[str, ...]  # products (N × K) taken over by a kernel of our own
+    replaced: tuple[str, ...]  # products (N × K) that a custom kernel computes instead of cuBLAS
     seconds: float
 
     def __str__(self) -> str:
@@ -43,40 +42,41 @@ class Invariance:
         text = f"{self.n_rows} rows in other places {rows}; {self.n_replayed} tokens replayed "
         text += "equal to the bit" if self.replay_equal else "differ"
         if self.replaced:
-            text += f"; own kernel in place of the library's: {', '.join(self.replaced)}"
+            text += f"; custom kernels in place of cuBLAS: {', '.join(self.replaced)}"
         return f"{text} ({self.seconds:.1f} s)"
 
 
-def secure(
+def ensure_row_invariance(
     model: Transformer,
     build: Callable[[], EagerRunner],
     n_slots: int,
     width: int,
-    edges: list[int],
+    boundaries: list[int],
 ) -> tuple[EagerRunner, Invariance]:
-    """A runner prepared for ``width``, made invariant where there is a way to that.
+    """A runner prepared for ``width``, made invariant where that is possible, and what was found.
 
-    A library's product that fails on its own gives way to a fixed-tile kernel before anything is
-    compiled; if the whole pass fails nevertheless, every product does, and it is built once more.
+    A product of cuBLAS that is not invariant on its own is replaced by a custom kernel before
+    anything is compiled. If the whole pass fails nevertheless, all products are replaced, and the
+    runner is built once more.
     """
     begin = time.perf_counter()
     n_rows = n_slots * width
-    every = set(library_products(model, n_rows))
+    every = set(cublas_products(model, n_rows))
     shapes = variant_products(model, n_rows)
     replace_products(model, shapes)
     if every - shapes:
-        _log.info("no tiles for %s at %d rows: the library's", _names(every - shapes), n_rows)
+        _log.info("no tiles for %s at %d rows: cuBLAS", _names(every - shapes), n_rows)
     on_products = time.perf_counter() - begin
     runner = build()
     runner.prepare(width)
-    found = check(runner, width, edges)
+    found = check(runner, width, boundaries)
     if not found.holds and shapes != every:
-        _log.warning("the verify pass is not row-invariant with the library's products: %s", found)
+        _log.warning("the verify pass is not row-invariant with products of cuBLAS: %s", found)
         shapes = every
         replace_products(model, shapes)
         runner = build()
         runner.prepare(width)
-        found = check(runner, width, edges)
+        found = check(runner, width, boundaries)
     names = tuple(_names({shape}) for shape in sorted(shapes))
     found = replace(found, replaced=names, seconds=found.seconds + on_products)
     level = logging.INFO if found.holds else logging.WARNING
@@ -84,16 +84,16 @@ def secure(
     return runner, found
 
 
-def check(runner: EagerRunner, width: int, edges: list[int]) -> Invariance:
+def check(runner: EagerRunner, width: int, boundaries: list[int]) -> Invariance:
     """Compare rows of a prepared runner's verify pass. Leaves its state and cache as new.
 
-    ``edges`` are the positions around which the attention kernel's tiles or splits begin.
+    ``boundaries`` are the positions around which the attention kernel's tiles or splits begin.
     """
     begin = time.perf_counter()
-    with torch.inference_mode(), plain_arithmetic(runner.device):
+    with torch.inference_mode(), full_precision_matmul(runner.device):
         probe = _Probe(runner, width)
-        n_rows, n_differing = probe.rows_in_other_places(edges)
-        n_replayed, replay_equal = probe.replay(edges)
+        n_rows, n_differing = probe.rows_in_other_places(boundaries)
+        n_replayed, replay_equal = probe.replay(boundaries)
         runner.state.reset()
         runner.cache.reset()
     holds = n_differing == 0 and replay_equal
@@ -136,22 +136,22 @@ class _Probe:
         self.runner.verify(self.width)
         return self.runner.logits
 
-    def rows_in_other_places(self, edges: list[int]) -> tuple[int, int]:
-        """Rows compared, and rows that differed, around each edge.
+    def rows_in_other_places(self, boundaries: list[int]) -> tuple[int, int]:
+        """Rows compared, and rows that differed, around each boundary.
 
-        A block across the edge; the same text a third of a block later, in earlier rows, before
-        random neighbours; and as AR has it, one real row, on either side of the edge.
+        A block across the boundary; the same text a third of a block later, in earlier rows, before
+        random neighbours; and as AR has it, one real row, on either side of the boundary.
         """
         width, last = self.width, self.runner.cache.capacity - 2 * self.width - len(self.text)
         shift = width // 3 + 1
         n_rows, differing = 0, []
-        for edge in edges if width > 1 else []:
-            start = edge - width // 2
+        for boundary in boundaries if width > 1 else []:
+            start = boundary - width // 2
             if not 0 <= start <= last:
                 continue
             whole = self._pass(start, width).clone()
             compared = [(whole[:, shift:], self._pass(start + shift, width - shift).clone())]
-            for t in (edge - 1 - start, edge - start):
+            for t in (boundary - 1 - start, boundary - start):
                 compared.append(
                     (whole[:, t, None], self._pass(start + t, 1, drafting=False).clone())
                 )
@@ -161,26 +161,26 @@ class _Probe:
                 n_rows += n * len(self.text)
         return n_rows, int(torch.stack(differing).sum()) if differing else 0
 
-    def replay(self, edges: list[int]) -> tuple[int, bool]:
-        """Tokens decoded in AR and again with drafts that are 85% right, across an edge.
+    def replay(self, boundaries: list[int]) -> tuple[int, bool]:
+        """Tokens decoded in AR and again with drafts that are 85% right, across an boundary.
 
         The second value: whether tokens, logits and committed cache rows are equal to the bit.
         """
         room = self.runner.cache.capacity - self.width
-        begins = [edge - N_REPLAYED // 2 for edge in edges]
+        begins = [boundary - N_REPLAYED // 2 for boundary in boundaries]
         begins = [begin for begin in begins if 0 < begin < room - N_REPLAYED] or [1]
         begin = begins[len(begins) // 2]
         n = min(N_REPLAYED, room - begin - 1)
-        self._open(begin, n)
+        self._start(begin, n)
         expected = self._decode(n, None)
         ended = bool(self.runner.state.done.all())
-        self._open(begin, n)
+        self._start(begin, n)
         got = self._decode(n, self.runner.state.tokens.clone())
         equal = ended and bool(self.runner.state.done.all())
         equal = equal and all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
         return int(expected[0].sum()), equal
 
-    def _open(self, begin: int, n: int) -> None:
+    def _start(self, begin: int, n: int) -> None:
         """Put every slot at ``begin``, to decode n tokens, with garbage past it in the cache."""
         state = self.runner.state
         tokens = state.tokens.clone()
@@ -188,7 +188,7 @@ class _Probe:
         state.tokens.copy_(tokens)
         state.length.fill_(begin)
         state.anchor.copy_(self.text[:, begin])
-        state.limit.fill_(begin + 1 + n)
+        state.max_length.fill_(begin + 1 + n)
         state.done.fill_(False)
         for rows in (*self.runner.cache.k, *self.runner.cache.v):
             rows[:, :, begin:].normal_(generator=self.random)
@@ -231,51 +231,73 @@ class _Probe:
 
 
 def variant_products(model: Transformer, n_rows: int) -> set[tuple[int, int]]:
-    """Shapes [N, K] that the library serves at ``n_rows`` rows, and whose rows are not alike."""
-    from orthrus_fast.kernels.product import rows_are_alike
-
-    with plain_arithmetic(model.embed_tokens.weight.device):
+    """Shapes (N, K) that cuBLAS computes at ``n_rows`` rows, and whose rows are not invariant."""
+    with full_precision_matmul(model.embed_tokens.weight.device):
         return {
             (n, k)
-            for (n, k), weight in library_products(model, n_rows).items()
-            if not rows_are_alike(
+            for (n, k), weight in cublas_products(model, n_rows).items()
+            if not rows_are_invariant(
                 partial(F.linear, weight=weight), n_rows, k, weight.dtype, weight.device
             )
         }
 
 
+def rows_are_invariant(
+    linear: Callable[[Tensor], Tensor],
+    n_rows: int,
+    n_columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether a row of ``linear(x)`` [n_rows, N], x [n_rows, n_columns], depends on its row alone.
+
+    Compares bits on random rows: one row at every index, rows permuted, and each row among zeros.
+    Draws from its own generator and waits for the device once.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(n_rows, n_columns, generator=generator, dtype=dtype, device=device)
+    expected = linear(x)
+    same = linear(x[:1].repeat(n_rows, 1)) == expected[0]
+    invariant = same.all()
+    for _ in range(4):
+        order = torch.randperm(n_rows, generator=generator, device=device)
+        invariant &= (linear(x[order]) == expected[order]).all()
+    for row in range(n_rows):
+        alone = torch.zeros_like(x)
+        alone[row] = x[row]
+        invariant &= (linear(alone)[row] == expected[row]).all()
+    return bool(invariant)
+
+
 def replace_products(model: Transformer, shapes: set[tuple[int, int]]) -> None:
-    """Put the fixed-tile kernel in place of the library's for these shapes, where there is one."""
-    products = model.kernels.products.without_library(frozenset(shapes))
+    """Have custom kernels, where there are any, compute the products of these shapes."""
+    products = model.kernels.products.without_cublas(frozenset(shapes))
     model.kernels = replace(model.kernels, products=products)
 
 
-def library_products(model: Transformer, n_rows: int) -> dict[tuple[int, int], Tensor]:
-    """A weight of each shape [N, K] that the library serves and a kernel of ours could."""
+def cublas_products(model: Transformer, n_rows: int) -> dict[tuple[int, int], Tensor]:
+    """A weight of each shape (N, K) that cuBLAS multiplies with and a custom kernel could."""
     products = model.kernels.products
-    if not products.has_own:
+    if not products.has_custom:
         return {}
     return {
         shape: weight
         for shape, weight in _weights(model).items()
-        if not products.is_own(n_rows, weight)
+        if not products.is_custom(n_rows, weight)
     }
 
 
-def own_products(model: Transformer, n_rows: int) -> list[str]:
-    """The products (N × K) of a verify pass that kernels of ours do."""
+def custom_products(model: Transformer, n_rows: int) -> list[str]:
+    """The products (N × K) of a verify pass that custom kernels compute."""
     products = model.kernels.products
-    shapes = {s for s, weight in _weights(model).items() if products.is_own(n_rows, weight)}
+    shapes = {s for s, weight in _weights(model).items() if products.is_custom(n_rows, weight)}
     return [_names({shape}) for shape in sorted(shapes)]
 
 
 def _weights(model: Transformer) -> dict[tuple[int, int], Tensor]:
-    """A weight of each shape [N, K] that a verify pass multiplies with."""
-    modules: list[Any] = [model.lm_head]
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
-        modules += [layer.attention.qkv, layer.attention.o, layer.gate_up, layer.down]
-    return {tuple(module.weight.shape): module.weight for module in modules}
+    """A weight of each shape (N, K) that a verify pass multiplies with."""
+    linears = model.linears(View.AUTOREGRESSIVE)
+    return {(len(linear.weight), linear.weight.shape[1]): linear.weight for linear in linears}
 
 
 def _names(shapes: set[tuple[int, int]]) -> str:

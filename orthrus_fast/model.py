@@ -2,8 +2,10 @@
 
 Every layer holds two sets of attention projections over one residual stream, one MLP and one KV
 cache. The autoregressive view decides the text; the draft view (Orthrus, arXiv 2605.12825) proposes
-a block in one pass. Rounding follows transformers' Qwen3, so that logits are equal: norms, softmax
-and RoPE tables in float32 (float64 for float64 weights), cast back before the weight is applied.
+a block in one pass. What has more than one implementation comes from ``Kernels``: read
+``kernels.plain`` beside this file. Rounding follows transformers' Qwen3, so that logits are equal.
+
+Shapes: B slots, R sequences of a pass, T rows of each, P partial sums, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,117 +14,53 @@ import copy
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orthrus_fast.attention import Attend
-from orthrus_fast.cache import KVCache, write_rows
+from orthrus_fast.cache import KVCache
 from orthrus_fast.config import ModelConfig, RopeConfig
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.plain import wide_dtype
 
 
 class View(enum.Enum):
     """Which attention weights and mask a pass uses."""
 
-    AUTOREGRESSIVE = (
-        "autoregressive"  # causal over cache and block; its K/V are what gets committed
-    )
-    DRAFT = "draft"  # bidirectional within the block; its K/V serve this pass alone
+    AUTOREGRESSIVE = "autoregressive"  # causal; its K and V are what gets committed
+    DRAFT = "draft"  # bidirectional within the block; its K and V serve this pass alone
 
 
-class Places(NamedTuple):
-    """Where a pass's rows sit: made once a pass, read by every layer."""
+class PassPositions(NamedTuple):
+    """Positions, slots and RoPE rows of one forward pass; made once, read by every layer."""
 
     start: Tensor  # [R] int32: position of each sequence's first row
-    slot: Tensor  # [R] int64: the cache's slot of each sequence
+    slot: Tensor  # [R] int64: each sequence's slot in the cache
     positions: Tensor  # [R, T] int64
     cos: Tensor  # [R, T, head_dim], as sin: the rotary table's rows at ``positions``
     sin: Tensor
 
 
-class QkNormRopeWrite(Protocol):
-    """What follows the qkv product: q [R, T, n_heads, head_dim] returned, k and v cached.
+class Linear(nn.Module):
+    """A weight [N, K] that the kernels multiply with; uninitialised."""
 
-    The signature of ``qk_norm_rope_write``, below, and of the kernel that takes its place.
-    """
-
-    def __call__(
-        self,
-        parts: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        slot: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-    ) -> Tensor: ...
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
 
 
-class Products(Protocol):
-    """The products of x [..., K] and a weight [N, K], with what follows each."""
+class Embedding(nn.Module):
+    """The rows [V, hidden_size] that stand for tokens; uninitialised."""
 
-    has_own: ClassVar[bool]  # whether there are kernels of ours to take the library's place
-
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The product as the sum of P parts [P, ..., N], for ``add_norm`` or qk_norm_rope_write.
-
-        A kernel may split the inner dimension; whoever reads the parts adds them up, in order.
-        They are float32 then, else of x's dtype.
-        """
-        ...
-
-    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
-        """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2].
-
-        ``ahead`` is the weight that will be read next, for a kernel that can make use of it.
-        """
-        ...
-
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """ids [...] of each row's greatest value, the lowest at a tie, and the product [..., N].
-
-        Without ``keep`` the product is of no use.
-        """
-        ...
-
-    def is_own(self, n_rows: int, weight: Tensor) -> bool:
-        """Whether a kernel of ours does a product of ``n_rows`` rows, not the library."""
-        ...
-
-    def without_library(self, shapes: frozenset[tuple[int, int]]) -> Products:
-        """The same, but that the library does no product of these shapes (N, K)."""
-        ...
-
-
-class AddNorm(Protocol):
-    """The signature of ``add_norm``, below, and of the kernel that takes its place.
-
-    ``ahead`` is the weight that will be read next, for a kernel that can make use of it.
-    """
-
-    def __call__(
-        self, x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What of a pass has more than one implementation; ``plain_kernels`` has PyTorch's."""
-
-    attend: Attend
-    qk_norm_rope_write: QkNormRopeWrite
-    add_norm: AddNorm
-    products: Products
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; ``rms_norm`` is the norm."""
+    """The weight of a norm, uninitialised; the kernels compute it (``plain.rms_norm``)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -138,36 +76,72 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         n_all_heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv = nn.Linear(config.hidden_size, n_all_heads * config.head_dim, bias=False)
-        self.o = nn.Linear(config.n_heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, n_all_heads * config.head_dim)
+        self.o = Linear(config.n_heads * config.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
         x: Tensor,
-        places: Places,
+        at: PassPositions,
         k_cache: Tensor,
         v_cache: Tensor,
         kernels: Kernels,
         causal: bool,
     ) -> Tensor:
-        """x [R, T, hidden_size] -> parts [P, R, T, hidden_size]; K and V go to the caches first."""
+        """x [R, T, hidden_size] -> partials [P, R, T, hidden_size].
+
+        The rows' K and V are written to the caches first.
+        """
         q = kernels.qk_norm_rope_write(
-            kernels.products.parts(x, self.qkv.weight),
+            kernels.products.partials(x, self.qkv.weight),
             self.q_norm.weight,
             self.k_norm.weight,
             self.q_norm.eps,
-            places.cos,
-            places.sin,
-            places.positions,
-            places.slot,
+            at.cos,
+            at.sin,
+            at.positions,
+            at.slot,
             k_cache,
             v_cache,
         )
-        caches, where = (k_cache, v_cache), (places.start, places.slot)
-        mixed = kernels.attend(q, *caches, *where, self.o.weight, causal=causal)
-        return kernels.products.parts(mixed.flatten(-2), self.o.weight)
+        mixed = kernels.attend(q, k_cache, v_cache, at.start, at.slot, self.o.weight, causal=causal)
+        return kernels.products.partials(mixed.flatten(-2), self.o.weight)
+
+    def tensors(self, suffix: str) -> dict[str, Tensor]:
+        """Checkpoint names within ``self_attn.`` -> the slices that hold these tensors."""
+        n_query, n_key = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        q, k, v = torch.split(self.qkv.weight, [n_query, n_key, n_key])
+        named = {
+            "q_proj": q,
+            "k_proj": k,
+            "v_proj": v,
+            "o_proj": self.o.weight,
+            "q_norm": self.q_norm.weight,
+            "k_norm": self.k_norm.weight,
+        }
+        return {f"{name}{suffix}.weight": tensor for name, tensor in named.items()}
+
+
+class MLP(nn.Module):
+    """SwiGLU between two products: hidden -> intermediate -> hidden."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
+        """x [R, T, hidden_size] -> partials [P, R, T, hidden_size]."""
+        hidden = kernels.products.swiglu(x, self.gate_up.weight, self.down.weight)
+        return kernels.products.partials(hidden, self.down.weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint names within ``mlp.`` -> the slices that hold these tensors."""
+        gate, up = self.gate_up.weight.chunk(2)
+        named = {"gate_proj": gate, "up_proj": up, "down_proj": self.down.weight}
+        return {f"{name}.weight": tensor for name, tensor in named.items()}
 
 
 class Layer(nn.Module):
@@ -179,14 +153,19 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.draft_attention = Attention(config) if draft_view else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.mlp = MLP(config)
+
+    def view_attention(self, view: View) -> Attention:
+        """The attention of a view."""
+        attention = self.attention if view is View.AUTOREGRESSIVE else self.draft_attention
+        assert attention is not None  # the decoder refuses to draft without the draft view
+        return attention
 
     def forward(
         self,
         x: Tensor,
         update: Tensor,
-        places: Places,
+        at: PassPositions,
         k_cache: Tensor,
         v_cache: Tensor,
         kernels: Kernels,
@@ -194,18 +173,31 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x and the last layer's ``update`` to it -> the same, a layer later.
 
-        An update is a product's parts [P, R, T, hidden_size]; the sum is left to the next norm.
+        An update is the partials [P, R, T, hidden_size] of a product; the next norm adds them up.
         """
-        causal = view is View.AUTOREGRESSIVE
-        attention = self.attention if causal else self.draft_attention
-        assert attention is not None  # the decoder refuses to draft without the draft view
-        norm, products = self.attention_norm, kernels.products
+        attention, norm = self.view_attention(view), self.attention_norm
         x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, attention.qkv.weight)
-        update = attention(normed, places, k_cache, v_cache, kernels, causal)
+        update = attention(normed, at, k_cache, v_cache, kernels, view is View.AUTOREGRESSIVE)
         norm = self.mlp_norm
-        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, self.gate_up.weight)
-        hidden = products.swiglu(normed, self.gate_up.weight, self.down.weight)
-        return x, products.parts(hidden, self.down.weight)
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, self.mlp.gate_up.weight)
+        return x, self.mlp(normed, kernels)
+
+    def linears(self, view: View) -> list[Linear]:
+        """What a pass of ``view`` multiplies with, in order."""
+        attention = self.view_attention(view)
+        return [attention.qkv, attention.o, self.mlp.gate_up, self.mlp.down]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint names within the layer -> the slices that hold these tensors."""
+        attention = self.attention.tensors("")
+        if self.draft_attention is not None:
+            attention |= self.draft_attention.tensors("_diff")
+        return {
+            "input_layernorm.weight": self.attention_norm.weight,
+            "post_attention_layernorm.weight": self.mlp_norm.weight,
+            **{f"mlp.{name}": tensor for name, tensor in self.mlp.tensors().items()},
+            **{f"self_attn.{name}": tensor for name, tensor in attention.items()},
+        }
 
 
 class Transformer(nn.Module):
@@ -214,17 +206,19 @@ class Transformer(nn.Module):
     ``draft_view`` False leaves the draft view out, though the config has one.
     """
 
+    layers: nn.ModuleList  # of Layer
+
     def __init__(self, config: ModelConfig, kernels: Kernels, draft_view: bool = True) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
         self.has_draft_view = draft_view and config.has_draft_view
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Layer(config, self.has_draft_view) for _ in range(config.n_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.rope_cos = self.rope_sin = torch.empty(0, config.head_dim)
@@ -237,16 +231,16 @@ class Transformer(nn.Module):
         self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
 
     def compiled(self, kernels: Kernels, compile: Callable[[Any], Any]) -> Transformer:
-        """The same model over the same weights, with ``compile`` applied to what a pass is made of.
+        """The same model over the same weights, with ``compile`` applied to the parts of a pass.
 
         One layer is compiled, not the stack: its code serves them all, so that compiling takes
-        seconds at any depth. ``kernels`` must be opaque to the compiler.
+        seconds at any depth. ``kernels`` must be custom operators or code for the compiler to see.
         """
         twin = copy.copy(self)
         twin.kernels = kernels
         twin.run_layer = compile(Layer.forward)
-        twin.enter = compile(twin.enter)  # type: ignore[method-assign]
-        twin.leave = compile(twin.leave)  # type: ignore[method-assign]
+        twin.embed = compile(twin.embed)  # type: ignore[method-assign]
+        twin.final_norm = compile(twin.final_norm)  # type: ignore[method-assign]
         return twin
 
     def forward(
@@ -257,134 +251,59 @@ class Transformer(nn.Module):
         The pass writes its K and V to the cache at those positions, then attends; rows of the
         slot below ``start`` must be committed. ``view`` DRAFT needs a checkpoint with that view.
         """
-        x, places = self.enter(tokens, start, slot)
+        x, at = self.embed(tokens, start, slot)
         update = torch.zeros_like(x)[None]
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
-            x, update = self.run_layer(
-                layer, x, update, places, k_cache, v_cache, self.kernels, view
-            )
-        return self.leave(x, update)
+            x, update = self.run_layer(layer, x, update, at, k_cache, v_cache, self.kernels, view)
+        return self.final_norm(x, update)
 
-    def enter(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, Places]:
+    def embed(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, PassPositions]:
         """The embeddings [R, T, hidden_size] of the tokens, and where the rows sit."""
         positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        return self.embed_tokens(tokens), Places(start, slot, positions, cos, sin)
+        x = F.embedding(tokens, self.embed_tokens.weight)
+        return x, PassPositions(start, slot, positions, cos, sin)
 
-    def leave(self, x: Tensor, update: Tensor) -> Tensor:
-        """The final norm over the residual stream."""
+    def final_norm(self, x: Tensor, update: Tensor) -> Tensor:
+        """The norm of the residual stream after the last update."""
         return self.kernels.add_norm(x, update, self.norm.weight, self.norm.eps)[1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] -> [..., V] in the model's dtype; padding rows included."""
-        logits: Tensor = self.lm_head(hidden)
-        return logits
+        return F.linear(hidden, self.lm_head.weight)
 
-    def choose(self, hidden: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        """hidden [R, T, hidden_size] -> the greedy ids [R, T], and the logits, if to be kept.
+    def greedy(self, hidden: Tensor, return_logits: bool) -> tuple[Tensor, Tensor]:
+        """hidden [R, T, hidden_size] -> the greedy ids [R, T], and the logits, if asked for.
 
         The logits of verification come from here, not from ``logits``, which may round otherwise.
         """
-        return self.kernels.products.greatest(hidden, self.lm_head.weight, keep)
+        return self.kernels.products.lm_head_argmax(hidden, self.lm_head.weight, return_logits)
 
+    def linears(self, view: View) -> list[Linear]:
+        """What a pass of ``view`` multiplies with, in order; the output head comes last."""
+        linears: list[Linear] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            linears += layer.linears(view)
+        return [*linears, self.lm_head]
 
-def plain_kernels(attend: Attend) -> Kernels:
-    """The kernels of plain PyTorch, and ``attend``."""
-    return Kernels(attend, qk_norm_rope_write, add_norm, LibraryProducts())
+    def tensors(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the slice of the fused parameters that the tensor fills.
 
-
-class LibraryProducts:
-    """``Products`` by the library that PyTorch calls."""
-
-    has_own: ClassVar[bool] = False
-
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)[None]
-
-    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
-        gate, up = F.linear(x, weight).chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        product = F.linear(x, weight)
-        return product.argmax(dim=-1), product
-
-    def is_own(self, n_rows: int, weight: Tensor) -> bool:
-        return False
-
-    def without_library(self, shapes: frozenset[tuple[int, int]]) -> LibraryProducts:
-        return self
-
-
-def add_norm(
-    x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """x [..., hidden_size] plus the sum of ``parts`` [P, ..., hidden_size]: that, and its norm."""
-    x = x + sum_parts(parts, x.dtype)
-    return x, rms_norm(x, weight, eps)
-
-
-def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The parts [P, ...] of a product, added in order and rounded once."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.to(dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x scaled to unit root mean square (arXiv 1910.07467), rounded, then times the weight.
-
-    In float32 or wider up to that rounding, as Qwen3 has it.
-    """
-    wide = x.to(_wide(x.dtype))
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-def qk_norm_rope_write(
-    parts: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slot: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
-    """parts [P, R, T, (n_heads + 2 n_kv_heads) · head_dim] of qkv -> q [R, T, n_heads, head_dim].
-
-    k, normalised and rotated as q is, and v go to the caches [B, n_kv_heads, S, head_dim] at
-    ``positions`` [R, T] of ``slot`` [R]. q_norm, k_norm [head_dim]; cos, sin [R, T, head_dim].
-    """
-    n_kv_heads = k_cache.shape[1]
-    qkv = sum_parts(parts, k_cache.dtype)
-    heads = qkv.view(*qkv.shape[:2], -1, q_norm.shape[0])
-    n_heads = heads.shape[-2] - 2 * n_kv_heads
-    q, k, v = torch.split(heads, [n_heads, n_kv_heads, n_kv_heads], dim=-2)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    write_rows(k_cache, finite(rotate(rms_norm(k, k_norm, eps), cos, sin)), positions, slot)
-    write_rows(v_cache, finite(v), positions, slot)
-    return rotate(rms_norm(q, q_norm, eps), cos, sin)
-
-
-def finite(x: Tensor) -> Tensor:
-    """x with 0 for what has overflowed, as the cache wants it.
-
-    Else it would reach rows that do not see it, and the slot's next owner.
-    """
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) of x [R, T, heads, head_dim], half-rotation form.
-
-    ``cos`` and ``sin`` [R, T, 1, head_dim] are in x's dtype: transformers rounds them first, too.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+        Slices along the first dimension are views, so copying into one fills the parameter. A tied
+        ``lm_head.weight`` is not among them.
+        """
+        named: dict[str, Tensor] = {
+            "model.embed_tokens.weight": self.embed_tokens.weight,
+            "model.norm.weight": self.norm.weight,
+        }
+        if not self.config.tie_word_embeddings:
+            named["lm_head.weight"] = self.lm_head.weight
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            prefix = f"model.layers.{index}."
+            named |= {prefix + name: tensor for name, tensor in layer.tensors().items()}
+        return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def rope_table(config: ModelConfig, n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -392,7 +311,7 @@ def rope_table(config: ModelConfig, n_rows: int, dtype: torch.dtype) -> tuple[Te
 
     Made there for every device, so that all see the same bits.
     """
-    wide = _wide(dtype)
+    wide = wide_dtype(dtype)
     frequencies, scale = _rope_frequencies(config.rope, config.head_dim, wide)
     angles = torch.arange(n_rows, dtype=wide, device="cpu")[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
@@ -434,8 +353,3 @@ def _yarn_scale(rope: RopeConfig) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
     return mscale(1.0)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and tables: float32, or float64 where the weights are."""
-    return torch.promote_types(dtype, torch.float32)

@@ -18,7 +18,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,24 +25,29 @@ import torch
 from torch import Tensor
 
 from orthrus_fast import steps
-from orthrus_fast.attention import as_operator, find_backend, why_no_triton
+from orthrus_fast.attention import Backend
 from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line
-from orthrus_fast.model import Kernels, Transformer, plain_kernels, qk_norm_rope_write
+from orthrus_fast.kernels.interface import Kernels, Sample
+from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.model import Layer, Transformer, View
+from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
 from orthrus_fast.sampling import SamplingParams, logprobs
 
-RUNNERS = ("eager", "compiled", "graph")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-RECORDED_AFTER = 3  # calls of what torch's own CUDA graphs hold: warm-up, recording, first replay
+CALLS_TO_RECORD = 3  # of a function in torch's own CUDA graphs: warm-up, recording, first replay
 
 _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
 
 
-# What became of one slot: tokens, how many of them were proposed (None: by prefill), whether the
-# slot is done, log-probabilities.
-Emitted = tuple[list[int], int | None, bool, list[float]]
+class SlotOutput(NamedTuple):
+    """What one pass emitted for one slot."""
+
+    tokens: list[int]
+    n_accepted: int | None  # how many of them were proposed; None: prefill emitted them
+    done: bool
+    logprobs: list[float]  # of the tokens, where they were asked for; else empty
 
 
 class Cycle(NamedTuple):
@@ -54,23 +58,29 @@ class Cycle(NamedTuple):
     done: list[bool]
     logprobs: list[list[float]]  # of the tokens, where the cycle sampled; else empty lists
 
-    def of(self, slot: int) -> Emitted:
-        """What became of one slot."""
-        return self.tokens[slot], self.n_accepted[slot], self.done[slot], self.logprobs[slot]
+    def of(self, slot: int) -> SlotOutput:
+        """One slot's part."""
+        return SlotOutput(
+            self.tokens[slot], self.n_accepted[slot], self.done[slot], self.logprobs[slot]
+        )
 
 
-class First(NamedTuple):
-    """What prefill emitted."""
+class PrefillOutput(NamedTuple):
+    """What prefill emitted: one token."""
 
     token: int
     done: bool
-    logprob: float
+    logprob: float  # NaN where it was not asked for
+
+    def of_slot(self) -> SlotOutput:
+        """The same as a cycle reports it."""
+        return SlotOutput([self.token], None, self.done, [self.logprob])
 
 
 class EagerRunner:
     """Runs the steps kernel by kernel, as they are written."""
 
-    ahead = 0  # cycles to launch before the oldest one is read
+    lookahead = 0  # cycles to launch before the oldest one is read
 
     def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
         self.model = model  # prefill's
@@ -81,10 +91,10 @@ class EagerRunner:
         self.seconds: dict[str, float] = {}  # what preparing took, by stage
         self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next pass
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
-        self._settle = steps.settle
-        self._sampled = steps.sampled
+        self._accept_and_commit = steps.accept_and_commit
+        self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
-        self._flying: deque[int] = deque()  # widths of the cycles in flight
+        self._in_flight: deque[int] = deque()  # widths of the cycles in flight
 
     def prepare(self, width: int, sampling: bool = False) -> None:
         """Make ready for blocks of ``width`` rows, while no slot is in use."""
@@ -96,23 +106,23 @@ class EagerRunner:
     @torch.inference_mode()
     def prefill_logits(self, ids: Tensor, slot: int) -> Tensor:
         """Logits [V] after the prompt ``ids`` [n], which is prefilled into ``slot``."""
-        with plain_arithmetic(self.device):
+        with full_precision_matmul(self.device):
             return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
 
     @torch.inference_mode()
     def prefill(
-        self, prompt: list[int], slot: int, limit: int, params: SamplingParams | None = None
-    ) -> First:
-        """Open ``slot`` with ``prompt``; the first new token, and whether it ended the slot."""
+        self, prompt: list[int], slot: int, max_length: int, params: SamplingParams | None = None
+    ) -> PrefillOutput:
+        """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text."""
         params = params or SamplingParams()
-        ids, sampling = self.ids(prompt), params.temperature > 0
+        ids, sample = self.ids(prompt), self._sample(params.temperature > 0)
         self.state.settings.put(slot, params)
         logits = self.prefill_logits(ids, slot)
-        with plain_arithmetic(self.device):  # no longer: others wait for it, and below is a wait
-            first = steps.first_token(self.state, slot, logits, len(prompt), sampling)
-        steps.open_slot(self.state, slot, ids, first, limit, self.eos)
+        with full_precision_matmul(self.device):  # short: others wait for it, and below is a wait
+            first = steps.first_token(self.state, slot, logits, len(prompt), sample)
+        steps.start_sequence(self.state, slot, ids, first, max_length, self.eos)
         logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
-        return First(int(first), bool(self.state.done[slot]), logprob)
+        return PrefillOutput(int(first), bool(self.state.done[slot]), logprob)
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:
@@ -128,15 +138,15 @@ class EagerRunner:
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         """Draft (in diffusion mode), verify, accept, commit, for all slots at once."""
         self.state.drafting.fill_(drafting)
-        with plain_arithmetic(self.device):
+        with full_precision_matmul(self.device):
             if drafting:
                 self.draft(sampling)
             self._mailbox.send(self.verify(width, sampling))
-        self._flying.append(width)
+        self._in_flight.append(width)
 
     def read(self) -> Cycle:
         """What the oldest unread cycle emitted; waits for it."""
-        report, width = self._mailbox.receive(), self._flying.popleft()
+        report, width = self._mailbox.receive(), self._in_flight.popleft()
         emitted = [row[: row[width]] for row in report]
         bits = [row[width + 3 :][: row[width]] for row in report]
         return Cycle(
@@ -153,20 +163,26 @@ class EagerRunner:
         """Wait for the cycles in flight, and forget what they emitted."""
         while self.in_flight:
             self._mailbox.receive()
-        self._flying.clear()
+        self._in_flight.clear()
 
     def draft(self, sampling: bool = False) -> None:
         """One draft pass: proposals for every slot."""
         mask = self.model.config.mask_token_id
         assert mask is not None  # the decoder refuses to draft without the draft view
-        sampled = self._sampled if sampling else None
-        steps.draft(self.passes, self.cache, self.state, mask, sampled)
+        sample = self._sample(sampling)
+        tokens = partial(self._sample_block, sample=sample) if sample else None
+        steps.draft(self.passes, self.cache, self.state, mask, tokens)
 
     def verify(self, width: int, sampling: bool = False) -> Tensor:
-        """One verify pass and what follows it -> the cycle's report, as ``steps.settle`` has it."""
+        """One verify pass and what follows it -> ``steps.accept_and_commit``'s report."""
         block = steps.make_block(self.state, width)
         greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
-        return self._settle(self.state, block, greedy, self.logits, self.eos, sampling)
+        return self._accept_and_commit(
+            self.state, block, greedy, self.logits, self.eos, self._sample(sampling)
+        )
+
+    def _sample(self, sampling: bool) -> Sample | None:
+        return self.model.kernels.sample if sampling else None
 
 
 class CompiledRunner(EagerRunner):
@@ -182,10 +198,12 @@ class CompiledRunner(EagerRunner):
     ) -> None:
         super().__init__(model, state, cache)
         self._options = compiler_options(compile_mode)
-        self._torchs_graphs = bool(self._options["triton.cudagraphs"]) and self.device.type != "cpu"
+        self._cudagraph_trees = (
+            bool(self._options["triton.cudagraphs"]) and self.device.type != "cpu"
+        )
         self.passes = model.compiled(kernels, self._compile)
-        self._settle = self._compile(steps.settle)
-        self._sampled = self._compile(steps.sampled)
+        self._accept_and_commit = self._compile(steps.accept_and_commit)
+        self._sample_block = self._compile(steps.sample_block)
         self._prepared: set[tuple[int, bool]] = set()
 
     def _compile(self, function: Callable[..., _T]) -> Callable[..., _T]:
@@ -198,7 +216,7 @@ class CompiledRunner(EagerRunner):
         if (width, sampling) in self._prepared:
             return
         _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
-        with self._timed("compile"), compiler_limits(), plain_arithmetic(self.device):
+        with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
             self._warm_up(width, sampling)
         self._prepared.add((width, sampling))
 
@@ -207,8 +225,8 @@ class CompiledRunner(EagerRunner):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
-                self._build_kernels(width)
-                for _ in range(RECORDED_AFTER if self._torchs_graphs else 1):
+                self._compile_kernels(width)
+                for _ in range(CALLS_TO_RECORD if self._cudagraph_trees else 1):
                     if self._drafts_at(width):
                         CompiledRunner.draft(self, sampling)
                     CompiledRunner.verify(self, width, sampling)
@@ -217,41 +235,29 @@ class CompiledRunner(EagerRunner):
                 f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
             ) from error
 
-    def _build_kernels(self, width: int) -> None:
-        """Have the larger kernels compiled side by side; in a pass each would wait for its turn."""
-        model, cache, kernels = self.model, self.cache, self.model.kernels
-        if not kernels.products.has_own:
+    def _compile_kernels(self, width: int) -> None:
+        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
+        model, state, kernels = self.model, self.state, self.model.kernels
+        if not kernels.products.has_custom:
             return
-        layer: Any = model.layers[0]
-        n_heads = model.config.n_heads
-
-        def rows(weight: Tensor) -> Tensor:
-            return weight.new_zeros(len(self.state.slots), width, weight.shape[1])
-
-        def attend(causal: bool) -> None:
-            o = layer.attention.o.weight
-            x = rows(o)
-            q = x.view(*x.shape[:2], n_heads, -1)
-            where = (cache.k[0], cache.v[0], self.state.length, self.state.slots)
-            kernels.attend(q, *where, o, causal=causal)
-
-        def multiply(product: Callable[..., object], weight: Tensor, *rest: object) -> None:
-            product(rows(weight), weight, *rest)
-
-        products, head = kernels.products, model.lm_head.weight
+        layer, caches = model.layers[0], (self.cache.k[0], self.cache.v[0])
+        assert isinstance(layer, Layer)
+        tokens = state.anchor[:, None].expand(-1, width)
+        with torch.cuda.device(self.device):
+            x, at = model.embed(tokens, state.length, state.slots)
         # Verification is causal and keeps the logits, the draft neither.
-        passes = (True, False) if self._drafts_at(width) else (True,)
         jobs = [
-            *(partial(multiply, products.greatest, head, verifies) for verifies in passes),
-            *(partial(attend, verifies) for verifies in passes),
-            partial(multiply, products.swiglu, layer.gate_up.weight, layer.down.weight),
-            partial(multiply, products.parts, layer.attention.qkv.weight),
-            partial(multiply, products.parts, layer.attention.o.weight),
-            partial(multiply, products.parts, layer.down.weight),
+            partial(model.greedy, x, return_logits=True),
+            partial(layer.attention, x, at, *caches, kernels, causal=True),
+            partial(layer.mlp, x, kernels),
         ]
+        if self._drafts_at(width):
+            jobs.append(partial(model.greedy, x, return_logits=False))
+            attention = layer.view_attention(View.DRAFT)
+            jobs.append(partial(attention, x, at, *caches, kernels, causal=False))
 
         @torch.inference_mode()
-        def run(job: Callable[[], None]) -> None:
+        def run(job: Callable[[], object]) -> None:
             with torch.cuda.device(self.device):
                 job()
 
@@ -276,7 +282,7 @@ class CompiledRunner(EagerRunner):
 
     def _begin_pass(self) -> None:
         """Torch's own graphs may reuse the memory of the last pass, but not of this one."""
-        if self._torchs_graphs:
+        if self._cudagraph_trees:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -291,7 +297,7 @@ class CompiledRunner(EagerRunner):
 class GraphRunner(CompiledRunner):
     """Replays the compiled steps from CUDA graphs, a cycle ahead of the reader."""
 
-    ahead = 1
+    lookahead = 1
 
     def __init__(
         self, model: Transformer, state: steps.State, cache: KVCache, kernels: Kernels
@@ -311,7 +317,7 @@ class GraphRunner(CompiledRunner):
             return
         super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
-        with self._timed("capture"), plain_arithmetic(self.device):
+        with self._timed("capture"), full_precision_matmul(self.device):
             if self._drafts_at(width):
                 graph, _ = self._capture(lambda: EagerRunner.draft(self, sampling))
                 self._draft_graphs[sampling] = graph
@@ -381,48 +387,12 @@ class _Mailbox:
         return self._ring[self._n_sent % 2]
 
 
-def find_kernels(
-    attention: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[str, Kernels]:
-    """The attention backend's own name and the kernels to build a model with.
-
-    Raises RequestError for an unknown backend, UnsupportedError for one that cannot run here.
-    """
-    name, attend = find_backend(attention, device, dtype, head_dim)
-    plain = plain_kernels(attend)
-    if why_no_triton(device, dtype, head_dim):
-        return name, plain
-    from orthrus_fast.kernels import norm, qk_norm_rope
-    from orthrus_fast.kernels.product import FixedTileProducts
-
-    products = FixedTileProducts.of(plain.products, device, dtype)
-    return name, Kernels(attend, qk_norm_rope.qk_norm_rope_write, norm.add_norm, products)
-
-
-def opaque(attention: str, kernels: Kernels) -> Kernels:
-    """The same kernels as operators that a compiler calls without looking inside.
-
-    Those of plain PyTorch stay as they are: these the compiler should see through.
-    """
-    attend = as_operator(attention, kernels.attend)  # type: ignore[arg-type]
-    if kernels.qk_norm_rope_write is qk_norm_rope_write:
-        return replace(kernels, attend=attend)
-    from orthrus_fast.kernels import norm, qk_norm_rope
-
-    return replace(
-        kernels,
-        attend=attend,
-        qk_norm_rope_write=qk_norm_rope.qk_norm_rope_write_op,
-        add_norm=norm.add_norm_op,
-    )
-
-
 def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:
-    """The runner's own name, ``auto`` resolved. Raises RequestError, UnsupportedError."""
+    """The runner's name, with ``auto`` resolved. Raises RequestError, UnsupportedError."""
     if runner not in ("auto", *RUNNERS):
-        raise RequestError(f"runner: {runner!r} is not 'auto', 'eager', 'compiled' or 'graph'")
+        raise RequestError(f"runner: {runner!r} is not one of {listed(RUNNERS, 'auto')}")
     if compile_mode not in COMPILE_MODES:
-        raise RequestError(f"compile_mode: {compile_mode!r} is not one of {COMPILE_MODES}")
+        raise RequestError(f"compile_mode: {compile_mode!r} is not one of {listed(COMPILE_MODES)}")
     if runner == "auto":
         runner = "graph" if device.type == "cuda" else "eager"
     if runner == "graph" and device.type != "cuda":
@@ -461,13 +431,16 @@ def make_runner(
     model: Transformer,
     state: steps.State,
     cache: KVCache,
-    attention: str,
+    backend: Backend,
     compile_mode: str = "default",
 ) -> EagerRunner:
-    """The runner of that name, not yet prepared for any width."""
+    """The runner of that name, not yet prepared for any width.
+
+    ``backend`` is the attention of ``model.kernels``.
+    """
     if name == "eager":
         return EagerRunner(model, state, cache)
-    kernels = opaque(attention, model.kernels)
+    kernels = register_custom_ops(model.kernels, backend.custom_op())
     if name == "graph":
         return GraphRunner(model, state, cache, kernels)
     return CompiledRunner(model, state, cache, kernels, compile_mode)
@@ -479,7 +452,7 @@ def compiler_limits() -> Any:
 
 
 @contextlib.contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def full_precision_matmul(device: torch.device) -> Iterator[None]:
     """No autocast and no TF32 within, whatever the caller has switched on; both put back after.
 
     And ``device`` is current, for the kernels that start there.

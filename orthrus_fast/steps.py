@@ -1,7 +1,8 @@
 """One decoding cycle, step by step: draft, verify, accept, commit; and prefill before the first.
 
 Each step is a function of tensors that reads nothing on the host, so that the same lines can be
-captured in a CUDA graph. Shapes: B slots, K block width, S cache rows, V vocabulary.
+captured in a CUDA graph. A step that may sample takes a kernel ``sample``; None means that every
+slot is greedy. Shapes: B slots, K block width, S cache rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.cache import KVCache
+from orthrus_fast.kernels.interface import Sample
+from orthrus_fast.kernels.plain_sampling import choose
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.sampling import SamplingParams, Settings, choose, logprobs, sample
+from orthrus_fast.sampling import SamplingParams, Settings, logprobs
 
 PREFILL_CHUNK = 2048  # rows of one prefill pass
 PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
@@ -27,7 +30,7 @@ class State:
     length: Tensor  # [B] int32: committed cache rows; the anchor sits at this position
     anchor: Tensor  # [B] int64: newest token, chosen but not cached yet
     tokens: Tensor  # [B, S] int64: prompt and output; past the anchor meaningless
-    limit: Tensor  # [B] int32: prompt plus budget, in tokens
+    max_length: Tensor  # [B] int32: tokens at which the text ends, prompt included
     done: Tensor  # [B] bool: ended; the slot's state no longer moves
     proposals: Tensor  # [B, K-1] int64: what the draft view puts after the anchor
     drafting: Tensor  # [] bool: False makes verification ignore them, which is AR decoding
@@ -42,7 +45,7 @@ class State:
             length=ints,
             anchor=torch.zeros(n_slots, dtype=torch.int64, device=device),
             tokens=torch.zeros(n_slots, capacity, dtype=torch.int64, device=device),
-            limit=torch.ones_like(ints),
+            max_length=torch.ones_like(ints),
             done=torch.ones(n_slots, dtype=torch.bool, device=device),
             proposals=torch.zeros(n_slots, block_size - 1, dtype=torch.int64, device=device),
             drafting=torch.zeros((), dtype=torch.bool, device=device),
@@ -54,7 +57,7 @@ class State:
         """As ``create`` leaves it, in place."""
         for tensor in (self.length, self.anchor, self.tokens, self.proposals, self.drafting):
             tensor.zero_()
-        self.limit.fill_(1)
+        self.max_length.fill_(1)
         self.done.fill_(True)
         for slot in range(len(self.slots)):
             self.settings.put(slot, SamplingParams())
@@ -89,36 +92,38 @@ def prefill(model: Transformer, cache: KVCache, prompt: Tensor, slot: Tensor) ->
     return model.logits(hidden[0, end - begin - 1])
 
 
-def open_slot(
-    state: State, slot: int, prompt: Tensor, first: Tensor, limit: int, eos: Tensor
+def start_sequence(
+    state: State, slot: int, prompt: Tensor, first: Tensor, max_length: int, eos: Tensor
 ) -> None:
-    """Point ``slot`` at a prefilled prompt [n] and the first token [] after it, in place."""
+    """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place."""
     n_tokens = len(prompt)
     state.tokens[slot, :n_tokens] = prompt
     state.tokens[slot, n_tokens] = first
     state.length[slot] = n_tokens
     state.anchor[slot] = first
-    state.limit[slot] = limit
-    state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= limit)
+    state.max_length[slot] = max_length
+    state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= max_length)
 
 
-def first_token(state: State, slot: int, logits: Tensor, position: int, sampling: bool) -> Tensor:
+def first_token(
+    state: State, slot: int, logits: Tensor, position: int, sample: Sample | None
+) -> Tensor:
     """logits [V] after a prompt of ``position`` tokens -> the token [] that follows it."""
-    if not sampling:
+    if sample is None:
         return choose(logits)
     at = torch.full((1, 1), position, device=logits.device)
     settings = state.settings.of(state.slots[slot, None])
-    return sample(logits[None, None], at, settings)[0, 0]
+    return sample(logits[None, None], at, *settings)[0, 0]
 
 
-def sampled(state: State, logits: Tensor) -> Tensor:
+def sample_block(state: State, logits: Tensor, sample: Sample) -> Tensor:
     """logits [B, T, V] of the tokens that follow each slot's anchor -> the tokens [B, T].
 
     By the slots' settings; a greedy slot's are those of ``choose``. The noise belongs to a token's
     position, so that drafts and verification share it.
     """
     offset = torch.arange(1, logits.shape[1] + 1, device=logits.device)
-    return sample(logits, state.length[:, None] + offset, state.settings)
+    return sample(logits, state.length[:, None] + offset, *state.settings)
 
 
 def draft(
@@ -126,22 +131,22 @@ def draft(
     cache: KVCache,
     state: State,
     mask_token_id: int,
-    sampled: Callable[[State, Tensor], Tensor] | None = None,
+    sample_tokens: Callable[[State, Tensor], Tensor] | None = None,
 ) -> None:
     """One pass of the draft view: K-1 proposals for each slot, in place.
 
     Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
-    the last row's logits are not needed. The pass leaves its K/V in scratch rows; verification
-    overwrites every one of them. Without ``sampled`` every slot counts as greedy.
+    the last row's logits are not needed. The pass leaves its K and V in scratch rows; verification
+    overwrites every one of them. ``sample_tokens`` is ``sample_block`` with a kernel; None: greedy.
     """
     masks = torch.full_like(state.proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    hidden = hidden[:, :-1].contiguous()  # or a library reads the output head for each slot
-    if sampled is None:
-        state.proposals.copy_(model.choose(hidden, keep=False)[0])
+    hidden = hidden[:, :-1].contiguous()  # or cuBLAS reads the output head once for each slot
+    if sample_tokens is None:
+        state.proposals.copy_(model.greedy(hidden, return_logits=False)[0])
     else:
-        state.proposals.copy_(sampled(state, model.logits(hidden)))
+        state.proposals.copy_(sample_tokens(state, model.logits(hidden)))
 
 
 def make_block(state: State, width: int) -> Tensor:
@@ -156,28 +161,33 @@ def verify(
 ) -> tuple[Tensor, Tensor]:
     """One pass of the autoregressive view over block [B, K] -> greedy ids [B, K], logits [B, K, V].
 
-    The logits are kept, though greedy decoding needs them not: 0.2% of a pass over the 1.7B, for
-    which the invariance check sees every bit of the very graph that decodes.
+    Greedy decoding does not need the logits. They are kept at 0.2% of a pass over the 1.7B, so that
+    the invariance check sees every bit of the very graph that decodes.
     """
     hidden = model(block, state.length, state.slots, cache, View.AUTOREGRESSIVE)
-    return model.choose(hidden, keep=True)
+    return model.greedy(hidden, return_logits=True)
 
 
-def settle(
-    state: State, block: Tensor, greedy: Tensor, logits: Tensor, eos: Tensor, sampling: bool
+def accept_and_commit(
+    state: State,
+    block: Tensor,
+    greedy: Tensor,
+    logits: Tensor,
+    eos: Tensor,
+    sample: Sample | None,
 ) -> Tensor:
-    """Accept and commit, in place; what became of the cycle [B, K+3] int64, for the host.
+    """Accept and commit, in place -> the cycle's report [B, K+3] int64 for the host.
 
-    A row holds the target tokens [K], how many of them were emitted, how many were proposed, and
-    whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i + 1]``. With
-    ``sampling`` K more columns have the bits of the targets' float32 log-probabilities.
+    A row holds the target tokens [K], how many of them were emitted, how many of these were
+    proposed, and whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i +
+    1]``. With ``sample`` K more columns have the bits of the targets' float32 log-probabilities.
     """
-    target = sampled(state, logits) if sampling else greedy
+    target = greedy if sample is None else sample_block(state, logits, sample)
     n_accepted = accept(block, target) * state.drafting
     n_new = commit(state, target, n_accepted, eos)
     columns = (n_new, torch.minimum(n_accepted, n_new), state.done)
     report = torch.cat((target, torch.stack(columns, dim=1)), dim=1)
-    if sampling:
+    if sample is not None:
         bits = logprobs(logits, target).view(torch.int32).long()
         report = torch.cat((report, bits), dim=1)
     return report
@@ -191,14 +201,14 @@ def accept(block: Tensor, target: Tensor) -> Tensor:
 def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Tensor:
     """Emit the accepted proposals and the token after them, in place -> n_new [B].
 
-    What is emitted ends at the first end-of-sequence id, ``eos`` [E], and at the slot's limit. The
+    What is emitted ends at the first end-of-sequence id, ``eos`` [E], and at ``max_length``. The
     emitted tokens are ``target[:, :n_new]``; as many cache rows become committed, all of them
     written by verification from tokens that were accepted.
     """
     offset = torch.arange(target.shape[1], device=target.device)
     is_end = torch.isin(target, eos).long()
     no_end_before = (is_end.cumsum(dim=-1) - is_end) == 0
-    room = (state.limit - state.length - 1)[:, None]
+    room = (state.max_length - state.length - 1)[:, None]
     keep = (offset <= n_accepted[:, None]) & no_end_before & (offset < room) & ~state.done[:, None]
     n_new = keep.sum(dim=-1)
 
@@ -211,5 +221,5 @@ def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Ten
     state.anchor.copy_(torch.where(moved, target.gather(1, last)[:, 0], state.anchor))
     ended = moved & is_end.gather(1, last)[:, 0].bool()
     state.length.add_(n_new)
-    state.done.logical_or_(ended | (state.length + 1 >= state.limit))
+    state.done.logical_or_(ended | (state.length + 1 >= state.max_length))
     return n_new

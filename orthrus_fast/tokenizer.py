@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import tokenizers
 
 from orthrus_fast.chat_template import ChatTemplate
-from orthrus_fast.config import MAX_JSON_BYTES, read_bytes, read_object
 from orthrus_fast.errors import CheckpointError, PromptError, one_line
+from orthrus_fast.files import MAX_JSON_BYTES, read_bytes, read_object
 
 _T = TypeVar("_T")
 

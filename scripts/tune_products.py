@@ -2,9 +2,9 @@
 
     python -m scripts.tune_products [--rows 32]
 
-Each product is timed as a pass has it: in a CUDA graph, between norms, its weights not in any
-cache; where K is split the next norm adds up the parts, and that counts too. Where the library's,
-without the end, is faster by 3%, no tiles are written, and the library keeps the shape.
+Each product is timed as it runs in a pass: in a CUDA graph, between norms, its weights not in any
+cache; where K is split, the next norm adds the partial sums, and that counts too. Where cuBLAS,
+without what follows the product, is faster by 3%, no tiles are written, and cuBLAS keeps the shape.
 Other chips' entries stay as they are.
 """
 
@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus_fast import kernels
-from orthrus_fast.bench import shape_config
+from orthrus_fast.bench.shapes import shape_config
+from orthrus_fast.checkpoint import build_on_meta
 from orthrus_fast.kernels.norm import add_norm
-from orthrus_fast.kernels.product import ROWS, Tiles, launch
+from orthrus_fast.kernels.products import ROWS, Tiles, launch
+from orthrus_fast.model import Layer, View
 
 TABLE = Path(kernels.__file__).with_name("tiles.json")
 MODELS = ("1.7B", "4B", "8B")
@@ -35,16 +37,16 @@ STREAMED = 600_000_000  # bytes of weights that one timing walks through; far pa
 # (block_n, block_k, num_warps): what came first for some shape in a wider search.
 BLOCKS = ((64, 128, 4), (64, 256, 4), (128, 128, 8))
 SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
-MARGIN = 1.03  # a library's product must be faster by this to keep a shape
+MARGIN = 1.03  # cuBLAS must be faster by this to keep a shape
 
 
 class Shape(NamedTuple):
-    """A product of ``n_rows`` rows with a weight [n, k], and its end."""
+    """A product of ``n_rows`` rows with a weight [n, k], and what follows it."""
 
     n_rows: int
     n: int
     k: int
-    end: str  # "", "swiglu" or "greatest"
+    end: str  # "", "swiglu" or "argmax"
 
     @property
     def key(self) -> str:
@@ -54,18 +56,16 @@ class Shape(NamedTuple):
 def shapes() -> list[Shape]:
     """Every product of the public models' passes, for every number of rows in the table."""
     found: dict[Shape, None] = {}
-    for model in MODELS:
-        config = shape_config(model)
-        hidden, heads = config.hidden_size, config.n_heads * config.head_dim
+    for name in MODELS:
+        model = build_on_meta(shape_config(name))
+        layer = model.layers[0]
+        assert isinstance(layer, Layer)
+        linears = [*layer.linears(View.AUTOREGRESSIVE), model.lm_head]
+        ends = {layer.mlp.gate_up: "swiglu", model.lm_head: "argmax"}
         for n_rows in ROWS:
-            for n, k, end in (
-                (heads + 2 * config.n_kv_heads * config.head_dim, hidden, ""),
-                (hidden, heads, ""),
-                (2 * config.intermediate_size, hidden, "swiglu"),
-                (hidden, config.intermediate_size, ""),
-                (config.vocab_size, hidden, "greatest"),
-            ):
-                found[Shape(n_rows, n, k, end)] = None
+            for linear in linears:
+                n, k = linear.weight.shape
+                found[Shape(n_rows, n, k, ends.get(linear, ""))] = None
     return list(found)
 
 
@@ -88,8 +88,8 @@ def candidates(shape: Shape) -> Iterator[Tiles]:
 
 
 def run(x: Tensor, weight: Tensor, shape: Shape, tiles: Tiles) -> Tensor:
-    best = "both" if shape.end == "greatest" else ""
-    return launch(x, weight, tiles, swiglu=shape.end == "swiglu", best=best)[0]
+    argmax = "both" if shape.end == "argmax" else ""
+    return launch(x, weight, tiles, swiglu=shape.end == "swiglu", argmax=argmax)[0]
 
 
 def compile_one(job: tuple[Shape, Tiles]) -> None:
@@ -117,7 +117,7 @@ def microseconds(step: Callable[[], None], n_products: int) -> float:
 
 
 def tune(shape: Shape) -> tuple[Tiles | None, str]:
-    """The fastest tiles, None if the library is faster; and a line that says how they compare."""
+    """The fastest tiles, None if cuBLAS is faster; and a line that says how they compare."""
     n_weights = max(2, min(32, STREAMED // (shape.n * shape.k * 2)))
     kind: Any = {"dtype": torch.bfloat16, "device": "cuda"}
     weights = torch.randn(n_weights, shape.n, shape.k, **kind)
@@ -126,22 +126,22 @@ def tune(shape: Shape) -> tuple[Tiles | None, str]:
 
     def timed(product: Callable[[Tensor], Tensor]) -> float:
         def step() -> None:
-            parts = stream[None]
+            partials = stream[None]
             for weight in weights:
-                add_norm(stream, parts, stream[0], 1e-6)
-                product_parts = product(weight)
-                parts = parts if shape.end else product_parts
+                add_norm(stream, partials, stream[0], 1e-6)
+                of_product = product(weight)
+                partials = partials if shape.end else of_product
 
         return microseconds(step, n_weights)
 
-    library = timed(lambda weight: F.linear(x, weight)[None])
-    own = {
+    cublas = timed(lambda weight: F.linear(x, weight)[None])
+    custom = {
         tiles: timed(lambda weight, tiles=tiles: run(x, weight, shape, tiles))  # type: ignore[misc]
         for tiles in candidates(shape)
     }
-    best = min(own, key=lambda tiles: own[tiles])
-    line = f"{shape.key:18} library {library:6.1f} us, own {own[best]:6.1f} {tuple(best)}"
-    return (best if own[best] < library * MARGIN else None), line
+    best = min(custom, key=lambda tiles: custom[tiles])
+    line = f"{shape.key:18} cuBLAS {cublas:6.1f} us, custom {custom[best]:6.1f} {tuple(best)}"
+    return (best if custom[best] < cublas * MARGIN else None), line
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     chosen: dict[str, Tiles] = {}
     for shape in wanted:
         tiles, line = tune(shape)
-        print(line if tiles else f"{line}: the library's", flush=True)
+        print(line if tiles else f"{line}: cuBLAS", flush=True)
         if tiles:
             chosen[shape.key] = tiles
     table = json.loads(TABLE.read_text("utf-8"))

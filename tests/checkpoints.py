@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orthrus_fast.attention import find_backend
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.select import select_kernels
+
 TINY: dict[str, Any] = {
     "architectures": ["OrthrusLM"],
     "model_type": "qwen3",
@@ -159,3 +163,15 @@ def write_byte_tokenizer(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def kernels_for(attention: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """What a model is built with on that device."""
+    attend = find_backend(attention, device, dtype, head_dim).attend
+    return select_kernels(attend, device, dtype, head_dim)
+
+
+def tile_boundaries(attention: str, capacity: int) -> list[int]:
+    """Where the tiles and splits of a backend begin; triton's needs a GPU."""
+    device = torch.device("cuda" if attention == "triton" else "cpu")
+    return find_backend(attention, device, torch.float32, 64).tile_boundaries(capacity)

@@ -13,11 +13,9 @@ def slow_but(quick: Container[Any], values: Iterable[Any]) -> list[Any]:
 
     A tuple has a value for each of several names.
     """
-    return [
-        value
-        if value in quick
-        else pytest.param(
-            *(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow
-        )
-        for value in values
-    ]
+    parameters = []
+    for value in values:
+        each = value if isinstance(value, tuple) else (value,)
+        marks = [] if value in quick else [pytest.mark.slow]
+        parameters.append(pytest.param(*each, marks=marks))
+    return parameters

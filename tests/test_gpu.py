@@ -18,12 +18,15 @@ from torch import Tensor
 
 import orthrus_fast
 from orthrus_fast import SamplingParams, bench, invariance, steps
-from orthrus_fast.attention import edges, find_backend
+from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
-from orthrus_fast.model import LibraryProducts, View
-from orthrus_fast.runners import GraphRunner, find_kernels, opaque, plain_arithmetic
-from tests.checkpoints import write_checkpoint
+from orthrus_fast.kernels.plain import PlainProducts
+from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.loading import Options, build_decoder
+from orthrus_fast.model import Transformer, View
+from orthrus_fast.runners import GraphRunner, full_precision_matmul
+from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.embedded import MODEL, differing_prompts
 from tests.judge import Judge, dense_attention, follows
 
@@ -65,7 +68,7 @@ def test_attention_matches_dense_attention(
     attend, capacity, width = backend(name, dtype, 64), 4096, 16
     q, k, v = random_inputs(dtype, capacity)
     slot = torch.tensor([3, 0, 2], device=CUDA)
-    around = [e + d for e in edges("triton", capacity) for d in (-width, -1, 0, 1)]
+    around = [e + d for e in tile_boundaries("triton", capacity) for d in (-width, -1, 0, 1)]
     starts = sorted({0, 1, *around, capacity - width})
     starts = [start for start in starts if 0 <= start <= capacity - width]
     for first in range(0, len(starts), 3):
@@ -103,7 +106,7 @@ def test_a_rows_bits_do_not_depend_on_its_block(name: str) -> None:
     attend, capacity, width = backend(name, torch.bfloat16, 64), 4096, 16
     q, k, v = random_inputs(torch.bfloat16, capacity)
     slot = torch.tensor([0, 1, 2], device=CUDA)
-    for edge in edges("triton", capacity):
+    for edge in tile_boundaries("triton", capacity):
         for position in (edge - 1, edge, edge + 1):
             rows = []
             for t in range(0, width, 3):
@@ -136,7 +139,7 @@ class Recorder:
     """Keeps the logits' bits of every emitted position, and the committed cache rows'."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.runner = decoder._runner
+        self.runner = decoder.runner
         self.logits: list[list[Tensor]] = [[] for _ in range(decoder.slots)]
         verify = self.runner.verify
 
@@ -170,7 +173,7 @@ def both_modes(
     for mode in ("ar", "diffusion"):
         results[mode] = decoder.generate(prompts, n_tokens, sampling, mode=mode)
         taken[mode] = recorder.take()
-    del decoder._runner.verify  # the class's again
+    del decoder.runner.verify  # the class's again
     tokens = {mode: [result.tokens for result in results[mode]] for mode in results}
     assert tokens["ar"] == tokens["diffusion"]
     assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
@@ -200,7 +203,7 @@ def test_a_narrower_block_is_equal_to_the_bit_in_both_modes(slots: int, block_si
     results = both_modes(decoder, PROMPTS[:slots], 150)
     accepted = [n for result in results["diffusion"] for n in result.stats.accepted]
     assert 0 < max(accepted) <= block_size - 1
-    assert set(decoder._runner._verify_graphs) == {(block_size, False)}
+    assert set(decoder.runner._verify_graphs) == {(block_size, False)}
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
@@ -212,7 +215,7 @@ def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature:
         for i, (top_k, top_p) in enumerate([(None, None), (20, 0.8), (None, 0.9), (5, None)])
     ][:slots]
     both_modes(decoder, PROMPTS[:slots], 100, settings)
-    assert set(decoder._runner._verify_graphs) == {(16, False), (16, True)}
+    assert set(decoder.runner._verify_graphs) == {(16, False), (16, True)}
 
 
 def test_greedy_slots_are_the_same_beside_sampling_ones() -> None:
@@ -237,14 +240,14 @@ def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path:
     assert decoder.configuration["dtype"] == "bfloat16"
     assert decoder.configuration["runner"] == "graph"
     assert decoder.configuration["attention"] == "triton"
-    weights = list(decoder._runner.model.parameters())
+    weights = list(decoder.runner.model.parameters())
     assert {weight.device.type for weight in weights} == {"cuda"}
-    assert decoder._runner.model.lm_head.weight is decoder._runner.model.embed_tokens.weight
+    assert decoder.runner.model.lm_head.weight is decoder.runner.model.embed_tokens.weight
 
 
 def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -> None:
     decoder = orthrus_fast.load(tiny, max_seq_len=400)
-    runner = decoder._runner
+    runner = decoder.runner
     assert isinstance(runner, GraphRunner)
     before = (dict(runner._draft_graphs), dict(runner._verify_graphs))
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -265,19 +268,19 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
 def test_a_cycle_past_the_end_changes_nothing(tiny: Path) -> None:
     decoder = orthrus_fast.load(tiny, slots=2)
     decoder.generate([[1, 2], [3]], 20)
-    state, cache = decoder._runner.state, decoder._runner.cache
+    state, cache = decoder.runner.state, decoder.runner.cache
     length = state.length.clone()
 
     def committed() -> list[Tensor]:
-        tensors = [state.length, state.anchor, state.tokens, state.done, state.limit]
+        tensors = [state.length, state.anchor, state.tokens, state.done, state.max_length]
         for rows in (*cache.k, *cache.v):
             tensors += [rows[slot, :, :n] for slot, n in enumerate(length.tolist())]
         return [tensor.clone() for tensor in tensors]
 
     before = committed()
     for drafting in (True, False):
-        decoder._runner.launch(drafting, 16)
-        assert decoder._runner.read().tokens == [[], []]
+        decoder.runner.launch(drafting, 16)
+        assert decoder.runner.read().tokens == [[], []]
     assert all(torch.equal(a, b) for a, b in zip(committed(), before, strict=True))
 
 
@@ -286,20 +289,20 @@ def test_a_dropped_stream_leaves_the_decoder_usable(tiny: Path) -> None:
     expected = decoder.generate([9, 9], 30).tokens
     stream = decoder.stream([1, 2], 60)
     next(stream), next(stream)
-    assert decoder._runner.in_flight > 0  # a cycle ahead of the reader
+    assert decoder.runner.in_flight > 0  # a cycle ahead of the reader
     del stream
-    assert decoder._runner.in_flight == 0
+    assert decoder.runner.in_flight == 0
     assert decoder.generate([9, 9], 30).tokens == expected
     assert decoder.generate([9, 9], 30, mode="ar").tokens == expected
 
 
 def test_one_row_ar_is_captured_when_it_is_asked_for(tiny: Path) -> None:
     decoder = orthrus_fast.load(tiny, dtype="float64")
-    assert set(decoder._runner._verify_graphs) == {(16, False)}
+    assert set(decoder.runner._verify_graphs) == {(16, False)}
     assert (
         decoder.generate_one_row([1, 2, 3], 40).tokens == Judge(tiny).generate([1, 2, 3], 40, ())[0]
     )
-    assert set(decoder._runner._verify_graphs) == {(16, False), (1, False)}
+    assert set(decoder.runner._verify_graphs) == {(16, False), (1, False)}
     assert (
         decoder.generate([1, 2, 3], 40).tokens == decoder.generate([1, 2, 3], 40, mode="ar").tokens
     )
@@ -408,13 +411,15 @@ def splits_by_length(attend: Attend) -> Attend:
 )
 def test_the_invariance_check_sees_planted_faults(plant: Any, holds: bool, request: Any) -> None:
     decoder = orthrus_fast.load(MODEL)
-    runner = decoder._runner
+    runner = decoder.runner
     kernels = runner.model.kernels
     kernels = dataclasses.replace(kernels, attend=plant(kernels.attend))
     name = f"planted_{request.node.callspec.id.replace(' ', '_').replace('-', '_')}"
-    faulty = GraphRunner(runner.model, runner.state, runner.cache, opaque(name, kernels))
+    backend = Backend(name, kernels.attend, lambda capacity: [])
+    kernels = register_custom_ops(kernels, backend.custom_op())
+    faulty = GraphRunner(runner.model, runner.state, runner.cache, kernels)
     faulty.prepare(16)
-    found = invariance.check(faulty, 16, edges("triton", runner.cache.capacity))
+    found = invariance.check(faulty, 16, tile_boundaries("triton", runner.cache.capacity))
     assert found.holds is holds
     assert found.n_rows > 0 and found.n_replayed > 0
 
@@ -426,19 +431,19 @@ def test_a_failing_product_is_replaced_by_ours(
     with caplog.at_level(logging.INFO, "orthrus_fast"):
         plain = orthrus_fast.load(MODEL)
     assert "at 16 rows: the library's" in caplog.text
-    layer: Any = plain._runner.model.layers[0]
-    weight = layer.down.weight
+    layer: Any = plain.runner.model.layers[0]
+    weight = layer.mlp.down.weight
     shape = tuple(weight.shape)
-    assert shape in invariance.library_products(plain._runner.model, 16)
+    assert shape in invariance.cublas_products(plain.runner.model, 16)
     monkeypatch.setattr(invariance, "variant_products", lambda model, n_rows: {shape})
     with caplog.at_level(logging.INFO, "orthrus_fast"):
         own = orthrus_fast.load(MODEL)
     assert own.invariance is not None and own.invariance.holds
     assert own.invariance.replaced == (f"{shape[0]} × {shape[1]}",)
-    assert own.configuration["own_products"] == list(own.invariance.replaced)
+    assert own.configuration["custom_products"] == list(own.invariance.replaced)
     assert "own kernel" in caplog.text
-    assert own._runner.model.kernels.products.is_own(16, weight)
-    assert own._runner.passes.kernels.products.is_own(16, weight)
+    assert own.runner.model.kernels.products.is_custom(16, weight)
+    assert own.runner.passes.kernels.products.is_custom(16, weight)
     results = both_modes(own, ["def f(n):\n"], 60)
     assert max(results["diffusion"][0].stats.accepted) > 0
 
@@ -452,9 +457,9 @@ U, SUM = 2.0**-8, 2.0**-18
 BF16 = torch.bfloat16
 
 
-def own_products() -> Any:
+def custom_products() -> Any:
     """What a decoder has on this chip; skips the test where that is the library's alone."""
-    products: Any = find_kernels("auto", CUDA, BF16, 128)[1].products
+    products: Any = kernels_for("auto", CUDA, BF16, 128).products
     if not getattr(products, "table", None):
         pytest.skip(f"no table of tiles for {torch.cuda.get_device_name(CUDA)}")
     return products
@@ -487,16 +492,16 @@ def test_a_product_of_a_public_model_is_within_rounding_of_float64(
     shape: str, name: str, n_rows: int
 ) -> None:
     """Every value, with what follows the product; and a row has the same bits anywhere."""
-    from orthrus_fast.kernels.product import rows_are_alike
+    from orthrus_fast.invariance import rows_are_invariant
 
-    products = own_products()
+    products = custom_products()
     n_columns, n_inner = product_shapes(shape)[name]
     random = torch.Generator(CUDA).manual_seed(0)
     x = torch.randn(n_rows, n_inner, generator=random, device=CUDA, dtype=BF16)
     weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
     weight.normal_(0, n_inner**-0.5, generator=random)
-    assert products.is_own(n_rows, weight)
-    with plain_arithmetic(CUDA):
+    assert products.is_custom(n_rows, weight)
+    with full_precision_matmul(CUDA):
         exact = x.double() @ weight.double().T
         error = SUM * (x.double().abs() @ weight.double().abs().T)  # of the sum, not rounded yet
 
@@ -515,51 +520,45 @@ def test_a_product_of_a_public_model_is_within_rounding_of_float64(
             out: Tensor = products.swiglu(x, weight)
             return out
     elif name == "lm_head":
-        ids, got = products.greatest(x, weight, keep=True)
+        ids, got = products.lm_head_argmax(x, weight, return_logits=True)
         error += U * exact.abs()
         assert torch.equal(ids, lowest_greatest(got))
-        assert torch.equal(products.greatest(x, weight, keep=False)[0], ids)
+        assert torch.equal(products.lm_head_argmax(x, weight, return_logits=False)[0], ids)
 
         def linear(x: Tensor) -> Tensor:
-            out: Tensor = products.greatest(x, weight, keep=True)[1]
+            out: Tensor = products.lm_head_argmax(x, weight, return_logits=True)[1]
             return out
     else:
-        parts = products.parts(x, weight)
+        parts = products.partials(x, weight)
         assert parts.dtype == (torch.float32 if len(parts) > 1 else BF16)
         got = parts.sum(0, dtype=torch.float64)
         error += U * exact.abs() * (len(parts) == 1)
 
         def linear(x: Tensor) -> Tensor:
-            out: Tensor = products.parts(x, weight)
+            out: Tensor = products.partials(x, weight)
             return out.movedim(0, 1).flatten(1)
 
     assert got.shape == exact.shape
     wrong = (got.double() - exact).abs() > error
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first {wrong.nonzero()[0]}"
-    assert rows_are_alike(linear, n_rows, n_inner, BF16, CUDA)
+    assert rows_are_invariant(linear, n_rows, n_inner, BF16, CUDA)
 
 
 @pytest.fixture(scope="module")
 def large() -> Decoder:
     """Random weights of shape 1.7B, cut to two layers; every product is ours."""
-    own_products()
+    custom_products()
     config = dataclasses.replace(bench.shape_config("1.7B"), n_layers=2)
-    attention, kernels = find_kernels("auto", CUDA, BF16, config.head_dim)
-    model = bench.random_model(config, kernels, CUDA, BF16, 0)
-    return Decoder(
-        "random",
-        model,
-        None,
-        max_seq_len=2048,
-        slots=1,
-        runner="graph",
-        attention=attention,
-    )
+
+    def make_model(*of: Any) -> Transformer:
+        return bench.random_model(*of, 0)
+
+    return build_decoder("random", config, make_model, Options(max_seq_len=2048))
 
 
 def test_every_product_of_a_public_shape_is_ours(large: Decoder) -> None:
     """And the pass is invariant with them, so that none gives way to another one."""
-    assert invariance.library_products(large._runner.model, 32) == {}
+    assert invariance.cublas_products(large.runner.model, 32) == {}
     assert large.invariance is not None and large.invariance.holds
     assert large.invariance.n_rows > 0 and large.invariance.n_replayed > 0
     assert large.invariance.replaced == ()
@@ -567,16 +566,16 @@ def test_every_product_of_a_public_shape_is_ours(large: Decoder) -> None:
 
 def test_the_greedy_ids_are_those_of_the_logits(large: Decoder) -> None:
     """The kept logits, the ids without keeping them, and a tie, which the lowest id wins."""
-    model, random = large._runner.model, torch.Generator(CUDA).manual_seed(1)
+    model, random = large.runner.model, torch.Generator(CUDA).manual_seed(1)
     shape = (1, 32, model.config.hidden_size)
     hidden = torch.randn(shape, generator=random, device=CUDA, dtype=BF16)
-    with torch.inference_mode(), plain_arithmetic(CUDA):
+    with torch.inference_mode(), full_precision_matmul(CUDA):
         for rows in (hidden, hidden[:, :-1]):  # verification's, the draft's
-            ids, logits = model.choose(rows, keep=True)
+            ids, logits = model.greedy(rows, return_logits=True)
             assert logits.shape == (1, rows.shape[1], model.config.vocab_size)
             assert torch.equal(ids, lowest_greatest(logits))
-            assert torch.equal(ids, model.choose(rows, keep=False)[0])
-        ids, logits = model.choose(torch.zeros_like(hidden), keep=True)
+            assert torch.equal(ids, model.greedy(rows, return_logits=False)[0])
+        ids, logits = model.greedy(torch.zeros_like(hidden), return_logits=True)
         assert not ids.any() and not logits.any()
 
 
@@ -587,18 +586,18 @@ def test_a_pass_agrees_with_the_librarys_products(large: Decoder) -> None:
     root mean square of the difference is bounded by 4 U of the rows' own, and each value by 32 U
     of that. On a CPU, other orders of summation differ by 1.2 U and 9 U.
     """
-    runner, random = large._runner, torch.Generator(CUDA).manual_seed(2)
+    runner, random = large.runner, torch.Generator(CUDA).manual_seed(2)
     model, cache, own = runner.model, runner.cache, runner.model.kernels
     tokens = torch.randint(model.config.vocab_size, (1, 32), generator=random, device=CUDA)
     start = torch.full((1,), 300, dtype=torch.int32, device=CUDA)
     cached = torch.randn(cache.k[0].shape, generator=random, device=CUDA, dtype=BF16)
     hidden = []
     try:
-        for products in (own.products, LibraryProducts()):
+        for products in (own.products, PlainProducts()):
             model.kernels = dataclasses.replace(own, products=products)
             for rows in (*cache.k, *cache.v):
                 rows.copy_(cached)
-            with torch.inference_mode(), plain_arithmetic(CUDA):
+            with torch.inference_mode(), full_precision_matmul(CUDA):
                 out = model(tokens, start, runner.state.slots, cache, View.AUTOREGRESSIVE)
             hidden.append(out.double())
     finally:
@@ -620,7 +619,7 @@ def test_a_public_shape_is_equal_to_the_bit_in_both_modes(
     prompt = torch.randint(vocab_size, (700,), generator=random, device=CUDA).tolist()
     text = prompt + large.generate(prompt, n_tokens, mode="ar").tokens
     known = torch.tensor([*text, *[0] * 32], device=CUDA)
-    state = large._runner.state
+    state = large.runner.state
 
     def replay(sampling: bool = False) -> None:
         offset = torch.arange(1, 32, device=CUDA)
@@ -628,7 +627,7 @@ def test_a_public_shape_is_equal_to_the_bit_in_both_modes(
         draw = torch.rand(right.shape, generator=random, device=CUDA)
         state.proposals.copy_(torch.where(draw < 0.85, right, (right + 1) % vocab_size))
 
-    monkeypatch.setattr(large._runner, "draft", replay)
+    monkeypatch.setattr(large.runner, "draft", replay)
     results = both_modes(large, [prompt], n_tokens)
     assert len(results["ar"][0].tokens) == n_tokens
     stats = results["diffusion"][0].stats
@@ -639,7 +638,7 @@ def test_prefill_commits_the_same_rows_whatever_was_there(tiny: Path) -> None:
     decoder = orthrus_fast.load(tiny, dtype="bfloat16")
     prompt = [(i * 7) % 50 for i in range(300)]
     first = decoder.next_logits(prompt)
-    for rows in (*decoder._runner.cache.k, *decoder._runner.cache.v):
+    for rows in (*decoder.runner.cache.k, *decoder.runner.cache.v):
         rows.normal_()
     assert torch.equal(decoder.next_logits(prompt), first)
     assert steps.PREFILL_CHUNK >= 300

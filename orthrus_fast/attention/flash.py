@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthrus_fast.attention import Attend
+from orthrus_fast.attention import Backend
 from orthrus_fast.errors import UnsupportedError
+from orthrus_fast.kernels.interface import Attend
 
 HOPPER = (9, 0)
 
 
-@functools.cache  # one function, so that one operator is made of it
-def find_attend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Attend:
-    """``attend`` on the installed library. Raises UnsupportedError where none serves."""
+@functools.cache  # one function, so that one custom operator is made of it
+def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """This backend, on the installed library. Raises UnsupportedError where none serves."""
     if device.type != "cuda":
         raise UnsupportedError(f"attention 'flash' needs a CUDA device, not {device.type}")
     if dtype not in (torch.bfloat16, torch.float16):
@@ -32,6 +33,11 @@ def find_attend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atte
     if capability < (8, 0):
         raise UnsupportedError(f"attention 'flash' needs compute capability 8.0, not {capability}")
     flash = _import_first(_module_names(capability, dtype))
+    return Backend("flash", _attend_by(flash), lambda capacity: [])
+
+
+def _attend_by(flash: Any) -> Attend:
+    """``Attend`` by the library's ``flash_attn_with_kvcache``."""
 
     def attend(
         q: Tensor,
@@ -39,11 +45,11 @@ def find_attend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Atte
         v_cache: Tensor,
         start: Tensor,
         slot: Tensor,
-        ahead: Tensor | None = None,
+        prefetch: Tensor | None = None,
         *,
         causal: bool,
     ) -> Tensor:
-        """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host."""
+        """See ``kernels.interface.Attend``. Reads nothing on the host."""
         out = flash(
             q,
             k_cache.transpose(1, 2),  # [B, S, n_kv_heads, head_dim]; any strides but the last's

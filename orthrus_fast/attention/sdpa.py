@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, arange
+
+from orthrus_fast.attention import Backend
 
 # PyTorch's CPU kernel walks the keys in tiles of 512. With whole tiles only, a row's sums run in an
 # order that is a function of absolute position, whatever block the row came in, and its bits are
 # equal; at 64 they were not (a shorter last tile takes other steps along the keys).
 VISIBLE_MULTIPLE = 512
+
+
+def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """This backend; it runs everywhere."""
+    return Backend("sdpa", attend, lambda capacity: [])
 
 
 def attend(
@@ -17,11 +25,11 @@ def attend(
     v_cache: Tensor,
     start: Tensor,
     slot: Tensor,
-    ahead: Tensor | None = None,
+    prefetch: Tensor | None = None,
     *,
     causal: bool,
 ) -> Tensor:
-    """See ``orthrus_fast.attention`` for the shapes.
+    """See ``kernels.interface.Attend``.
 
     On the CPU ``start`` decides how much of the cache is read. Elsewhere all of it is, masked: so
     nothing waits for the device, and a CUDA graph can hold the call.

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthrus_fast.attention import Backend
+from orthrus_fast.errors import UnsupportedError
 from orthrus_fast.kernels.overlap import fetch, first_rows, overlaps, release, wait
+from orthrus_fast.kernels.select import why_no_triton
 
 Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
@@ -29,8 +32,8 @@ SPLITS: Bands = ((128, 256), (256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
 LONG_CACHE = 4352  # rows of a slot's cache above which programs are made for long contexts
-AHEAD = 8 * 2**20  # bytes of the weight that comes next: the best of what was timed
-JOINED_AT_ONCE = 32  # partial results that the second kernel loads together
+PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
+JOIN_BLOCK = 32  # partial results that the second kernel loads together
 
 
 class Tiles(NamedTuple):
@@ -40,6 +43,14 @@ class Tiles(NamedTuple):
     keys: int
     num_warps: int
     num_stages: int
+
+
+def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """This backend. Raises UnsupportedError where its kernels cannot run."""
+    obstacle = why_no_triton(device, dtype, head_dim)
+    if obstacle:
+        raise UnsupportedError(f"attention 'triton': {obstacle}; use 'auto' or 'sdpa'")
+    return Backend("triton", attend, split_boundaries)
 
 
 def choose_tiles(
@@ -61,15 +72,15 @@ def choose_tiles(
     return Tiles(min(rows, 64), 64, 4, 4 if large else 2)
 
 
-def split_edges(capacity: int, bands: Bands = SPLITS) -> list[int]:
+def split_boundaries(capacity: int, bands: Bands = SPLITS) -> list[int]:
     """The positions below ``capacity`` at which a split of the keys begins."""
-    edges: list[int] = []
+    boundaries: list[int] = []
     begin = 0
     for size, until in bands:
         end = capacity if until is None else min(until, capacity)
-        edges.extend(range(begin, end, size))
+        boundaries.extend(range(begin, end, size))
         begin = end
-    return edges
+    return boundaries
 
 
 def attend(
@@ -78,11 +89,11 @@ def attend(
     v_cache: Tensor,
     start: Tensor,
     slot: Tensor,
-    ahead: Tensor | None = None,
+    prefetch: Tensor | None = None,
     *,
     causal: bool,
 ) -> Tensor:
-    """See ``orthrus_fast.attention`` for the shapes. Reads nothing on the host.
+    """See ``kernels.interface.Attend``. Reads nothing on the host.
 
     bfloat16, float16 or float32; head_dim a power of two from 16 to 256; S a multiple of KEY_TILE.
     ``start`` and ``slot`` are read while the kernel launched last may still run: it must not write
@@ -91,7 +102,7 @@ def attend(
     n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
     capacity, shared_memory = k_cache.shape[2], _shared_memory(q.device)
     tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, capacity, shared_memory)
-    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles, ahead)
+    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles, prefetch)
 
 
 def _attend(
@@ -103,34 +114,34 @@ def _attend(
     causal: bool,
     bands: Bands,
     tiles: Tiles,
-    ahead: Tensor | None = None,
+    prefetch: Tensor | None = None,
 ) -> Tensor:
     n_blocks, width, n_heads, head_dim = q.shape
     n_kv_heads, capacity = k_cache.shape[1:3]
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert capacity % KEY_TILE == 0 and n_heads % n_kv_heads == 0
     n_rows = width * n_heads // n_kv_heads
-    n_splits = 1 if n_rows > LONG_BLOCK else len(split_edges(capacity, bands))
+    n_splits = 1 if n_rows > LONG_BLOCK else len(split_boundaries(capacity, bands))
     out = torch.empty_like(q)
     shape = (n_blocks, n_kv_heads, n_splits, n_rows) if n_splits > 1 else (0,)
-    part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
-    part_sum = torch.empty_like(part_max)
-    part_acc = part_max.new_empty(*shape, head_dim)
+    partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
+    partial_sum = torch.empty_like(partial_max)
+    partial_acc = partial_max.new_empty(*shape, head_dim)
     overlap = overlaps(q.device)
     common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
     _split_kernel[(n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)](
-        *(q, k_cache, v_cache, start, slot, out, part_max, part_sum, part_acc),
-        *(q if ahead is None else ahead, capacity),
+        *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
+        *(q if prefetch is None else prefetch, capacity),
         *common,
-        *(tiles.rows, tiles.keys, *first_rows(ahead, AHEAD)),
+        *(tiles.rows, tiles.keys, *first_rows(prefetch, PREFETCH_LIMIT)),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         launch_pdl=overlap,
     )
     if n_splits > 1:
-        block = min(JOINED_AT_ONCE, triton.next_power_of_2(n_splits))
+        block = min(JOIN_BLOCK, triton.next_power_of_2(n_splits))
         _join_kernel[(n_heads, width, n_blocks)](
-            *(part_max, part_sum, part_acc, start, out, *common, block),
+            *(partial_max, partial_sum, partial_acc, start, out, *common, block),
             num_warps=1,
             launch_pdl=overlap,
         )
@@ -194,10 +205,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     start,
     slot,
     out,
-    part_max,
-    part_sum,
-    part_acc,
-    ahead,
+    partial_max,
+    partial_sum,
+    partial_acc,
+    prefetch,
     capacity,
     WIDTH: tl.constexpr,
     N_HEADS: tl.constexpr,
@@ -209,9 +220,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     OVERLAP: tl.constexpr,
     ROW_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_ROW_BYTES: tl.constexpr,
-    AHEAD_BYTES: tl.constexpr,
+    PREFETCH_ROWS: tl.constexpr,
+    PREFETCH_ROW_BYTES: tl.constexpr,
+    PREFETCH_BYTES: tl.constexpr,
 ):
     """One split (or, if there is just one, all keys) for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
@@ -268,22 +279,30 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     if block == 0:  # now that its keys and values are here
         n_splits = _splits_of(length, LINES) if N_SPLITS > 1 else 1
         program, n_programs = tl.program_id(1) * n_splits + split, tl.num_programs(1) * n_splits
-        fetch(ahead, program, n_programs, AHEAD_ROWS, AHEAD_ROW_BYTES, AHEAD_BYTES, OVERLAP)
+        fetch(
+            prefetch,
+            program,
+            n_programs,
+            PREFETCH_ROWS,
+            PREFETCH_ROW_BYTES,
+            PREFETCH_BYTES,
+            OVERLAP,
+        )
     if N_SPLITS == 1:
         result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
         p_row = ((block * N_KV_HEADS + kv_head) * N_SPLITS + split) * N_ROWS + row
-        tl.store(part_acc + p_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_block)
-        tl.store(part_max + p_row, row_max, mask=row < N_ROWS)
-        tl.store(part_sum + p_row, row_sum, mask=row < N_ROWS)
+        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_block)
+        tl.store(partial_max + p_row, row_max, mask=row < N_ROWS)
+        tl.store(partial_sum + p_row, row_sum, mask=row < N_ROWS)
 
 
 @triton.jit
 def _join_kernel(  # type: ignore[no-untyped-def]
-    part_max,
-    part_sum,
-    part_acc,
+    partial_max,
+    partial_sum,
+    partial_acc,
     start,
     out,
     WIDTH: tl.constexpr,
@@ -312,10 +331,10 @@ def _join_kernel(  # type: ignore[no-untyped-def]
         split = first + tl.arange(0, BLOCK)
         seen = split < n_splits
         p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
-        high = tl.load(part_max + p_row, mask=seen, other=-float("inf"))
-        sums = tl.load(part_sum + p_row, mask=seen, other=0.0)
+        high = tl.load(partial_max + p_row, mask=seen, other=-float("inf"))
+        sums = tl.load(partial_sum + p_row, mask=seen, other=0.0)
         at = p_row[:, None] * HEAD_DIM + dim[None, :]
-        accs = tl.load(part_acc + at, mask=seen[:, None], other=0.0)
+        accs = tl.load(partial_acc + at, mask=seen[:, None], other=0.0)
         new_max = tl.maximum(row_max, tl.max(high, 0))
         weights = tl.exp2(high - new_max)
         shrink = tl.exp2(row_max - new_max)

@@ -3,7 +3,7 @@
 A pass is a chain of kernels, each of which needs what the one before it leaves. Programmatic
 dependent launch (CUDA programming guide) starts a kernel while its predecessor still runs: it sets
 itself up, and only then waits for the predecessor to be done. And where a kernel leaves the memory
-idle, it asks for the head of the weight that comes next, which then lies in the second-level cache.
+idle, it prefetches the beginning of the weight that comes next into the second-level cache.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_wait()
 
 
-class Head(NamedTuple):
-    """The part of a matrix that is asked for ahead of its product."""
+class PrefetchRegion(NamedTuple):
+    """The beginning of a matrix, which is asked for before its product starts."""
 
     n_rows: int
     row_bytes: int  # from one row to the next
     n_bytes: int  # of each row; 0: nothing is asked for
 
 
-def first_columns(weight: Tensor | None, limit: int, limit_of_a_row: int = 2**31) -> Head:
+def first_columns(weight: Tensor | None, limit: int, limit_of_a_row: int = 2**31) -> PrefetchRegion:
     """Of a contiguous [N, K] what all programs of its product read first; limits in bytes.
 
     Whole cache lines.
     """
     if weight is None or not _can_be_fetched(weight):
-        return Head(0, 0, 0)
+        return PrefetchRegion(0, 0, 0)
     row_bytes = weight.shape[1] * weight.itemsize
     n_bytes = min(limit // len(weight) // 128 * 128, limit_of_a_row, row_bytes)
-    return Head(len(weight), row_bytes, n_bytes)
+    return PrefetchRegion(len(weight), row_bytes, n_bytes)
 
 
-def first_rows(weight: Tensor | None, limit: int) -> Head:
+def first_rows(weight: Tensor | None, limit: int) -> PrefetchRegion:
     """Of a contiguous [N, K] whole rows, ``limit`` bytes at most."""
     if weight is None or not _can_be_fetched(weight):
-        return Head(0, 0, 0)
+        return PrefetchRegion(0, 0, 0)
     row_bytes = weight.shape[1] * weight.itemsize
-    return Head(min(limit // row_bytes, len(weight)), row_bytes, row_bytes)
+    return PrefetchRegion(min(limit // row_bytes, len(weight)), row_bytes, row_bytes)
 
 
 def _can_be_fetched(weight: Tensor) -> bool:
@@ -90,7 +90,7 @@ def fetch(  # type: ignore[no-untyped-def]
     N_BYTES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Ask for this program's share of a ``Head``; nothing waits, and no value depends on it.
+    """Ask for this program's share of a ``PrefetchRegion``; nothing waits for it or depends on it.
 
     One row a thread, for asking takes its time: one-row AR, whose norm is one program, would wait.
     """

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from orthrus_fast.cache import KVCache
-from orthrus_fast.checkpoint import Checkpoint, load_model, open_checkpoint, tensor_views
+from orthrus_fast.checkpoint import Checkpoint, count_weights, load_model, open_checkpoint
 from orthrus_fast.config import parse_config
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.runners import find_kernels
 from tests.checkpoints import (
+    kernels_for,
     random_tensors,
     tensor_shapes,
     tiny_config,
@@ -41,7 +41,7 @@ from tests.checkpoints import (
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 CPU = torch.device("cpu")
-KERNELS = find_kernels("sdpa", torch.device("cpu"), torch.float32, 16)[1]
+KERNELS = kernels_for("sdpa", torch.device("cpu"), torch.float32, 16)
 INDEX = "model.safetensors.index.json"
 
 
@@ -87,7 +87,7 @@ def test_every_tensor_lands_in_its_slice(
     assert (checkpoint.name, checkpoint.directory, checkpoint.commit) == (str(path), path, None)
     assert checkpoint.config == parse_config(config)
     model = load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
-    views = tensor_views(model)
+    views = model.tensors()
     assert views.keys() == expected.keys()
     for name, view in views.items():
         assert torch.equal(view, expected[name]), name
@@ -95,12 +95,12 @@ def test_every_tensor_lands_in_its_slice(
     parts = [expected[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(attention.qkv.weight, torch.cat(parts))
     gate_up = [expected[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up")]
-    assert torch.equal(model.layers[0].gate_up.weight, torch.cat(gate_up))
+    assert torch.equal(model.layers[0].mlp.gate_up.weight, torch.cat(gate_up))
     head = expected["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert torch.equal(model.lm_head.weight, head)
     assert (model.lm_head.weight is model.embed_tokens.weight) == tied
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert sum(p.numel() for p in model.parameters()) == checkpoint.config.n_weights
+    assert sum(p.numel() for p in model.parameters()) == count_weights(checkpoint.config)
     if draft:
         draft_q = expected["model.layers.0.self_attn.q_proj_diff.weight"]
         assert torch.equal(model.layers[0].draft_attention.qkv.weight[: len(draft_q)], draft_q)
@@ -112,7 +112,7 @@ def test_weights_are_cast(tmp_path: Path, stored: torch.dtype, dtype: torch.dtyp
     path = write_checkpoint(tmp_path / "c", dtype=stored, num_hidden_layers=1)
     model = load(path, dtype)
     tensors = load_file(path / "model.safetensors")
-    for name, view in tensor_views(model).items():
+    for name, view in model.tensors().items():
         assert view.dtype == dtype and torch.equal(view, tensors[name].to(dtype))
 
 
@@ -141,7 +141,7 @@ def test_memory_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     path = write_checkpoint(tmp_path / "c")
     monkeypatch.setattr(torch, "empty_like", counting)
-    assert sum(taken) == 0 and load(path).config.n_weights == sum(taken)
+    assert sum(taken) == 0 and count_weights(load(path).config) == sum(taken)
 
 
 def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
@@ -248,10 +248,12 @@ def test_public_sizes_on_the_meta_device(name: str, gigabytes_per_pass: float) -
     config = parse_config(fields)
     with torch.device("meta"):
         model = Transformer(config, KERNELS)
-    views = tensor_views(model)
+    views = model.tensors()
     assert {n: tuple(v.shape) for n, v in views.items()} == tensor_shapes(fields)
     sizes = {n: v.numel() for n, v in views.items()}
-    assert config.n_weights == sum(sizes.values()) == sum(p.numel() for p in model.parameters())
+    assert (
+        count_weights(config) == sum(sizes.values()) == sum(p.numel() for p in model.parameters())
+    )
     read = {n: size for n, size in sizes.items() if "_diff" not in n}
     if not config.tie_word_embeddings:
         del read["model.embed_tokens.weight"]  # a pass looks up a few rows; it streams the lm_head
@@ -282,9 +284,7 @@ def test_strings_that_name_nothing(
 
 
 def test_a_path_object_never_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "orthrus_fast.checkpoint._fetch_text_files", lambda *_: pytest.fail("asked")
-    )
+    monkeypatch.setattr("orthrus_fast.checkpoint.fetch_text_files", lambda *_: pytest.fail("asked"))
     assert refusal(Path("org/name")) == "org/name: no such directory"
 
 
@@ -777,7 +777,7 @@ def load_or_refuse(directory: Path) -> None:
         assert str(error).isprintable()
     else:
         fields = json.loads((directory / "config.json").read_text())
-        found = {name: tuple(view.shape) for name, view in tensor_views(model).items()}
+        found = {name: tuple(view.shape) for name, view in model.tensors().items()}
         assert found == tensor_shapes(fields)
 
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthrus_fast.config import ModelConfig, RopeConfig, parse_config, read_config, read_json
+from orthrus_fast.config import ModelConfig, RopeConfig, parse_config, read_config
 from orthrus_fast.errors import CheckpointError, ConfigError
+from orthrus_fast.files import read_json
 from orthrus_fast.model import rope_table
 from tests.checkpoints import TINY, tiny_config
 

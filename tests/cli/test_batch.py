@@ -18,8 +18,9 @@ import pytest
 
 import generate
 import orthrus_fast
-from orthrus_fast import SamplingParams, batch
+from orthrus_fast import SamplingParams
 from orthrus_fast.checkpoint import open_checkpoint
+from orthrus_fast.cli import batch
 from orthrus_fast.errors import PromptError, RequestError
 from tests.checkpoints import write_checkpoint
 

@@ -130,9 +130,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, FakeFlas
     for name in ("flash_attn_interface", "fa3_fwd_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    flash.find_attend.cache_clear()
+    flash.backend.cache_clear()
     yield lambda name, fake: monkeypatch.setitem(sys.modules, name, fake)
-    flash.find_attend.cache_clear()
+    flash.backend.cache_clear()
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])
@@ -142,7 +142,7 @@ def test_flash_gets_lengths_slots_layout_and_splits(
 ) -> None:
     fake = FakeFlash(as_tuple=as_tuple)
     install("flash_attn", fake)
-    attend = flash.find_attend(CUDA, torch.bfloat16, 16)
+    attend = flash.backend(CUDA, torch.bfloat16, 16).attend
     q, k, v = make_inputs(3, 4, 5, torch.bfloat16)
     start, slot = torch.tensor([7, 600, 0], dtype=torch.int32), torch.tensor([4, 0, 2])
     got = attend(q, k, v, start, slot, causal=causal)
@@ -179,7 +179,7 @@ def test_flash_takes_version_3_on_hopper_and_2_elsewhere(
     fakes = [FakeFlash() for _ in installed.split()]
     for name, fake in zip(installed.split(), fakes, strict=True):
         install(name, fake)
-    attend = flash.find_attend(CUDA, getattr(torch, dtype), 16)
+    attend = flash.backend(CUDA, getattr(torch, dtype), 16).attend
     q, k, v = make_inputs(1, 2, 1, getattr(torch, dtype))
     attend(q, k, v, torch.tensor([3]), torch.tensor([0]), causal=True)
     assert [len(fake.calls) for fake in fakes] == [int(i == wanted) for i in range(len(fakes))]
@@ -207,14 +207,15 @@ def test_flash_is_refused_where_it_cannot_serve(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with pytest.raises(UnsupportedError, match=message) as error:
-        flash.find_attend(torch.device(device), dtype, head_dim)
+        flash.backend(torch.device(device), dtype, head_dim)
     assert "\n" not in str(error.value)
 
 
 def test_backends_are_found_by_name() -> None:
     cpu = torch.device("cpu")
     for name in ("auto", "sdpa"):
-        assert find_backend(name, cpu, torch.float32, 64) == ("sdpa", sdpa.attend)
+        backend = find_backend(name, cpu, torch.float32, 64)
+        assert (backend.name, backend.attend) == ("sdpa", sdpa.attend)
     for name in ("triton", "flash"):
         with pytest.raises(UnsupportedError, match=f"'{name}'.*CUDA"):
             find_backend(name, cpu, torch.float32, 64)

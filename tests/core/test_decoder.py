@@ -16,11 +16,11 @@ from torch import Tensor
 
 import orthrus_fast
 from orthrus_fast import Decoder, SamplingParams, steps
-from orthrus_fast.decoder import memory_needed, with_block_size
 from orthrus_fast.errors import BusyError, PromptError, RequestError, UnsupportedError
+from orthrus_fast.loading import memory_needed, with_block_size
 from orthrus_fast.model import View
 from tests.checkpoints import write_checkpoint
-from tests.decoders import committed, rows_are_alike
+from tests.decoders import committed, rows_are_invariant
 from tests.judge import Judge, follows
 from tests.marks import slow_but
 
@@ -143,8 +143,8 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
         width, mask = case["width"], case["config"]["mask_token_id"]
         judge, decoder = Judge(directory), load(directory, block_size=width)
         judge.feed(case["prompt"])
-        first = decoder._runner.prefill(case["prompt"], 0, limit=50).token
-        runner = decoder._runner
+        first = decoder.runner.prefill(case["prompt"], 0, limit=50).token
+        runner = decoder.runner
         for rows in (*runner.cache.k, *runner.cache.v):
             rows[:, :, len(case["prompt"]) :] = 1e3  # whatever an earlier cycle left there
         expected = judge.draft_logits(first, width)
@@ -215,7 +215,7 @@ def test_slots_do_not_see_each_other(tiny: Path) -> None:
 
 def test_a_done_slot_does_not_move(tiny: Path) -> None:
     many = load(tiny, slots=3)
-    runner = many._runner
+    runner = many.runner
     runner.prefill([1, 2, 3], 0, limit=5)
     runner.prefill([4], 2, limit=100)
     for _ in range(8):
@@ -234,7 +234,7 @@ def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
     """Where this machine's products treat all rows alike, so does the whole pass, to the bit."""
     directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
     both = load(directory, "float32", max_seq_len=200)
-    if not rows_are_alike(both):
+    if not rows_are_invariant(both):
         pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
     rows = []
     for mode in ("ar", "diffusion"):
@@ -319,14 +319,14 @@ def test_a_stream_at_work_in_another_thread_is_busy(tiny: Path) -> None:
     decoder = load(tiny, "float32")
     stream = decoder.stream([1, 2], 100)
     inside, leave = threading.Event(), threading.Event()
-    prefill = decoder._runner.prefill
+    prefill = decoder.runner.prefill
 
     def wait(*arguments: Any) -> Any:
         inside.set()
         leave.wait(30)
         return prefill(*arguments)
 
-    decoder._runner.prefill = wait  # type: ignore[method-assign]
+    decoder.runner.prefill = wait  # type: ignore[method-assign]
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(next, stream)
         inside.wait(30)
@@ -494,9 +494,9 @@ def test_a_narrower_block_decodes_what_the_judge_decodes(
     width = block_size or 8
     decoder = load(tiny, dtype, slots=2, block_size=block_size)
     assert decoder.configuration["block_size"] == decoder.config.block_size == width
-    assert decoder._runner.state.proposals.shape == (2, width - 1)
+    assert decoder.runner.state.proposals.shape == (2, width - 1)
     widths: dict[View, set[int]] = {view: set() for view in View}
-    model = type(decoder._runner.model)
+    model = type(decoder.runner.model)
     forward = model.forward
 
     def spy(self: Any, tokens: Tensor, start: Tensor, slot: Tensor, *rest: Any) -> Tensor:
@@ -555,7 +555,7 @@ def test_capacity_and_memory_follow_the_blocks_rows(tmp_path: Path) -> None:
     expected, _ = Judge(directory).generate([1, 2, 3], 97, ())
     for width, n_rows in ((None, 320), (200, 320), (100, 256), (64, 192), (2, 192)):
         decoder = load(directory, max_seq_len=100, block_size=width)
-        runner = decoder._runner
+        runner = decoder.runner
         assert runner.cache.capacity == runner.state.tokens.shape[1] == n_rows
         assert runner.model.rope_cos.shape[0] == n_rows
         memory.append(memory_needed(decoder.config, torch.float64, runner.device, 100, 1))

@@ -20,17 +20,13 @@ from torch import Tensor
 
 import orthrus_fast
 from orthrus_fast import Decoder, invariance, steps
-from orthrus_fast.attention import Attend, edges, sdpa
-from orthrus_fast.invariance import Invariance, check, secure
-from orthrus_fast.model import (
-    LibraryProducts,
-    Products,
-    Transformer,
-    add_norm,
-    qk_norm_rope_write,
-)
+from orthrus_fast.attention import sdpa
+from orthrus_fast.invariance import Invariance, check, ensure_row_invariance
+from orthrus_fast.kernels.interface import Attend, Products
+from orthrus_fast.kernels.plain import PlainProducts, add_norm, qk_norm_rope_write
+from orthrus_fast.model import Transformer
 from orthrus_fast.runners import EagerRunner
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import tile_boundaries, write_checkpoint
 from tests.decoders import committed
 from tests.judge import Judge
 from tests.kernel_compile import interpreted
@@ -57,8 +53,8 @@ def load(directory: Path, dtype: str = "float32", slots: int = SLOTS, **options:
     """Skips the test where this machine's own products are not row-invariant."""
     options = {"max_seq_len": 200} | options
     decoder = orthrus_fast.load(directory, device="cpu", dtype=dtype, slots=slots, **options)
-    n_rows = slots * decoder._width
-    for weight in {p for p in decoder._runner.model.parameters() if p.dim() == 2}:
+    n_rows = slots * decoder.block_width
+    for weight in {p for p in decoder.runner.model.parameters() if p.dim() == 2}:
         x = torch.randn(n_rows, weight.shape[1], dtype=weight.dtype)
         out, turned, same = (y @ weight.T for y in (x, x.flip(0), x[:1].repeat(n_rows, 1)))
         if not torch.equal(turned.flip(0), out) or not torch.equal(same, out[:1].expand_as(out)):
@@ -67,8 +63,8 @@ def load(directory: Path, dtype: str = "float32", slots: int = SLOTS, **options:
 
 
 def found_in(decoder: Decoder) -> Invariance:
-    runner = decoder._runner
-    return check(runner, decoder._width, edges("sdpa", runner.cache.capacity))
+    runner = decoder.runner
+    return check(runner, decoder.block_width, tile_boundaries("sdpa", runner.cache.capacity))
 
 
 def ready(runner: EagerRunner) -> None:
@@ -103,12 +99,12 @@ def test_across_the_attentions_own_tile(tmp_path: Path) -> None:
         tmp_path / "model", seed=3, block_size=WIDTH, max_position_embeddings=1100, eos_token_id=[]
     )
     decoder = load(directory, max_seq_len=1100)
-    assert 512 in edges("sdpa", decoder._runner.cache.capacity)
+    assert 512 in tile_boundaries("sdpa", decoder.runner.cache.capacity)
     assert found_in(decoder).holds
 
 
 def test_edges_outside_the_cache_are_passed_over(tiny: Path) -> None:
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     assert runner.cache.capacity == 320
     n_rows = []
     ready(runner)
@@ -123,14 +119,14 @@ def test_edges_outside_the_cache_are_passed_over(tiny: Path) -> None:
 def test_a_row_at_a_time_has_no_other_places(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", draft=False, eos_token_id=[])
     decoder = load(directory)
-    ready(decoder._runner)
+    ready(decoder.runner)
     found = found_in(decoder)
     assert (found.holds, found.n_rows, found.n_replayed) == (True, 0, SLOTS * 64)
 
 
 def test_the_smallest_cache(tiny: Path) -> None:
     decoder = load(tiny, max_seq_len=2)
-    assert decoder._runner.cache.capacity == 128
+    assert decoder.runner.cache.capacity == 128
     found = found_in(decoder)
     assert found.holds
     assert found.n_rows == SLOTS * 12  # around 64
@@ -152,7 +148,7 @@ def test_the_check_leaves_no_trace(tiny: Path) -> None:
     prompts = [[i + 1] * (1 + 17 * i % 70) for i in range(5)]
     expected = [result.tokens for result in load(tiny).generate(prompts, 30)]
     decoder = load(tiny)
-    runner = decoder._runner
+    runner = decoder.runner
     assert [result.tokens for result in decoder.generate(prompts, 30)] == expected
     random = torch.get_rng_state()
     found = found_in(decoder)
@@ -239,7 +235,7 @@ def splitting(boundaries: Callable[[int, int], list[int]]) -> Attend:
         v_cache: Tensor,
         start: Tensor,
         slot: Tensor,
-        ahead: Tensor | None = None,
+        prefetch: Tensor | None = None,
         *,
         causal: bool,
     ) -> Tensor:
@@ -277,7 +273,7 @@ def split_by_length(length: int, capacity: int) -> list[int]:
 def test_splits_at_fixed_places_hold(tiny: Path) -> None:
     """The fault below is where the splits lie, not that there are some."""
     decoder = load(tiny)
-    attend_by(decoder._runner, splitting(split_at_fixed_places))
+    attend_by(decoder.runner, splitting(split_at_fixed_places))
     assert found_in(decoder).holds
 
 
@@ -364,14 +360,14 @@ Term = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Tampered(LibraryProducts):
+class Tampered(PlainProducts):
     """The library's products; on top of one weight's, ``term`` of its result [R, T, N].
 
-    As in FixedTileProducts there are kernels of ours, that do the shapes of ``table`` in any case,
+    As in CustomProducts there are kernels of ours, that do the shapes of ``table`` in any case,
     and the others if forced. The fault is gone once they do all that it ``needs``; None: never.
     """
 
-    has_own: ClassVar[bool] = True
+    has_custom: ClassVar[bool] = True
     weight: Tensor
     term: Term
     needs: Shapes | None = None
@@ -383,21 +379,23 @@ class Tampered(LibraryProducts):
         gone = self.needs is not None and self.needs <= self.table | self.forced
         return out if weight is not self.weight or gone else out + self.term(out)
 
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.product(x, weight)[None]
 
-    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
         gate, up = self.product(x, weight).chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    def lm_head_argmax(
+        self, x: Tensor, weight: Tensor, return_logits: bool
+    ) -> tuple[Tensor, Tensor]:
         product = self.product(x, weight)
         return product.argmax(dim=-1), product
 
-    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+    def is_custom(self, n_rows: int, weight: Tensor) -> bool:
         return tuple(weight.shape) in self.table | self.forced
 
-    def without_library(self, shapes: Shapes) -> Tampered:
+    def without_cublas(self, shapes: Shapes) -> Tampered:
         return dataclasses.replace(self, forced=shapes)
 
 
@@ -421,7 +419,7 @@ def tamper(runner: EagerRunner, name: str, term: Term, layer: int = 0) -> None:
     use(runner, products=Tampered(weight_of(runner.model, name, layer), term))
 
 
-class SplitProducts(LibraryProducts):
+class SplitProducts(PlainProducts):
     """Of a product whose inner dimension is split: the sum of two parts, as a GPU's kernel has it.
 
     ``split`` of the rows [T, 1] and the inner dimension: where the second part begins. The parts
@@ -431,7 +429,7 @@ class SplitProducts(LibraryProducts):
     def __init__(self, split: Callable[[Tensor, int], Tensor]) -> None:
         self.split = split
 
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
         inner = torch.arange(x.shape[-1])
         first = inner < self.split(torch.arange(x.shape[1])[:, None], x.shape[-1])
         terms = (
@@ -442,7 +440,7 @@ class SplitProducts(LibraryProducts):
 
 def test_products_in_parts_hold(tiny: Path) -> None:
     decoder = load(tiny)
-    use(decoder._runner, products=SplitProducts(lambda row, n: row * 0 + n // 2))
+    use(decoder.runner, products=SplitProducts(lambda row, n: row * 0 + n // 2))
     assert found_in(decoder).holds
 
 
@@ -454,11 +452,13 @@ def a_later_layers_product_follows_the_row(runner: EagerRunner, patch: Patch) ->
     tamper(runner, "down", by_row, layer=1)
 
 
-class Choosing(LibraryProducts):
+class Choosing(PlainProducts):
     """Greedy ids that are not those of the logits, in all rows but the first."""
 
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-        _, product = super().greatest(x, weight, keep)
+    def lm_head_argmax(
+        self, x: Tensor, weight: Tensor, return_logits: bool
+    ) -> tuple[Tensor, Tensor]:
+        _, product = super().lm_head_argmax(x, weight, return_logits)
         ids = product.topk(2, dim=-1).indices
         return torch.cat((ids[:, :1, 0], ids[:, 1:, 1]), dim=1), product
 
@@ -469,7 +469,7 @@ def the_choice_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
 
 def a_norm_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
     def wrong(
-        x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+        x: Tensor, parts: Tensor, weight: Tensor, eps: float, prefetch: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         x, normed = add_norm(x, parts, weight, eps)
         return x, normed + by_row(normed)
@@ -479,7 +479,7 @@ def a_norm_follows_the_row(runner: EagerRunner, patch: Patch) -> None:
 
 def the_residual_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> None:
     def wrong(
-        x: Tensor, parts: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
+        x: Tensor, parts: Tensor, weight: Tensor, eps: float, prefetch: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return add_norm(x + by_neighbours(x), parts, weight, eps)
 
@@ -487,14 +487,14 @@ def the_residual_follows_the_neighbours(runner: EagerRunner, patch: Patch) -> No
 
 
 def positions_restart_with_the_block(runner: EagerRunner, patch: Patch) -> None:
-    honest = runner.model.enter
+    honest = runner.model.embed
 
-    def enter(tokens: Tensor, start: Tensor, slot: Tensor) -> Any:
+    def embed(tokens: Tensor, start: Tensor, slot: Tensor) -> Any:
         x, places = honest(tokens, start, slot)
         cos, sin = (t[: tokens.shape[1]] for t in (runner.model.rope_cos, runner.model.rope_sin))
         return x, places._replace(cos=cos.expand_as(places.cos), sin=sin.expand_as(places.sin))
 
-    patch.setattr(runner.model, "enter", enter)
+    patch.setattr(runner.model, "embed", embed)
 
 
 def the_anchors_row_is_not_written(runner: EagerRunner, patch: Patch) -> None:
@@ -599,7 +599,7 @@ IN_THE_REPLAY: list[Plant] = [
 def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> None:
     decoder = load(tiny, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        plant(decoder._runner, patch)
+        plant(decoder.runner, patch)
         found = found_in(decoder)
     assert not found.holds, str(found)
 
@@ -609,7 +609,7 @@ def test_a_fault_in_the_pass_is_caught(tiny: Path, dtype: str, plant: Plant) -> 
 @pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "float64"]))
 def test_a_fault_in_any_product_is_caught(tiny: Path, dtype: str, name: str, term: Term) -> None:
     decoder = load(tiny, dtype)
-    tamper(decoder._runner, name, term)
+    tamper(decoder.runner, name, term)
     found = found_in(decoder)
     assert found.n_differing > 0, str(found)
 
@@ -619,7 +619,7 @@ def test_a_fault_between_passes_shows_in_the_replay(tiny: Path, plant: Plant) ->
     """Rows are alike then, so it is the replay that differs."""
     decoder = load(tiny)
     with pytest.MonkeyPatch.context() as patch:
-        plant(decoder._runner, patch)
+        plant(decoder.runner, patch)
         found = found_in(decoder)
     assert (found.holds, found.n_differing, found.replay_equal) == (False, 0, False)
 
@@ -637,19 +637,21 @@ def test_rows_in_other_places_are_compared_to_the_bit(tiny: Path) -> None:
 
     for dtype in ("float32", "float64"):
         decoder = load(tiny, dtype)
-        tamper(decoder._runner, "lm_head", term)
+        tamper(decoder.runner, "lm_head", term)
         found = found_in(decoder)
         assert 0 < found.n_differing < found.n_rows / 2, str(found)
 
 
 def test_a_zero_of_the_other_sign_differs(tiny: Path) -> None:
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     zero_at = torch.zeros(272, dtype=torch.bool)
     zero_at[9] = True
 
-    class Signed(LibraryProducts):
-        def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-            _, product = super().greatest(x, weight, keep)
+    class Signed(PlainProducts):
+        def lm_head_argmax(
+            self, x: Tensor, weight: Tensor, return_logits: bool
+        ) -> tuple[Tensor, Tensor]:
+            _, product = super().lm_head_argmax(x, weight, return_logits)
             product = product.masked_fill(zero_at, 0.0)
             product[:, WIDTH // 2, 9] = -0.0
             return product.argmax(dim=-1), product
@@ -660,7 +662,7 @@ def test_a_zero_of_the_other_sign_differs(tiny: Path) -> None:
 
 def test_the_replay_compares_logits_to_the_bit(tiny: Path) -> None:
     """Only where slots are at work, and so in the replay alone, is one logit an ulp greater."""
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
 
     def term(out: Tensor) -> Tensor:
         change = torch.zeros_like(out)
@@ -677,7 +679,7 @@ def test_the_replay_compares_logits_to_the_bit(tiny: Path) -> None:
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_the_replay_compares_cache_rows_to_the_bit(tiny: Path, name: str, layer: int) -> None:
     """One element of a row follows its place in the block by an ulp, and nothing reads it."""
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     caches = {"k": runner.cache.k[layer], "v": runner.cache.v[layer]}
 
     def write(parts: Tensor, *rest: Any) -> Tensor:
@@ -705,7 +707,7 @@ def test_the_replay_compares_cache_rows_to_the_bit(tiny: Path, name: str, layer:
 def test_a_commit_that_never_advances_is_caught(tiny: Path, monkeypatch: Patch) -> None:
     """And does not keep the check waiting for an end."""
     decoder = load(tiny)
-    runner, n_passes = decoder._runner, 0
+    runner, n_passes = decoder.runner, 0
     verify = runner.verify
 
     def counted(width: int) -> Tensor:
@@ -774,7 +776,7 @@ def test_a_draft_over_a_committed_row_shows_between_the_modes(tiny: Path) -> Non
     assert not all(map(torch.equal, got, expected))
 
 
-# secure: what is done about a pass that is not invariant
+# ensure_row_invariance: what is done about a pass that is not invariant
 
 SHAPES = {  # of the products of a verify pass, [N, K] by name
     "qkv": (128, 32),
@@ -789,7 +791,7 @@ EVERY: Shapes = frozenset(SHAPES.values())
 
 
 class Workshop:
-    """Builds runners for ``secure``, and notes what is done to the model's products, in order.
+    """Builds runners for ``ensure_row_invariance``; notes what is done to the products, in order.
 
     ``failing`` are the products that fail on their own. The products are honest; ``plant`` plants a
     fault. ``table`` are shapes that a kernel of ours does in any case.
@@ -802,7 +804,7 @@ class Workshop:
         failing: tuple[str, ...] = (),
         table: Shapes = frozenset(),
     ) -> None:
-        self.runner = decoder._runner
+        self.runner = decoder.runner
         self.model = self.runner.model
         self.failing = {SHAPES[name] for name in failing}
         self.table = table
@@ -840,8 +842,8 @@ class Workshop:
         self.runner = Noted(self.model, self.runner.state, self.runner.cache)
         return self.runner
 
-    def secure(self) -> Invariance:
-        runner, found = secure(self.model, self.build, SLOTS, WIDTH, [64])
+    def ensure_row_invariance(self) -> Invariance:
+        runner, found = ensure_row_invariance(self.model, self.build, SLOTS, WIDTH, [64])
         assert runner is self.runner
         return found
 
@@ -855,15 +857,15 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
 def without_tiles(*names: str) -> tuple[str, str]:
     """The line that is logged about products that are the library's."""
     shapes = ", ".join(f"{n} × {k}" for n, k in sorted(SHAPES[name] for name in names))
-    return "INFO", f"no tiles for {shapes} at {SLOTS * WIDTH} rows: the library's"
+    return "INFO", f"no tiles for {shapes} at {SLOTS * WIDTH} rows: cuBLAS"
 
 
-def test_secure_with_nothing_to_do(
+def test_ensure_with_nothing_to_do(
     tiny: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """All products are ours already."""
     workshop = Workshop(load(tiny), monkeypatch, table=EVERY)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert (found.holds, found.replaced) == (True, ())
     assert workshop.done == [f"prepare {WIDTH}"]
     assert workshop.rows_looked_at == SLOTS * WIDTH
@@ -877,7 +879,7 @@ def test_products_without_tiles_are_named(
     """They stay the library's, as long as they do no harm."""
     table = EVERY - {SHAPES[name] for name in names}
     workshop = Workshop(load(tiny), monkeypatch, table=table)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert (found.holds, found.replaced) == (True, ())
     assert workshop.done == [f"prepare {WIDTH}"]
     assert logged(caplog) == [without_tiles(*names), ("INFO", f"row invariance holds: {found}")]
@@ -888,7 +890,7 @@ def test_where_all_products_are_the_librarys_none_is_claimed(
 ) -> None:
     """No kernels of ours: nothing to replace, no second try, no word of tiles."""
     decoder = load(tiny)
-    runner, n_built = decoder._runner, 0
+    runner, n_built = decoder.runner, 0
     library = runner.model.kernels.products
 
     def build() -> EagerRunner:
@@ -897,11 +899,11 @@ def test_where_all_products_are_the_librarys_none_is_claimed(
         ready(runner)
         return runner
 
-    found = secure(runner.model, build, SLOTS, WIDTH, [64])[1]
+    found = ensure_row_invariance(runner.model, build, SLOTS, WIDTH, [64])[1]
     assert (found.holds, found.replaced, n_built) == (True, (), 1)
     with pytest.MonkeyPatch.context() as patch:
         a_term_follows_the_start(runner, patch)
-        failed = secure(runner.model, build, SLOTS, WIDTH, [64])[1]
+        failed = ensure_row_invariance(runner.model, build, SLOTS, WIDTH, [64])[1]
     assert (failed.holds, failed.replaced, n_built) == (False, (), 2)
     assert runner.model.kernels.products is library
     assert logged(caplog) == [
@@ -915,7 +917,7 @@ def test_a_failing_product_is_replaced_before_anything_is_compiled(
 ) -> None:
     workshop = Workshop(load(tiny), monkeypatch, failing=("down", "qkv"))
     workshop.plant("down", needs=frozenset({SHAPES["down"]}))
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert (found.holds, found.replaced) == (True, ("32 × 48", "128 × 32"))
     assert workshop.done == ["replace 2", f"prepare {WIDTH}"]
     assert logged(caplog) == [
@@ -932,7 +934,7 @@ def test_a_failing_pass_has_all_its_products_replaced(
     """Each product passes alone, the pass does not."""
     workshop = Workshop(load(tiny), monkeypatch)
     workshop.plant(name, needs=EVERY)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert found.holds
     assert found.replaced == tuple(f"{n} × {k}" for n, k in sorted(EVERY))
     assert workshop.done == [f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
@@ -946,7 +948,7 @@ def test_what_is_ours_already_is_not_claimed_as_replaced(
     ours = frozenset({SHAPES["qkv"], SHAPES["gate_up"]})
     workshop = Workshop(load(tiny), monkeypatch, failing=("o",), table=ours)
     workshop.plant("lm_head", needs=EVERY)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert found.holds
     assert found.replaced == ("32 × 48", "32 × 64", "272 × 32")
     assert workshop.done == ["replace 1", f"prepare {WIDTH}", "replace 3", f"prepare {WIDTH}"]
@@ -958,7 +960,7 @@ def test_a_pass_that_still_fails_is_said_to(
 ) -> None:
     workshop = Workshop(load(tiny), monkeypatch, failing=("o",))
     a_term_follows_the_start(workshop.runner, monkeypatch)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert not found.holds
     assert found.n_differing > 0
     assert len(found.replaced) == len(SHAPES)
@@ -974,22 +976,22 @@ def test_there_is_no_second_try_without_another_way(
     failing = () if table else tuple(SHAPES)
     workshop = Workshop(load(tiny), monkeypatch, failing, table)
     a_term_follows_the_start(workshop.runner, monkeypatch)
-    found = workshop.secure()
+    found = workshop.ensure_row_invariance()
     assert not found.holds
     assert len(found.replaced) == len(failing)
     assert workshop.done == [*["replace 5"][: len(failing)], f"prepare {WIDTH}"]
     assert [level for level, _ in logged(caplog)] == ["WARNING"]
 
 
-def test_secure_leaves_state_and_cache_as_new(tiny: Path, monkeypatch: Patch) -> None:
+def test_ensure_leaves_state_and_cache_as_new(tiny: Path, monkeypatch: Patch) -> None:
     decoder = load(tiny)
     expected = decoder.generate([1, 2, 3], 40).tokens
     workshop = Workshop(decoder, monkeypatch)
     workshop.plant("down", needs=EVERY)
-    assert workshop.secure().holds
+    assert workshop.ensure_row_invariance().holds
     assert workshop.runner.state.done.all()
     assert not any(rows.any() for rows in (*workshop.runner.cache.k, *workshop.runner.cache.v))
-    decoder._runner = workshop.runner
+    decoder.runner = workshop.runner
     assert decoder.generate([1, 2, 3], 40).tokens == expected
 
 
@@ -997,7 +999,7 @@ def test_the_time_on_products_counts(tiny: Path, monkeypatch: Patch) -> None:
     workshop = Workshop(load(tiny), monkeypatch)
     ticks = iter(range(0, 1000, 10))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    assert workshop.secure().seconds == 20.0
+    assert workshop.ensure_row_invariance().seconds == 20.0
 
 
 # The products themselves
@@ -1007,10 +1009,10 @@ def test_the_time_on_products_counts(tiny: Path, monkeypatch: Patch) -> None:
 def interpreter() -> Iterator[Any]:
     """The module of our own products, whose kernels run on the CPU."""
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
-    from orthrus_fast.kernels import product
+    from orthrus_fast.kernels import products
 
-    with interpreted(product):
-        yield product
+    with interpreted(products):
+        yield products
 
 
 @contextmanager
@@ -1028,23 +1030,23 @@ def failing_library(*names: str) -> Iterator[None]:
         yield
 
 
-def own_products(product: Any, library: Products, n_rows: int, *names: str) -> Any:
-    """FixedTileProducts, as for a chip whose table has these shapes at ``n_rows`` rows."""
+def custom_products(product: Any, library: Products, n_rows: int, *names: str) -> Any:
+    """CustomProducts, as for a chip whose table has these shapes at ``n_rows`` rows."""
     tiles = product.Tiles(32, 16, 1, 4, 2)
     block_m = product.block_rows(n_rows)
     table = {(block_m, *SHAPES[name]): tiles for name in names}
-    return product.FixedTileProducts(library, table, 99 * 1024)
+    return product.CustomProducts(library, table, 99 * 1024)
 
 
 def test_which_products_fail_on_their_own(tiny: Path, interpreter: Any) -> None:
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     model, n_rows = runner.model, SLOTS * WIDTH
     honest = model.kernels.products
     with failing_library(*SHAPES):
-        assert invariance.library_products(model, n_rows) == {}  # no kernels of ours
+        assert invariance.cublas_products(model, n_rows) == {}  # no kernels of ours
         assert invariance.variant_products(model, n_rows) == set()
-    use(runner, products=own_products(interpreter, honest, n_rows))
-    assert set(invariance.library_products(model, n_rows)) == EVERY
+    use(runner, products=custom_products(interpreter, honest, n_rows))
+    assert set(invariance.cublas_products(model, n_rows)) == EVERY
     assert invariance.variant_products(model, n_rows) == set()
     for names in (("qkv",), ("o",), ("gate_up",), ("down", "lm_head")):
         with failing_library(*names):
@@ -1054,10 +1056,10 @@ def test_which_products_fail_on_their_own(tiny: Path, interpreter: Any) -> None:
 
 def test_products_that_are_ours_are_not_looked_at(tiny: Path, interpreter: Any) -> None:
     """By the table, at these numbers of rows, or because they were forced."""
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     model, n_rows = runner.model, SLOTS * WIDTH
     honest = model.kernels.products
-    use(runner, products=own_products(interpreter, honest, n_rows, "qkv", "down"))
+    use(runner, products=custom_products(interpreter, honest, n_rows, "qkv", "down"))
     rest = {SHAPES[name] for name in ("o", "gate_up", "lm_head")}
     with failing_library(*SHAPES):
         assert invariance.variant_products(model, n_rows) == rest
@@ -1071,10 +1073,10 @@ def test_products_that_are_ours_are_not_looked_at(tiny: Path, interpreter: Any) 
 
 
 def test_a_weight_of_every_shape_is_looked_at(tiny: Path, interpreter: Any) -> None:
-    runner = load(tiny)._runner
+    runner = load(tiny).runner
     model, n_rows = runner.model, SLOTS * WIDTH
-    use(runner, products=own_products(interpreter, model.kernels.products, n_rows, "o"))
-    weights = invariance.library_products(model, n_rows)
+    use(runner, products=custom_products(interpreter, model.kernels.products, n_rows, "o"))
+    weights = invariance.cublas_products(model, n_rows)
     assert set(weights) == EVERY - {SHAPES["o"]}
     parameters = {id(weight) for weight in model.parameters()}
     for shape, weight in weights.items():
@@ -1082,16 +1084,18 @@ def test_a_weight_of_every_shape_is_looked_at(tiny: Path, interpreter: Any) -> N
         assert id(weight) in parameters
 
 
-class Refusing(LibraryProducts):
+class Refusing(PlainProducts):
     """A library that must not be asked."""
 
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
         raise AssertionError("the library was asked")
 
-    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
         raise AssertionError("the library was asked")
 
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    def lm_head_argmax(
+        self, x: Tensor, weight: Tensor, return_logits: bool
+    ) -> tuple[Tensor, Tensor]:
         raise AssertionError("the library was asked")
 
 
@@ -1099,8 +1103,8 @@ def test_replaced_products_decode_the_same_text(tiny: Path, interpreter: Any) ->
     """All of them, in both views and in prefill."""
     decoder = load(tiny, slots=1)
     expected = [decoder.generate([1, 2, 3], 8, mode=mode).tokens for mode in ("ar", "diffusion")]
-    runner = decoder._runner
-    use(runner, products=own_products(interpreter, Refusing(), WIDTH))
+    runner = decoder.runner
+    use(runner, products=custom_products(interpreter, Refusing(), WIDTH))
     with pytest.raises(AssertionError, match="the library was asked"):
         decoder.generate([1, 2, 3], 8)
     before = runner.model.kernels
@@ -1110,7 +1114,7 @@ def test_replaced_products_decode_the_same_text(tiny: Path, interpreter: Any) ->
     assert got == expected
 
 
-def test_secure_with_our_own_kernels(
+def test_ensure_with_our_own_kernels(
     tmp_path: Path, interpreter: Any, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing stands in here but the interpreter: a library whose rows differ is replaced.
@@ -1120,17 +1124,17 @@ def test_secure_with_our_own_kernels(
     monkeypatch.setattr(invariance, "N_REPLAYED", 12)  # the interpreter takes its time
     width = 4
     directory = write_checkpoint(tmp_path / "model", seed=8, tied=False, block_size=width)
-    runner = load(directory, slots=1)._runner
+    runner = load(directory, slots=1).runner
     model = runner.model
 
-    class Library(LibraryProducts):
+    class Library(PlainProducts):
         """As the CPU's, but that gate_up follows the row."""
 
-        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
-            hidden = super().swiglu(x, weight, ahead)
+        def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
+            hidden = super().swiglu(x, weight, prefetch)
             return hidden + by_row(hidden)
 
-    use(runner, products=own_products(interpreter, Library(), width, "o"))
+    use(runner, products=custom_products(interpreter, Library(), width, "o"))
     built = []
 
     def build() -> EagerRunner:
@@ -1141,9 +1145,9 @@ def test_secure_with_our_own_kernels(
         return made
 
     with failing_library("down", "lm_head", "o"):
-        found = secure(model, build, 1, width, [64])[1]
+        found = ensure_row_invariance(model, build, 1, width, [64])[1]
     assert built == [{SHAPES["down"], SHAPES["lm_head"]}, EVERY - {SHAPES["o"]}]
     assert found.holds, str(found)
     assert found.replaced == ("32 × 48", "96 × 32", "128 × 32", "272 × 32")
     assert [level for level, _ in logged(caplog)] == ["INFO", "WARNING", "INFO"]
-    assert caplog.messages[0] == "no tiles for 96 × 32, 128 × 32 at 4 rows: the library's"
+    assert caplog.messages[0] == "no tiles for 96 × 32, 128 × 32 at 4 rows: cuBLAS"

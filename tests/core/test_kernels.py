@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from orthrus_fast import model
-from orthrus_fast.bench import shape_config
+from orthrus_fast.bench.shapes import shape_config
+from orthrus_fast.kernels import plain, plain_sampling
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
@@ -27,10 +28,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from orthrus_fast.kernels import norm, overlap
-from orthrus_fast.kernels import product as products
-from orthrus_fast.kernels import qk_norm_rope as rope
-from orthrus_fast.kernels.product import FixedTileProducts, Tiles, launch
+from orthrus_fast.kernels import norm, overlap, products, rope
+from orthrus_fast.kernels.products import CustomProducts, Tiles, launch
 from scripts import tune_products
 from scripts.tune_products import Shape
 
@@ -107,12 +106,12 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
     told: list[Tensor | None] = []
     read: list[tuple[int, Tensor]] = []  # a weight, and how many were told of before
 
-    class Noting(model.LibraryProducts):
-        def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+    class Noting(plain.PlainProducts):
+        def partials(self, x: Tensor, weight: Tensor) -> Tensor:
             read.append((len(told), weight))
-            return super().parts(x, weight)
+            return super().partials(x, weight)
 
-        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+        def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
             read.append((len(told), weight))
             told.append(ahead)
             return super().swiglu(x, weight)
@@ -123,18 +122,18 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
 
     def add_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
         told.append(arguments[4])
-        return model.add_norm(*arguments)
+        return plain.add_norm(*arguments)
 
     inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
     names = ("positions", "slot", "positions", "cos", "sin")
-    places = model.Places(*(inputs[name] for name in names))
+    places = model.PassPositions(*(inputs[name] for name in names))
     x, update = torch.randn(2, 2, 3, 64)
-    kernels = model.Kernels(attend, model.qk_norm_rope_write, add_norm, Noting())
+    kernels = model.Kernels(attend, plain.qk_norm_rope_write, add_norm, Noting())
     caches = inputs["k_cache"], inputs["v_cache"]
     layer(x, update[None], places, *caches, kernels, view)
     attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention
     assert attention is not None
-    order = [attention.qkv, attention.o, layer.gate_up, layer.down]
+    order = [attention.qkv, attention.o, layer.mlp.gate_up, layer.mlp.down]
     assert len(told) == len(read) == 4
     for n, (linear, ahead, (n_told, weight)) in enumerate(zip(order, told, read, strict=True)):
         assert ahead is linear.weight is weight and n_told == n + 1
@@ -158,7 +157,7 @@ def make_rope_inputs(
     cache = (n_slots, n_kv_heads, capacity, head_dim)
     size = 10 ** (2 * draw(n_rows, width, 1) - 2)  # so small in some rows that eps is felt
     tensors = {
-        "parts": size * draw(n_rows, width, (n_heads + 2 * n_kv_heads) * head_dim)[None],
+        "partials": size * draw(n_rows, width, (n_heads + 2 * n_kv_heads) * head_dim)[None],
         "q_norm": 1 + 0.3 * draw(head_dim),
         "k_norm": 1 + 0.3 * draw(head_dim),
         "cos": angles.cos(),
@@ -204,7 +203,7 @@ def test_rope_kernel_rounds_as_the_model_does(
     width: int,
 ) -> None:
     inputs = make_rope_inputs(dtype, n_heads, n_kv_heads, head_dim, n_rows, width)
-    expected = run(model.qk_norm_rope_write, inputs)
+    expected = run(plain.qk_norm_rope_write, inputs)
     got = run(rope.qk_norm_rope_write, inputs)
     assert_rounded_alike(got[0], expected[0])
     written = (inputs["slot"][:, None], slice(None), inputs["positions"])
@@ -221,14 +220,14 @@ def test_what_overflows_does_not_reach_the_cache(
 ) -> None:
     """It stands there as 0, in one row of k and of v; the rest is as it was without."""
     inputs = make_rope_inputs(dtype, 4, 2, 16, 2, 3)
-    bad = inputs["parts"].clone()
+    bad = inputs["partials"].clone()
     bad[0, 1, 2, 5 * 16 + 3] = what  # k's second head, whose norm spreads it
     bad[0, 1, 2, 7 * 16 + 9] = what  # v's second head
-    for function in (model.qk_norm_rope_write, rope.qk_norm_rope_write):
+    for function in (plain.qk_norm_rope_write, rope.qk_norm_rope_write):
         _, k_cache, v_cache = run(function, inputs)
         at = (inputs["slot"][1], 1, inputs["positions"][1, 2])
         v_cache[at][9] = 0
-        _, k_got, v_got = run(function, inputs | {"parts": bad})
+        _, k_got, v_got = run(function, inputs | {"partials": bad})
         assert torch.equal(v_got, v_cache)
         assert bool(k_got.isfinite().all())
         k_got[at] = k_cache[at]
@@ -241,23 +240,23 @@ def test_rope_kernels_rows_do_not_depend_on_each_other(
 ) -> None:
     inputs = make_rope_inputs(dtype, 6, 2, 64, 2, 5)
     by_row = ("cos", "sin", "positions")
-    parts = inputs["parts"]
+    parts = inputs["partials"]
     q, k_cache, v_cache = run(rope.qk_norm_rope_write, inputs)
 
     turned = {name: inputs[name].flip(1).contiguous() for name in by_row}
-    turned = inputs | turned | {"parts": parts.flip(2).contiguous()}
+    turned = inputs | turned | {"partials": parts.flip(2).contiguous()}
     got = run(rope.qk_norm_rope_write, turned)
     assert all(map(torch.equal, got, (q.flip(1), k_cache, v_cache)))
 
     columns = {name: inputs[name].flatten(0, 1)[:, None].contiguous() for name in by_row}
     columns["slot"] = inputs["slot"].repeat_interleave(5)
-    columns["parts"] = parts.flatten(1, 2)[:, :, None].contiguous()
+    columns["partials"] = parts.flatten(1, 2)[:, :, None].contiguous()
     got = run(rope.qk_norm_rope_write, inputs | columns)
     assert all(map(torch.equal, got, (q.flatten(0, 1)[:, None], k_cache, v_cache)))
 
     alone = torch.zeros_like(parts)
     alone[:, 1, 2] = parts[:, 1, 2]
-    got = run(rope.qk_norm_rope_write, inputs | {"parts": alone})
+    got = run(rope.qk_norm_rope_write, inputs | {"partials": alone})
     assert torch.equal(got[0][1, 2], q[1, 2])
 
 
@@ -267,10 +266,10 @@ def test_rope_kernel_adds_parts_in_order_and_rounds_once(
     interpreting: None, dtype: torch.dtype, n_parts: int
 ) -> None:
     inputs = make_rope_inputs(dtype, 6, 2, 64, 2, 3)
-    parts = cancelling_parts(n_parts, inputs["parts"][0])
-    whole = model.sum_parts(parts, dtype)[None]
-    expected = run(rope.qk_norm_rope_write, inputs | {"parts": whole})
-    got = run(rope.qk_norm_rope_write, inputs | {"parts": parts})
+    parts = cancelling_parts(n_parts, inputs["partials"][0])
+    whole = plain.sum_partials(parts, dtype)[None]
+    expected = run(rope.qk_norm_rope_write, inputs | {"partials": whole})
+    got = run(rope.qk_norm_rope_write, inputs | {"partials": parts})
     assert all(map(torch.equal, got, expected))
 
 
@@ -280,7 +279,7 @@ def cancelling_parts(n_parts: int, like: Tensor) -> Tensor:
     parts[0] *= 1e5
     parts[1] -= parts[0]
     assert n_parts == 2 or not torch.equal(
-        model.sum_parts(parts, like.dtype), model.sum_parts(parts.flip(0), like.dtype)
+        plain.sum_partials(parts, like.dtype), plain.sum_partials(parts.flip(0), like.dtype)
     )
     return parts
 
@@ -309,7 +308,7 @@ def test_norm_kernel_rounds_as_the_model_does(
     interpreting: None, dtype: torch.dtype, n_parts: int, shape: tuple[int, ...]
 ) -> None:
     inputs = make_norm_inputs(dtype, n_parts, shape)
-    expected = model.add_norm(*inputs)
+    expected = plain.add_norm(*inputs)
     total, normed = norm.add_norm(*inputs)
     assert torch.equal(total, expected[0])  # the parts' order included
     assert_rounded_alike(normed, expected[1])
@@ -347,7 +346,7 @@ def test_norms_of_the_public_models_are_within_rounding_of_float64(
     slack = 2.0**-23 * parts.double().abs().sum(0)
     bound = rounding(torch.bfloat16) * (update.abs() + total.double().abs()) + slack
     assert_close(total, x.double() + update, bound)
-    expected = model.rms_norm(total.double(), weight.double(), eps)
+    expected = plain.rms_norm(total.double(), weight.double(), eps)
     assert_close(normed, expected, 2.01 * rounding(torch.bfloat16) * expected.abs())
 
 
@@ -361,14 +360,14 @@ def test_ropes_of_the_public_models_are_within_rounding_of_float64(
     inputs = make_rope_inputs(torch.bfloat16, *heads, 1, 32)
     if n_parts > 1:
         shares = torch.rand(n_parts, 1, 1, 1, generator=torch.Generator().manual_seed(n_parts))
-        inputs["parts"] = inputs["parts"].float() * shares
+        inputs["partials"] = inputs["partials"].float() * shares
     wide = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
     # Up to six roundings: of the sum, the norm, its weight, both products, their difference.
     for got, expected in zip(
-        run(rope.qk_norm_rope_write, inputs), run(model.qk_norm_rope_write, wide), strict=True
+        run(rope.qk_norm_rope_write, inputs), run(plain.qk_norm_rope_write, wide), strict=True
     ):
         largest = torch.maximum(*expected.abs().chunk(2, -1)).repeat(1, 1, 1, 2)
         assert_close(got, expected, 8 * rounding(torch.bfloat16) * largest)
@@ -386,7 +385,7 @@ def assert_close(got: Tensor, expected: Tensor, bound: Tensor) -> None:
 
 # product
 
-ENDS = [("", 1), ("", 3), ("swiglu", 1), ("greatest", 1)]  # and splits
+ENDS = [("", 1), ("", 3), ("swiglu", 1), ("argmax", 1)]  # and splits
 
 
 def make_operands(
@@ -408,7 +407,7 @@ def check_parts(x: Tensor, weight: Tensor, tiles: Tiles) -> Tensor:
     for i, part in enumerate(parts):
         inner = slice(i * span, (i + 1) * span)
         assert_one_rounding(part, wide[:, inner] @ wide_weight[:, inner].T)
-    assert_one_rounding(model.sum_parts(parts, x.dtype), wide @ wide_weight.T)
+    assert_one_rounding(plain.sum_partials(parts, x.dtype), wide @ wide_weight.T)
     return parts
 
 
@@ -429,7 +428,7 @@ def check_swiglu(x: Tensor, weight: Tensor, tiles: Tiles) -> None:
     # Op by op from the very same product, of which the identity makes a library's product.
     product = launch(x, weight, tiles)[0][0]
     identity = torch.eye(len(weight), dtype=x.dtype)
-    expected = model.LibraryProducts().swiglu(product, identity)
+    expected = plain.PlainProducts().swiglu(product, identity)
     # Exp's last bits are not the same everywhere: in float32 that is seen, else rounding hides it.
     n_roundings = 12 if x.dtype == torch.float32 else 4.02
     wide = expected.double()
@@ -439,17 +438,17 @@ def check_swiglu(x: Tensor, weight: Tensor, tiles: Tiles) -> None:
 
 
 def check_greatest(x: Tensor, weight: Tensor, tiles: Tiles) -> None:
-    product, ids = launch(x, weight, tiles, best="both")
+    product, ids = launch(x, weight, tiles, argmax="both")
     assert ids.dtype == torch.int64 and torch.equal(ids, product[0].argmax(-1))
     assert torch.equal(product, check_parts(x, weight, tiles))
-    nothing, same = launch(x, weight, tiles, best="ids")
+    nothing, same = launch(x, weight, tiles, argmax="ids")
     assert nothing.numel() == 0 and torch.equal(same, ids)
 
 
 CHECKS: dict[str, Callable[[Tensor, Tensor, Tiles], object]] = {
     "": check_parts,
     "swiglu": check_swiglu,
-    "greatest": check_greatest,
+    "argmax": check_greatest,
 }
 
 
@@ -522,7 +521,7 @@ def test_the_lowest_of_equal_logits_is_the_greatest(
     logits[list(planted)] = torch.tensor([float(value) for value in planted.values()])
     x, weight = torch.ones(1, 1, dtype=dtype), logits[:, None].to(dtype)
     for block_n in (64, 128):
-        product, ids = launch(x, weight, Tiles(block_n, 32, 1, 4, 2), best="both")
+        product, ids = launch(x, weight, Tiles(block_n, 32, 1, 4, 2), argmax="both")
         assert torch.equal(product[0, 0], weight[:, 0])
         assert ids.tolist() == [winner] == [int(product[0, 0].argmax())]
 
@@ -530,7 +529,7 @@ def test_the_lowest_of_equal_logits_is_the_greatest(
 def test_the_greatest_of_a_row_with_nans_is_a_token(interpreting: None) -> None:
     weight = torch.tensor([[1.0], [2.0], [float("nan")], *[[0.5]] * 147])
     x = torch.tensor([[1.0], [float("nan")]])
-    _, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), best="both")
+    _, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), argmax="both")
     assert ids.tolist() == [1, 0]
 
 
@@ -539,7 +538,7 @@ def test_logits_that_rounding_makes_equal_tie(interpreting: None, dtype: torch.d
     """Each 2**-13 above the one before, of the first of which bfloat16 and float16 make 1."""
     x = torch.tensor([[1.0, 2.0**-13]], dtype=dtype)
     weight = torch.stack((torch.ones(90), torch.arange(90) / 32), 1).to(dtype)
-    product, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), best="both")
+    product, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), argmax="both")
     assert ids.tolist() == product[0].argmax(-1).tolist() == [89 if dtype == torch.float32 else 0]
 
 
@@ -571,7 +570,7 @@ def test_nothing_is_written_past_the_last_row(
 ) -> None:
     x, weight = make_operands(5, 70, 200, torch.bfloat16)
     tiles = Tiles(64, 32, n_splits, 4, 2)
-    launch(x, weight, tiles, swiglu=end == "swiglu", best="both" if end == "greatest" else "")
+    launch(x, weight, tiles, swiglu=end == "swiglu", argmax="both" if end == "argmax" else "")
     norm.add_norm(x, x[None], x[0], 1e-6)
     assert len(margins) == 6 and all(bool((margin == 77).all()) for margin in margins)
 
@@ -584,11 +583,11 @@ def test_a_products_row_has_the_same_bits_anywhere(
 ) -> None:
     x, weight = make_operands(130, 70, n_inner, dtype)
     tiles = Tiles(64, 32, n_splits, 4, 2)
-    best = "both" if end == "greatest" else ""
+    best = "both" if end == "argmax" else ""
 
     def rows(x: Tensor) -> Tensor:
         """All that is left of each row, side by side."""
-        parts, ids = launch(x, weight, tiles, swiglu=end == "swiglu", best=best)
+        parts, ids = launch(x, weight, tiles, swiglu=end == "swiglu", argmax=best)
         return torch.cat([*parts.double(), ids[:, None].double()][: len(parts) + bool(best)], 1)
 
     for block, fewer in ((32, range(1, 32)), (130, (1, 17, 33, 64, 129))):
@@ -603,12 +602,12 @@ def test_a_products_row_has_the_same_bits_anywhere(
     assert len(set(map(tuple, whole.tolist()))) == 130
 
 
-# FixedTileProducts
+# CustomProducts
 
 
 SHARED = 99 * 1024
 TABLE = {(16, 70, 520): Tiles(64, 32, 3, 4, 2), (32, 70, 520): Tiles(64, 64, 2, 4, 2)}
-FIXED = FixedTileProducts(model.LibraryProducts(), TABLE, SHARED)
+FIXED = CustomProducts(plain.PlainProducts(), TABLE, SHARED)
 
 
 def test_the_table_or_the_library_or_the_default_serves_a_product() -> None:
@@ -617,19 +616,19 @@ def test_the_table_or_the_library_or_the_default_serves_a_product() -> None:
         TABLE[rows, 70, 520] for rows in (16, 16, 32, 32)
     ]
     for n_rows in (1, 16, 17, 32, 33, 64, 128, 129, 500):
-        assert FIXED.is_own(n_rows, weight) is (n_rows <= 32)
-        assert FIXED.is_own(n_rows, other) is False
+        assert FIXED.is_custom(n_rows, weight) is (n_rows <= 32)
+        assert FIXED.is_custom(n_rows, other) is False
     wide = replace(FIXED, table={(128, 70, 520): Tiles(64, 32, 1, 4, 2)})
-    assert [wide.is_own(n, weight) for n in (64, 65, 128, 129)] == [False, True, True, False]
+    assert [wide.is_custom(n, weight) for n in (64, 65, 128, 129)] == [False, True, True, False]
 
-    forced = FIXED.without_library(frozenset({(70, 520), (520, 70)}))
+    forced = FIXED.without_cublas(frozenset({(70, 520), (520, 70)}))
     assert forced.tiles(32, weight) == TABLE[32, 70, 520]
     for n_rows, block_m in ((1, 16), (33, 64), (64, 64), (128, 128), (129, 128), (500, 128)):
         expected = products.default_tiles(520, 70, block_m, 4, SHARED)
-        assert forced.tiles(n_rows, other) == expected and forced.is_own(n_rows, other)
-    assert forced.is_own(129, weight) and not forced.is_own(129, torch.empty(70, 201))
-    instead = forced.without_library(frozenset({(70, 520)}))
-    assert not instead.is_own(1, other) and instead.is_own(500, weight)
+        assert forced.tiles(n_rows, other) == expected and forced.is_custom(n_rows, other)
+    assert forced.is_custom(129, weight) and not forced.is_custom(129, torch.empty(70, 201))
+    instead = forced.without_cublas(frozenset({(70, 520)}))
+    assert not instead.is_custom(1, other) and instead.is_custom(500, weight)
     assert FIXED.forced == frozenset()
 
 
@@ -643,31 +642,35 @@ def test_fixed_tile_products_are_the_kernels_with_leading_dimensions(
 ) -> None:
     n_rows = math.prod(shape)
     x, weight = make_operands(n_rows, 70, 520, torch.float32)
-    forced = FIXED.without_library(frozenset({(70, 520)}))
+    forced = FIXED.without_cublas(frozenset({(70, 520)}))
     tiles = forced.tiles(n_rows, weight)
     assert tiles is not None and tiles.n_splits > 1  # so that the ends have to leave it
     single = tiles._replace(n_splits=1)
     parts = launch(x, weight, tiles)[0]
-    product, ids = launch(x, weight, single, best="both")
+    product, ids = launch(x, weight, single, argmax="both")
     hidden = launch(x, weight, single, swiglu=True)[0][0]
 
     x = x.view(*shape, 520)
-    assert torch.equal(forced.parts(x, weight), parts.view(-1, *shape, 70))
+    assert torch.equal(forced.partials(x, weight), parts.view(-1, *shape, 70))
     assert torch.equal(forced.swiglu(x, weight), hidden.view(*shape, 35))
-    got_ids, logits = forced.greatest(x, weight, True)
+    got_ids, logits = forced.lm_head_argmax(x, weight, True)
     assert torch.equal(got_ids, ids.view(shape)) and torch.equal(logits, product.view(*shape, 70))
-    assert torch.equal(forced.greatest(x, weight, False)[0], ids.view(shape))
+    assert torch.equal(forced.lm_head_argmax(x, weight, False)[0], ids.view(shape))
 
 
 def test_what_has_no_tiles_is_the_librarys() -> None:
     """Not interpreted: a kernel of ours would fail here."""
-    library = model.LibraryProducts()
+    library = plain.PlainProducts()
     x, weight = make_operands(6, 68, 520, torch.float32)
     x = x.view(2, 3, 520)
     for keep in (True, False):
-        both = zip(FIXED.greatest(x, weight, keep), library.greatest(x, weight, keep), strict=True)
+        both = zip(
+            FIXED.lm_head_argmax(x, weight, keep),
+            library.lm_head_argmax(x, weight, keep),
+            strict=True,
+        )
         assert all(torch.equal(a, b) for a, b in both)
-    assert torch.equal(FIXED.parts(x, weight), library.parts(x, weight))
+    assert torch.equal(FIXED.partials(x, weight), library.partials(x, weight))
     assert torch.equal(FIXED.swiglu(x, weight), library.swiglu(x, weight))
 
 
@@ -679,10 +682,10 @@ def test_a_devices_tiles_are_its_chips(
 ) -> None:
     device = SimpleNamespace(major=chip[0], minor=chip[1], shared_memory_per_block_optin=1234)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    library = model.LibraryProducts()
-    of = FixedTileProducts.of(library, torch.device("cuda"), getattr(torch, dtype))
+    library = plain.PlainProducts()
+    of = CustomProducts.of(library, torch.device("cuda"), getattr(torch, dtype))
     table = products.read_table("sm_90")
-    assert of == FixedTileProducts(library, table if found else {}, 1234) and table
+    assert of == CustomProducts(library, table if found else {}, 1234) and table
 
 
 # The table
@@ -703,7 +706,7 @@ def test_the_table_holds_candidates_for_the_public_models(chip: str) -> None:
     assert missing <= {64, 128}
 
 
-# rows_are_alike, on products of plain PyTorch
+# rows_are_invariant, on products of plain PyTorch
 
 
 def row_by_row(x: Tensor, weight: Tensor) -> Tensor:
@@ -754,7 +757,7 @@ def test_products_whose_rows_differ_are_found_out(
         assert x.shape == (16, 100)
         return multiply(x, weight)
 
-    assert products.rows_are_alike(linear, 16, 100, torch.float32, cpu) is alike
+    assert products.rows_are_invariant(linear, 16, 100, torch.float32, cpu) is alike
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -765,16 +768,16 @@ def test_operators_say_what_they_return_and_change(interpreting: None) -> None:
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
     check(rope.qk_norm_rope_write_op, (), inputs)
-    split = inputs | {"parts": torch.randn(3, *inputs["parts"].shape[1:])}
+    split = inputs | {"partials": torch.randn(3, *inputs["partials"].shape[1:])}
     check(rope.qk_norm_rope_write_op, (), split)
     operands = make_operands(3, 70, 32, torch.bfloat16)
     for n_splits in (1, 3):
         check(products.product_op, (*operands, [64, 32, n_splits, 4, 2]))
     tiles = [64, 32, 1, 4, 2]
     for ahead in ((), (operands[1],)):
-        check(products.swiglu_op, (*operands, tiles, *ahead))
+        check(products.swiglu_product_op, (*operands, tiles, *ahead))
     for keep in (True, False):
-        check(products.greatest_op, (*operands, tiles, keep))
+        check(products.lm_head_argmax_op, (*operands, tiles, keep))
     for n_parts in (1, 3):
         for ahead in ((), (operands[1],)):
             check(
@@ -796,15 +799,17 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     shapes = {(16, *weight.shape) for weight in layer.parameters() if weight.ndim == 2}
     assert len(shapes) == 4
     table = {shape: Tiles(64, 32, 2, 4, 2) for shape in shapes}
-    own = FixedTileProducts(model.LibraryProducts(), table, SHARED)
+    own = CustomProducts(plain.PlainProducts(), table, SHARED)
 
     def attend(q: Tensor, *rest: Tensor | None, causal: bool) -> Tensor:
         return q
 
-    kernels = model.Kernels(attend, rope.qk_norm_rope_write_op, norm.add_norm_op, own)
+    kernels = model.Kernels(
+        attend, rope.qk_norm_rope_write_op, norm.add_norm_op, own, plain_sampling.sample
+    )
     inputs = make_rope_inputs(torch.float32, 4, 2, 16, 2, 3)
     names = ("positions", "slot", "positions", "cos", "sin")
-    places = model.Places(*(inputs[name] for name in names))
+    places = model.PassPositions(*(inputs[name] for name in names))
     x, update = torch.randn(2, 2, 3, 64, generator=random)
 
     def results(forward: Callable[..., Any], kernels: model.Kernels) -> list[Tensor]:
@@ -816,8 +821,8 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     with torch.inference_mode():
         expected = results(model.Layer.forward, kernels)
         assert all(map(torch.equal, results(compiled, kernels), expected))
-        plain = model.plain_kernels(attend)
-        for got, wanted in zip(expected, results(model.Layer.forward, plain), strict=True):
+        reference = plain.plain_kernels(attend)
+        for got, wanted in zip(expected, results(model.Layer.forward, reference), strict=True):
             got = got.sum(0) if got.ndim > wanted.ndim or len(got) != len(wanted) else got
             assert torch.allclose(got, wanted.view_as(got), atol=1e-5)
     assert [name for name in called if "orthrus_fast" in name] == [
@@ -832,7 +837,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
 # Machine code
 
 
-AHEAD = {"AHEAD_ROWS": 4096, "AHEAD_ROW_BYTES": 8192, "AHEAD_BYTES": 512}
+PREFETCH_LIMIT = {"PREFETCH_ROWS": 4096, "PREFETCH_ROW_BYTES": 8192, "PREFETCH_BYTES": 512}
 
 
 def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
@@ -840,12 +845,12 @@ def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     signature = dict.fromkeys(["x", "weight", "out"], f"*{dtype}")
     if tiles.n_splits > 1:
         signature["out"] = "*fp32"
-    signature |= {"best": "*fp32", "best_id": "*i32", "n_rows": "i32", "n_columns": "i32"}
+    signature |= {"best": "*fp32", "tile_argmax": "*i32", "n_rows": "i32", "n_columns": "i32"}
     constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
-    constants |= {"SWIGLU": shape.end == "swiglu", "BEST": "greatest" in shape.end}
-    constants |= {"STORE": shape.end != "greatest alone"} | AHEAD
-    signature["ahead"] = f"*{dtype}"
+    constants |= {"SWIGLU": shape.end == "swiglu", "ARGMAX": "argmax" in shape.end}
+    constants |= {"STORE": shape.end != "greatest alone"} | PREFETCH_LIMIT
+    signature["prefetch"] = f"*{dtype}"
     kernel = products._product_kernel
     return check_compiled(chip, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
 
@@ -862,7 +867,7 @@ def check_compiled(
     compiled = compile_for(kernel, signature, constants, chip, num_warps, num_stages)
     assert compiled.metadata.shared <= CHIPS[chip]
     ptx = compiled.asm["ptx"]
-    assert ("bulk.prefetch" in ptx) is (chip >= 90 and constants.get("AHEAD_BYTES", 0) > 0)
+    assert ("bulk.prefetch" in ptx) is (chip >= 90 and constants.get("PREFETCH_BYTES", 0) > 0)
     if chip >= 90:
         assert read_before_waiting(kernel, constants, ptx) == early
         assert compiled.metadata.launch_pdl
@@ -878,7 +883,7 @@ def test_the_tables_products_fit_their_chip(chip: str) -> None:
     launches: dict[object, tuple[Shape, Tiles]] = {}
     for key, entry in TABLES[chip]["tiles"].items():
         shape, tiles = SHAPES[key], Tiles(*entry)
-        for end in (shape.end, f"{shape.end} alone") if shape.end == "greatest" else (shape.end,):
+        for end in (shape.end, f"{shape.end} alone") if shape.end == "argmax" else (shape.end,):
             kind = (shape.n_rows, end, tiles._replace(n_splits=min(tiles.n_splits, 2)))
             launches.setdefault(kind, (shape._replace(end=end), tiles))
     for shape, tiles in launches.values():
@@ -891,7 +896,7 @@ def test_default_tiles_fit_every_chip(chip: int) -> None:
     cases = [("bf16", shape) for shape in SHAPES.values() if shape.n_rows in (32, 128)]
     cases += [("bf16", Shape(n_rows, 4096, 4096, "")) for n_rows in (16, 64)]
     cases += [("bf16", Shape(32, 151936, 4096, "greatest alone"))]
-    for end in ("", "swiglu", "greatest"):
+    for end in ("", "swiglu", "argmax"):
         cases += [("fp16", Shape(32, 2048, 2048, end)), ("fp32", Shape(32, 2048, 2048, end))]
     cases += [("fp32", Shape(128, 2048, 2048, ""))]
     launches: dict[object, tuple[str, Shape, Tiles]] = {}
@@ -923,11 +928,11 @@ def test_default_tiles_split_small_grids_and_the_order_of_summation_ignores_m() 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
 def test_search_for_the_greatest_compiles_for_every_chip(chip: int) -> None:
-    signature = {"best": "*fp32", "best_id": "*i32", "out": "*i64"}
+    signature = {"best": "*fp32", "tile_argmax": "*i32", "out": "*i64"}
     for block_n in (64, 128):
         n_tiles = math.ceil(151936 / block_n)
         constants = {"N_TILES": n_tiles, "BLOCK": 1 << (n_tiles - 1).bit_length()}
-        check_compiled(chip, products._best_kernel, signature, constants, 8)
+        check_compiled(chip, products._join_argmax_kernel, signature, constants, 8)
 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
@@ -935,10 +940,15 @@ def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
     hidden = sorted({config.hidden_size for config in MODELS.values()})
     cases = [("bf16", size, n_parts) for size in hidden for n_parts in (1, 8)]
     for dtype, size, n_parts in [*cases, ("fp16", 2560, 2), ("fp32", 96, 1), ("fp32", 4096, 4)]:
-        signature = dict.fromkeys(["x", "weight", "total", "normed", "ahead"], f"*{dtype}")
-        signature |= {"parts": "*fp32" if n_parts > 1 else f"*{dtype}", "n_elements": "i32"}
+        signature = dict.fromkeys(["x", "weight", "total", "normed", "prefetch"], f"*{dtype}")
+        signature |= {"partials": "*fp32" if n_parts > 1 else f"*{dtype}", "n_elements": "i32"}
         block = 1 << (size - 1).bit_length()
-        constants = {"SIZE": size, "BLOCK": block, "N_PARTS": n_parts, "EPS": 1e-6} | AHEAD
+        constants = {
+            "SIZE": size,
+            "BLOCK": block,
+            "N_PARTIALS": n_parts,
+            "EPS": 1e-6,
+        } | PREFETCH_LIMIT
         num_warps = min(max(block // 128, 1), 16)
         early = frozenset({"weight"})  # no kernel writes it
         check_compiled(chip, norm._add_norm_kernel, signature, constants, num_warps, early=early)
@@ -955,7 +965,7 @@ def test_rope_kernel_compiles_for_every_chip(chip: int) -> None:
             signature["qkv"] = "*fp32"
         signature |= {"positions": "*i64", "slot": "*i64", "capacity": "i32", "n_elements": "i32"}
         constants: dict[str, Any] = {"N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads}
-        constants |= {"HEAD_DIM": 128, "HEADS": 4, "EPS": 1e-6, "N_PARTS": n_parts}
+        constants |= {"HEAD_DIM": 128, "HEADS": 4, "EPS": 1e-6, "N_PARTIALS": n_parts}
         kernel = rope._qk_norm_rope_write_kernel
         ptx = check_compiled(chip, kernel, signature, constants, 1).asm["ptx"]
         # Attention reads start and slot before it waits: for that all before this must be done.

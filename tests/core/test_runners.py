@@ -24,15 +24,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import orthrus_fast
 from orthrus_fast import Decoder, runners, steps
-from orthrus_fast.attention import edges, sdpa
-from orthrus_fast.checkpoint import open_checkpoint
-from orthrus_fast.decoder import GPU_PASSES, GPU_PASSES_SLOT, Generation, memory_needed
+from orthrus_fast.attention import find_backend, sdpa
+from orthrus_fast.checkpoint import count_weights, open_checkpoint
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.invariance import check
-from orthrus_fast.model import Kernels, LibraryProducts, plain_kernels
-from orthrus_fast.runners import COMPILE_MODES, RUNNERS, check_runner
-from tests.checkpoints import write_checkpoint
-from tests.decoders import committed, rows_are_alike
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.plain import PlainProducts, plain_kernels
+from orthrus_fast.kernels.plain_sampling import sample
+from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.loading import GPU_PASSES, GPU_PASSES_SLOT, memory_needed
+from orthrus_fast.options import COMPILE_MODES, RUNNERS
+from orthrus_fast.results import Generation
+from orthrus_fast.runners import check_runner
+from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
+from tests.decoders import committed, rows_are_invariant
 from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
 
@@ -159,7 +164,7 @@ def test_the_embedded_checkpoint_compiled() -> None:
 @pytest.mark.slow
 def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
-    if not rows_are_alike(compiled):
+    if not rows_are_invariant(compiled):
         pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
     rows = []
     for mode in ("ar", "diffusion"):
@@ -171,12 +176,12 @@ def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tin
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, slots", SHAPES)
 def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: int) -> None:
-    runner = load(tiny, dtype, slots=slots, runner="compiled")._runner
-    weight = runner.model.layers[0].down.weight
+    runner = load(tiny, dtype, slots=slots, runner="compiled").runner
+    weight = runner.model.layers[0].mlp.down.weight
     rows = torch.randn(slots * 16, weight.shape[1], dtype=weight.dtype)
     if not torch.equal((rows @ weight.T).flip(0), rows.flip(0) @ weight.T):
         pytest.skip("this CPU's matrix products are not row-invariant at these rows")
-    found = check(runner, 16, edges("sdpa", runner.cache.capacity))
+    found = check(runner, 16, tile_boundaries("sdpa", runner.cache.capacity))
     assert found.holds, str(found)
 
 
@@ -454,7 +459,7 @@ def test_torchs_own_graphs_hear_of_each_pass(
     begun = []
     mark = torch.compiler.cudagraph_mark_step_begin
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(mark()))
-    runner = load(tiny, "float64", runner="compiled", compile_mode="reduce-overhead")._runner
+    runner = load(tiny, "float64", runner="compiled", compile_mode="reduce-overhead").runner
     assert begun == []  # a CPU has no graphs
     assert isinstance(runner, runners.CompiledRunner)
     runner._torchs_graphs = True
@@ -554,10 +559,11 @@ def test_without_the_draft_view_its_weights_are_not_read(
     hidden, head_dim, n_heads, n_kv_heads, n_layers = 32, 16, 4, 2, 2
     projections = hidden * head_dim * (2 * n_heads + 2 * n_kv_heads)  # q, o; k, v
     n_draft = n_layers * (projections + 2 * head_dim)  # and the two norms
-    sizes = {v: sum(p.numel() for p in d._runner.model.parameters()) for v, d in decoders.items()}
+    sizes = {v: sum(p.numel() for p in d.runner.model.parameters()) for v, d in decoders.items()}
     assert sizes[True] - sizes[False] == n_draft
     config = decoders[True].config
-    assert (config.n_weights, config.n_draft_weights) == (sizes[True], n_draft)
+    assert count_weights(config) == sizes[True]
+    assert count_weights(config, draft_view=False) == sizes[True] - n_draft
     assert len(calls[True]) - len(calls[False]) == n_layers * 6
     for view in (True, False):
         n_bytes = 4 * sizes[view]
@@ -615,14 +621,14 @@ def test_memory_by_hand(tiny: Path, dtype: str, size: int, slots: int) -> None:
         on_gpu = memory_needed(config, torch_dtype, CUDA, 200, slots, view)
         assert on_gpu == (*memory[:2], GPU_PASSES + slots * GPU_PASSES_SLOT)
         decoder = load(tiny, dtype, max_seq_len=200, slots=slots, draft_view=view)
-        runner = decoder._runner
+        runner = decoder.runner
         weights = sum(p.nbytes for p in runner.model.parameters())
         caches = sum(rows.nbytes for rows in (*runner.cache.k, *runner.cache.v))
         assert (weights, caches) == memory[:2]
 
 
 def test_memory_spelled_out() -> None:
-    memory = orthrus_fast.decoder.Memory(1_500_000_000, 250_000_000, 0)
+    memory = orthrus_fast.loading.Memory(1_500_000_000, 250_000_000, 0)
     assert str(memory) == "weights 1.50 GB + KV cache 0.25 GB = 1.75 GB"
     memory = memory._replace(passes=600_000_000)
     assert str(memory) == "weights 1.50 GB + KV cache 0.25 GB + passes 0.60 GB = 2.35 GB"
@@ -636,7 +642,7 @@ def test_one_slot_on_a_gpu_takes_at_most_the_issues_share() -> None:
 
 
 def runs_ahead(decoder: Decoder) -> Decoder:
-    decoder._runner.ahead = 1  # type: ignore[misc]
+    decoder.runner.lookahead = 1  # type: ignore[misc]
     return decoder
 
 
@@ -648,7 +654,7 @@ def facts(result: Generation) -> tuple[Any, ...]:
 
 
 def in_flight(decoder: Decoder) -> int:
-    return decoder._runner.in_flight
+    return decoder.runner.in_flight
 
 
 @pytest.mark.parametrize("slots", [1, 3, 4, 9])
@@ -688,7 +694,7 @@ def test_a_second_cycle_is_launched_before_the_first_is_read(
 ) -> None:
     events = ""
     decoder = runs_ahead(load(tiny))
-    launch, read = decoder._runner.launch, decoder._runner.read
+    launch, read = decoder.runner.launch, decoder.runner.read
 
     def noted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -698,12 +704,12 @@ def test_a_second_cycle_is_launched_before_the_first_is_read(
 
         return call
 
-    monkeypatch.setattr(decoder._runner, "launch", noted("L", launch))
-    monkeypatch.setattr(decoder._runner, "read", noted("R", read))
+    monkeypatch.setattr(decoder.runner, "launch", noted("L", launch))
+    monkeypatch.setattr(decoder.runner, "read", noted("R", read))
     cycles = decoder.generate([1, 2], 5, mode="ar").stats.cycles
     assert cycles == 4
     assert events == "L" + "LR" * cycles  # one launched in vain
-    decoder._runner.ahead = 0  # type: ignore[misc]
+    decoder.runner.lookahead = 0  # type: ignore[misc]
     events = ""
     decoder.generate([1, 2], 5, mode="ar")
     assert events == "LR" * cycles
@@ -738,7 +744,7 @@ def test_an_interrupted_call_leaves_nothing_in_flight(
 ) -> None:
     decoder = runs_ahead(load(tiny, slots=2))
     expected = [facts(result) for result in decoder.generate(PROMPTS, 20)]
-    runner, n_calls = decoder._runner, 0
+    runner, n_calls = decoder.runner, 0
     function = getattr(runner, where)
 
     def interrupted(*arguments: Any) -> Any:
@@ -771,7 +777,7 @@ def test_a_cycle_past_the_end_changes_nothing(
     decoder = load(directory, slots=4, runner=runner)
     results = decoder.generate(PROMPTS[:4], 12)
     assert {result.finish_reason for result in results} == {"eos", "length"}
-    one = decoder._runner
+    one = decoder.runner
     before = contents(one.state)
     assert before[0].tolist() == [  # though a text that ended early has room left
         len(prompt) + len(result.tokens) - 1
@@ -799,7 +805,7 @@ def test_a_cycle_past_the_end_at_full_capacity(tiny: Path) -> None:
         prompt = list(range(n_tokens))
         result = decoder.generate(prompt, 112 - n_tokens)
         assert facts(result) == facts(roomy.generate(prompt, 112 - n_tokens))
-        assert int(decoder._runner.state.length[0]) == 111
+        assert int(decoder.runner.state.length[0]) == 111
 
 
 # The mailbox
@@ -902,7 +908,7 @@ def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> Non
 @pytest.mark.parametrize("sampling", [False, True])
 def test_a_pass_multiplies_all_slots_at_once(tiny: Path, sampling: bool) -> None:
     """Slot by slot, as torch does what is not contiguous, each would read the weight again."""
-    runner = load(tiny, slots=3)._runner
+    runner = load(tiny, slots=3).runner
     weights = {weight.untyped_storage().data_ptr() for weight in runner.model.parameters()}
     products = []
 
@@ -930,24 +936,29 @@ def test_a_pass_multiplies_all_slots_at_once(tiny: Path, sampling: bool) -> None
         products.clear()
 
 
+def as_custom_ops(kernels: Kernels) -> Kernels:
+    attend = find_backend("sdpa", CPU, torch.float32, 16).custom_op()
+    return register_custom_ops(kernels, attend)
+
+
 def test_plain_kernels_are_left_for_the_compiler_to_see_through() -> None:
     plain = plain_kernels(sdpa.attend)
-    opaque = runners.opaque("sdpa", plain)
+    opaque = as_custom_ops(plain)
     assert dataclasses.replace(opaque, attend=plain.attend) == plain
     assert opaque.attend is not plain.attend
-    assert runners.find_kernels("sdpa", CPU, torch.float32, 16)[1].products.has_own is False
+    assert kernels_for("sdpa", CPU, torch.float32, 16).products.has_custom is False
 
 
-def test_our_own_kernels_become_operators() -> None:
+def test_custom_kernels_become_custom_operators() -> None:
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
-    from orthrus_fast.kernels import norm, qk_norm_rope
+    from orthrus_fast.kernels import norm, rope
 
-    products = LibraryProducts()
-    own = Kernels(sdpa.attend, qk_norm_rope.qk_norm_rope_write, norm.add_norm, products)
-    opaque = runners.opaque("sdpa", own)
+    products = PlainProducts()
+    own = Kernels(sdpa.attend, rope.qk_norm_rope_write, norm.add_norm, products, sample)
+    opaque = as_custom_ops(own)
     assert opaque.products is products  # whose kernels are operators in eager code, too
-    assert opaque.attend is runners.opaque("sdpa", own).attend
-    assert opaque.qk_norm_rope_write is qk_norm_rope.qk_norm_rope_write_op
+    assert opaque.attend is as_custom_ops(own).attend
+    assert opaque.qk_norm_rope_write is rope.qk_norm_rope_write_op
     assert opaque.add_norm is norm.add_norm_op
 
 
@@ -958,21 +969,23 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
     """Of each product its own end, at as many rows; attention in both views."""
     called: list[tuple[str, tuple[int, ...], tuple[int, ...], bool]] = []
 
-    class Noting(LibraryProducts):
-        has_own = True
+    class Noting(PlainProducts):
+        has_custom = True
 
-        def parts(self, x: Tensor, weight: Tensor) -> Tensor:
-            called.append(("parts", tuple(x.shape), tuple(weight.shape), False))
-            return super().parts(x, weight)
+        def partials(self, x: Tensor, weight: Tensor) -> Tensor:
+            called.append(("partials", tuple(x.shape), tuple(weight.shape), False))
+            return super().partials(x, weight)
 
-        def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
-            assert any(ahead is down for down in downs)  # other bytes to fetch: another binary
+        def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
+            assert any(prefetch is down for down in downs)  # other bytes to fetch: another binary
             called.append(("swiglu", tuple(x.shape), tuple(weight.shape), False))
-            return super().swiglu(x, weight, ahead)
+            return super().swiglu(x, weight, prefetch)
 
-        def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-            called.append(("greatest", tuple(x.shape), tuple(weight.shape), keep))
-            return super().greatest(x, weight, keep)
+        def lm_head_argmax(
+            self, x: Tensor, weight: Tensor, return_logits: bool
+        ) -> tuple[Tensor, Tensor]:
+            called.append(("argmax", tuple(x.shape), tuple(weight.shape), return_logits))
+            return super().lm_head_argmax(x, weight, return_logits)
 
     def attend(q: Tensor, *rest: Any, causal: bool) -> Tensor:
         assert any(rest[-1] is output for output in outputs)
@@ -981,20 +994,19 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
         return out
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    old = load(tiny, slots=slots)._runner
+    old = load(tiny, slots=slots).runner
     kernels = dataclasses.replace(old.model.kernels, attend=attend, products=Noting())
     old.model.kernels = kernels
     layers: Any = old.model.layers
-    downs = [layer.down.weight for layer in layers]
+    downs = [layer.mlp.down.weight for layer in layers]
     outputs = [
         view.o.weight for layer in layers for view in (layer.attention, layer.draft_attention)
     ]
     runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
     before = contents(runner.state)
-    runner._build_kernels(width)
+    runner._compile_kernels(width)
     built, called[:] = set(called), []
     assert all(map(torch.equal, contents(runner.state), before))
-    assert not any(rows.any() for rows in (*runner.cache.k, *runner.cache.v))
     with torch.inference_mode():
         old.verify(width)
         if width == 16:
@@ -1026,13 +1038,15 @@ class StandInGraph:
 def stand_in(monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any, Any], Any]) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
-    monkeypatch.setattr(runners.GraphRunner, "ahead", 0)  # a CPU has no copy of a report in flight
+    monkeypatch.setattr(
+        runners.GraphRunner, "lookahead", 0
+    )  # a CPU has no copy of a report in flight
 
 
 def graph_runner_of(decoder: Decoder) -> runners.GraphRunner:
     """One over the decoder's own model, state and cache."""
-    old = decoder._runner
-    kernels = runners.opaque("sdpa", old.model.kernels)
+    old = decoder.runner
+    kernels = as_custom_ops(old.model.kernels)
     return runners.GraphRunner(old.model, old.state, old.cache, kernels)
 
 
@@ -1051,7 +1065,7 @@ def test_the_graph_runner_replays_what_it_captured(
     decoder = orthrus_fast.load(directory, device="cpu", dtype="float64", slots=2)
     runner = graph_runner_of(decoder)
     runner.prepare(8)
-    decoder._runner = runner
+    decoder.runner = runner
     assert check(runner, 8, [64]).holds
     sampling = [None, *(orthrus_fast.SamplingParams(temperature=t, seed=3) for t in (0.5, 1.0))]
     for mode in ("ar", "diffusion"):
@@ -1086,7 +1100,7 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
     stand_in(monkeypatch, capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager, decoder = load(directory), load(directory)
-    decoder._runner = graph_runner_of(decoder)
+    decoder.runner = graph_runner_of(decoder)
     with pytest.raises(KeyboardInterrupt):
         decoder.generate(PROMPTS[1], 12)
     assert decoder.generate(PROMPTS[1], 12).tokens == eager.generate(PROMPTS[1], 12).tokens
@@ -1095,7 +1109,7 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
 def test_the_first_token_is_drawn_on_the_runners_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels start on the current device, which ``plain_arithmetic`` sets."""
+    """Kernels start on the current device, which ``full_precision_matmul`` sets."""
     inside: list[bool] = []
     depth = 0
 
@@ -1111,7 +1125,7 @@ def test_the_first_token_is_drawn_on_the_runners_device(
         return true_first_token(*arguments)
 
     true_first_token = steps.first_token
-    monkeypatch.setattr(runners, "plain_arithmetic", noting)
+    monkeypatch.setattr(runners, "full_precision_matmul", noting)
     monkeypatch.setattr(steps, "first_token", first_token)
     decoder = load(write_checkpoint(tmp_path / "model"))
     decoder.generate(PROMPTS[1], 2, orthrus_fast.SamplingParams(0.7, seed=1))
@@ -1132,13 +1146,13 @@ def test_an_overflow_is_gone_with_its_request(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", eos_token_id=ENDS)
     decoder = load(directory, "float16")
     expected = decoder.generate(PROMPTS[1], 12).tokens
-    embedding = decoder._runner.model.embed_tokens.weight
+    embedding = decoder.runner.model.embed_tokens.weight
     held = embedding.clone()
     with torch.no_grad():
         embedding[PROMPTS[2][0]] = float("inf")
     decoder.generate(PROMPTS[2], 4)
     assert all(
-        bool(rows.isfinite().all()) for rows in (*decoder._runner.cache.k, *decoder._runner.cache.v)
+        bool(rows.isfinite().all()) for rows in (*decoder.runner.cache.k, *decoder.runner.cache.v)
     )
     with torch.no_grad():
         embedding.copy_(held)

@@ -18,8 +18,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthrus_fast import sampling
-from orthrus_fast.sampling import SamplingParams, Settings, keep, sample
+from orthrus_fast.kernels import plain_sampling
+from orthrus_fast.kernels.plain_sampling import keep, sample
+from orthrus_fast.sampling import SamplingParams, Settings
 from tests.core.test_sampling import min_p_thresholds
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 
@@ -51,9 +52,9 @@ def settings_of(*params: SamplingParams) -> Settings:
 
 
 def kept(logits: Tensor, settings: Settings) -> Tensor:
-    """What ``sampling.keep`` says, by the kernels: logits [B, T, V] -> bool [B, T, V]."""
+    """What ``plain_sampling.keep`` says, by the kernels: logits [B, T, V] -> bool [B, T, V]."""
     rows = kernel._Launcher(logits.flatten(0, 1).contiguous(), False)
-    maxima, floors = kernel._find_floors(rows, tuple(settings)[:-1], logits.shape[1])
+    maxima, floors = kernel._find_thresholds(rows, tuple(settings)[:-1], logits.shape[1])
     assert maxima.shape == (len(floors), -(-logits.shape[-1] // kernel.BLOCKS.group))
     return logits.float() >= floors.view(*logits.shape[:2], 1)
 
@@ -74,7 +75,7 @@ def test_the_kernels_draw_what_sample_draws(
     logits[::2, :, ::3] = 2.0  # ties, at a threshold or for first place
     position = torch.randint(0, 2**20, (len(params), 1), generator=generator)
     settings = settings_of(*params)
-    expected = sample(logits, position, settings)
+    expected = sample(logits, position, *settings)
     drawn = kernel.sample_op(logits, position, *settings)
     assert drawn.tolist() == expected.tolist()
     assert drawn[:-2].ne(logits[:-2].argmax(-1)).any()  # noise decides somewhere
@@ -115,7 +116,7 @@ def test_infinite_rows_are_drawn_as_sample_draws_them(interpreting: None) -> Non
     for fields in ({}, {"top_k": 3, "min_p": 0.5}, {"top_p": 0.9}):
         settings = settings_of(SamplingParams(1.0, seed=3, **fields))  # type: ignore[arg-type]
         ids = kernel.sample_op(logits, position, *settings)
-        assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, settings).tolist()
+        assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, *settings).tolist()
 
 
 def test_the_lowest_of_equal_scores_is_drawn(interpreting: None) -> None:
@@ -129,7 +130,7 @@ def test_the_lowest_of_equal_scores_is_drawn(interpreting: None) -> None:
         settings = settings_of(SamplingParams(1.0, top_k, seed=3))
         ids = kernel.sample_op(logits, position, *settings)
         assert ids.tolist() == [[equal[0] for equal in places]]
-        assert ids.tolist() == sample(logits, position, settings).tolist()
+        assert ids.tolist() == sample(logits, position, *settings).tolist()
 
 
 def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
@@ -189,7 +190,7 @@ def test_the_kernels_keep_what_keep_keeps(
 ) -> None:
     settings = settings_of(*params)
     logits = logits.reshape(2, 2, -1)
-    assert torch.equal(kept(logits, settings), keep(logits, settings))
+    assert torch.equal(kept(logits, settings), keep(logits, *settings[:4]))
 
 
 def test_the_threshold_of_min_p_is_rounded_once(interpreting: None) -> None:
@@ -214,7 +215,7 @@ def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
     for top_p in (None, 0.95):  # which would miss their mass, too
         settings = settings_of(SamplingParams(1.0, top_k, top_p))
         mask = kept(logits, settings)
-        assert torch.equal(mask, keep(logits, settings))
+        assert torch.equal(mask, keep(logits, *settings[:4]))
         if top_p is None and top_k <= 19:
             assert mask[0, 0].nonzero().flatten().tolist() == heads[-top_k:].tolist()
 
@@ -231,7 +232,7 @@ def test_a_threshold_tells_neighbouring_floats_apart(
     for n in (1, 2, 10, 17, 36, 101, 119):
         assert int(kept(logits, settings_of(SamplingParams(1.0, n))).sum()) == n
         settings = settings_of(SamplingParams(1.0, top_p=n / 120))
-        mask = keep(logits, settings)
+        mask = keep(logits, *settings[:4])
         assert torch.equal(kept(logits, settings), mask) and 0 < int(mask.sum()) <= n + 1
 
 
@@ -243,11 +244,13 @@ def test_logits_on_the_edges_fall_on_their_side_of_them(
     """Each on an edge of the last weighing, or half-way; top-p ends at every seventh."""
     logits = -torch.arange(150.0)[None, None] * temperature / 8
     logits = logits[..., torch.randperm(150, generator=torch.Generator().manual_seed(1))].to(dtype)
-    mass = sampling._mass(logits.float(), torch.zeros(1, 1, 1), torch.full((1, 1, 1), temperature))
+    mass = plain_sampling._mass(
+        logits.float(), torch.zeros(1, 1, 1), torch.full((1, 1, 1), temperature)
+    )
     running = mass.flatten().double().sort(descending=True).values.cumsum(0)
     for n, share in list(enumerate((running / running[-1]).tolist()))[:99:7]:
         settings = settings_of(SamplingParams(temperature, top_p=share))
-        mask = keep(logits, settings)
+        mask = keep(logits, *settings[:4])
         assert torch.equal(kept(logits, settings), mask)
         assert abs(int(mask.sum()) - n - 1) <= 1  # share is a float32 by now
 
@@ -260,7 +263,7 @@ def test_top_p_may_end_below_the_last_edge(
     logits[..., [3, 70]] = torch.tensor([0.0, -30.0])
     settings = settings_of(SamplingParams(1.0, top_p=0.999999))
     mask = kept(logits.to(dtype), settings)
-    assert torch.equal(mask, logits > -20) and torch.equal(mask, keep(logits, settings))
+    assert torch.equal(mask, logits > -20) and torch.equal(mask, keep(logits, *settings[:4]))
 
 
 def test_what_is_gathered_is_what_may_decide(

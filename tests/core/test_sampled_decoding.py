@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import orthrus_fast
-from orthrus_fast import SamplingParams, sampling, steps
+from orthrus_fast import SamplingParams, steps
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
@@ -81,18 +81,18 @@ def test_other_noise_in_drafts_would_be_refused_and_change_nothing(
 ) -> None:
     chosen = SamplingParams(temperature=1.0, seed=4)
     expected = exact.generate([5, 6], 50, chosen)
-    runner = exact._runner
-    honest = runner._sampled
+    runner = exact.runner
+    honest = runner._sample_block
 
-    def one_position_on(state: steps.State, logits: torch.Tensor) -> torch.Tensor:
+    def one_position_on(state: steps.State, logits: torch.Tensor, sample: Any) -> torch.Tensor:
         offset = torch.arange(2, logits.shape[1] + 2)
-        return sampling.sample(logits, state.length[:, None] + offset, state.settings)
+        return sample(logits, state.length[:, None] + offset, *state.settings)
 
-    monkeypatch.setattr(runner, "_sampled", one_position_on)
+    monkeypatch.setattr(runner, "_sample_block", one_position_on)
     other = exact.generate([5, 6], 50, chosen)
     assert other.tokens == expected.tokens
     assert other.stats.tokens_per_cycle < expected.stats.tokens_per_cycle
-    assert runner._sampled is not honest
+    assert runner._sample_block is not honest
 
 
 def test_a_text_does_not_depend_on_its_slot_neighbours_or_order(tiny: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_stopped_slot_is_refilled(tiny: Path) -> None:
     cut = [min(text.find(s) for s in stop if s in text) for text in texts]
     assert [r.text for r in got] == [text[:n] for text, n in zip(texts, cut, strict=True)]
     assert {r.finish_reason for r in got} == {"stop"}
-    assert many._runner.state.done.all()
+    assert many.runner.state.done.all()
 
 
 def test_settings_that_do_not_fit_the_prompts(exact: Decoder) -> None:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_fast import SamplingParams, steps
+from orthrus_fast.kernels.plain_sampling import sample
 
 
 def make_state(lengths: list[int], limits: list[int], done: list[bool]) -> steps.State:
     state = steps.State.create(len(lengths), 64, 8, torch.device("cpu"))
     state.length.copy_(torch.tensor(lengths))
-    state.limit.copy_(torch.tensor(limits))
+    state.max_length.copy_(torch.tensor(limits))
     state.done.copy_(torch.tensor(done))
     state.anchor.copy_(torch.arange(100, 100 + len(lengths)))
     state.tokens.copy_(torch.arange(64).expand(len(lengths), -1) + 1000)
@@ -76,14 +77,14 @@ def test_commit_moves_each_slot_as_a_plain_loop_does(data: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("drafting", [True, False])
-def test_settling_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
+def test_accepting_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
     """A kernel finds them; the logits beside them are for sampling alone."""
     state = make_state([10, 20], [60, 60], [False, False])
     state.drafting.fill_(drafting)
     block = torch.tensor([[100, 7, 8, 9], [101, 7, 8, 9]])
     greedy = torch.tensor([[7, 8, 1, 9], [1, 8, 9, 2]])
     nothing, eos = torch.full((2, 4, 30), torch.nan), torch.tensor([29])
-    report = steps.settle(state, block, greedy, nothing, eos, False)
+    report = steps.accept_and_commit(state, block, greedy, nothing, eos, None)
     n_accepted = [2, 0] if drafting else [0, 0]
     assert report.tolist() == [
         [*row, n + 1, n, 0] for row, n in zip(greedy.tolist(), n_accepted, strict=True)
@@ -92,18 +93,18 @@ def test_settling_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
     assert state.anchor.tolist() == [1 if drafting else 7, 1]
 
 
-def test_settling_with_sampling_takes_the_logits() -> None:
+def test_accepting_with_sampling_takes_the_logits() -> None:
     """Of a greedy slot, too, which are then equal to the ids; the log-probabilities follow."""
     state = make_state([10, 20], [60, 60], [False, False])
     state.drafting.fill_(True)
     state.settings.put(1, SamplingParams(temperature=1.0, seed=5))
     logits = torch.randn(2, 4, 30, generator=torch.Generator().manual_seed(0))
-    target = steps.sampled(state, logits)
+    target = steps.sample_block(state, logits, sample)
     assert torch.equal(target[0], logits[0].argmax(-1))
     block = torch.cat((torch.tensor([[100], [101]]), target[:, :-1]), dim=1)
     block[1, 2] += 1  # two of the second slot's tokens are emitted
     wrong = torch.full_like(target, 3)
-    report = steps.settle(state, block, wrong, logits, torch.tensor([]).long(), True)
+    report = steps.accept_and_commit(state, block, wrong, logits, torch.tensor([]).long(), sample)
     probabilities = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
     for slot, n_accepted in enumerate([3, 1]):
         row = report[slot].tolist()
@@ -129,11 +130,11 @@ def test_a_block_at_the_very_end_fits_the_cache(max_seq_len: int, block_size: in
     assert last_length + block_size < steps.cache_rows(max_seq_len, block_size)
 
 
-def test_open_slot_ends_at_once_by_budget_or_end_token() -> None:
+def test_a_sequence_ends_at_once_by_budget_or_end_token() -> None:
     state = make_state([0, 0, 0], [1, 1, 1], [True, True, True])
     prompt, eos = torch.tensor([5, 6]), torch.tensor([9])
     for slot, (first, limit) in enumerate([(7, 3), (9, 10), (7, 4)]):
-        steps.open_slot(state, slot, prompt, torch.tensor(first), limit, eos)
+        steps.start_sequence(state, slot, prompt, torch.tensor(first), limit, eos)
     assert state.done.tolist() == [True, True, False]
     assert state.tokens[2, :3].tolist() == [5, 6, 7]
     assert (state.length.tolist(), state.anchor.tolist()) == ([2, 2, 2], [7, 9, 7])

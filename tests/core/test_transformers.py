@@ -16,7 +16,7 @@ YARN["original_max_position_embeddings"] = 32
 
 
 def save(directory: Path, max_shard_size: str, **fields: Any) -> Qwen3ForCausalLM:
-    """A small random Qwen3 whose greedy text does not settle on one token."""
+    """A small random Qwen3 whose greedy text does not accept_and_commit on one token."""
     torch.manual_seed(4)
     config = Qwen3Config(
         vocab_size=90,

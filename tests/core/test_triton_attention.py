@@ -177,7 +177,7 @@ def test_splits_that_follow_the_length_would_be_noticed() -> None:
 @pytest.mark.parametrize("capacity", [64, 128, 192, 2048, 2112, 8192, 40960])
 def test_split_edges_are_those_of_the_kernels(bands: backend.Bands, capacity: int) -> None:
     lines = backend._lines(bands)
-    edges = backend.split_edges(capacity, bands)
+    edges = backend.split_boundaries(capacity, bands)
     begins = [max(size * i - offset for size, offset in lines) for i in range(len(edges) + 1)]
     assert begins[:-1] == edges and edges[0] == 0 and edges[-1] < capacity <= begins[-1]
     for length in range(1, capacity + 1, 37):
@@ -216,7 +216,7 @@ def test_compiles_within_each_chips_shared_memory(
     itemsize = 4 if dtype == "fp32" else 2
     tiles = backend.choose_tiles(itemsize, head_dim, n_rows, capacity, CHIPS[capability])
     n_splits = 1 if n_rows > backend.LONG_BLOCK else 20
-    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "ahead"], f"*{dtype}")
+    signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "prefetch"], f"*{dtype}")
     signature |= dict.fromkeys(["part_max", "part_sum", "part_acc"], "*fp32")
     signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
     names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
@@ -224,7 +224,7 @@ def test_compiles_within_each_chips_shared_memory(
     values = (width, n_heads, n_kv_heads, head_dim, lines, n_splits, causal)
     common = dict(zip(names, values, strict=True))
     own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
-    own |= {"AHEAD_ROWS": 2048, "AHEAD_ROW_BYTES": 4096, "AHEAD_BYTES": 4096}
+    own |= {"PREFETCH_ROWS": 2048, "PREFETCH_ROW_BYTES": 4096, "PREFETCH_BYTES": 4096}
     kernel = backend._split_kernel
     options = (capability, tiles.num_warps, tiles.num_stages)
     split = compile_for(kernel, signature, own, *options)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
-from orthrus_fast.kernels.product import Tiles
+from orthrus_fast.kernels.products import Tiles
 from scripts.tune_products import TABLE, Shape, candidates, shapes, to_json
 
 PRODUCTS = {  # (N, K) of qkv, o, gate and up, down, the output head
@@ -22,7 +22,7 @@ def test_every_product_of_the_public_models_is_tuned() -> None:
     found = shapes()
     assert len(found) == len(set(found)) == len({shape.key for shape in found}) == 60
     for products in PRODUCTS.values():
-        ends = ("", "", "swiglu", "", "greatest")
+        ends = ("", "", "swiglu", "", "argmax")
         for n_rows in (16, 32, 64, 128):
             for (n, k), end in zip(products, ends, strict=True):
                 assert Shape(n_rows, n, k, end) in found

@@ -17,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from orthrus_fast.checkpoint import TEXT_FILES, Checkpoint
-from orthrus_fast.decoder import Decoder, Generation
+from orthrus_fast.checkpoint import Checkpoint
+from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import PromptError, RequestError, TemplateError, one_line
+from orthrus_fast.files import TEXT_FILES
+from orthrus_fast.results import Generation
 from orthrus_fast.sampling import SamplingParams, is_integer
 
 try:
@@ -204,7 +206,7 @@ def decode(
         try:
             ids = encode(line)
         except (PromptError, TemplateError) as error:
-            yield line, Generation("", [], "error", own.seed, None, str(error))
+            yield line, Generation.failed(error, own.seed)
         else:
             kept.append((line, own, ids))
     prompts, settings = [ids for _, _, ids in kept], [own for _, own, _ in kept]

@@ -1,15 +1,15 @@
-"""Matrix products for blocks of rows: fixed tiles, a fixed order of summation, and their ends.
+"""Matrix products for blocks of rows: fixed tiles, a fixed order of summation, and what follows.
 
 A row of a result depends on that row of x alone, not on its index or its neighbours. What follows a
-product is done where its sums already are, in registers: SwiGLU after gate and up, the search for
-the greatest logit after the output head. Where the inner dimension is split, the parts are left to
-the kernel that comes next, which adds them in order as it reads them.
+product is done where its sums already are, in registers: SwiGLU after gate and up, the argmax after
+the output head. Where the inner dimension is split (split-K), the partial sums are left to the
+kernel that comes next, which adds them in order as it reads them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -22,10 +22,10 @@ from torch import Tensor
 from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release, wait
 
 if TYPE_CHECKING:
-    from orthrus_fast.model import Products
+    from orthrus_fast.kernels.interface import Products
 
 
-AHEAD = 4 * 2**20  # bytes of the weight after SwiGLU: the best of what was timed
+PREFETCH_LIMIT = 4 * 2**20  # bytes of the weight after SwiGLU: the best of what was timed
 ROWS = (16, 32, 64, 128)  # the tiles' rows of x; the table has none for more
 
 
@@ -55,7 +55,7 @@ def read_table(chip: str) -> dict[tuple[int, int, int], Tiles]:
 def default_tiles(n_columns: int, n_inner: int, block_m: int, itemsize: int, shared: int) -> Tiles:
     """Tiles for a shape that has none in the table; ``shared``: bytes of a block's shared memory.
 
-    For the library's products that are not row-invariant: not tuned, the same on every chip but
+    For products of cuBLAS that are not row-invariant. Not tuned; the same on every chip, except
     for the number of stages.
     """
     block_k = 128 if itemsize == 2 else 32  # float32 has no matrix unit: operands sit in registers
@@ -71,9 +71,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
     out,
-    best,
-    best_id,
-    ahead,
+    tile_max,
+    tile_argmax,
+    prefetch,
     n_rows,
     n_columns,
     K: tl.constexpr,
@@ -82,11 +82,11 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SWIGLU: tl.constexpr,
-    BEST: tl.constexpr,
+    ARGMAX: tl.constexpr,
     STORE: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_ROW_BYTES: tl.constexpr,
-    AHEAD_BYTES: tl.constexpr,
+    PREFETCH_ROWS: tl.constexpr,
+    PREFETCH_ROW_BYTES: tl.constexpr,
+    PREFETCH_BYTES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of out [N_SPLITS, n_rows, n_columns], summed over one split of the inner dimension.
@@ -124,7 +124,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
     program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)  # where K is not split
     n_programs = tl.num_programs(0) * tl.num_programs(1)
-    fetch(ahead, program, n_programs, AHEAD_ROWS, AHEAD_ROW_BYTES, AHEAD_BYTES, OVERLAP)
+    fetch(prefetch, program, n_programs, PREFETCH_ROWS, PREFETCH_ROW_BYTES, PREFETCH_BYTES, OVERLAP)
     dtype = x.dtype.element_ty
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
@@ -139,27 +139,27 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         result = total.to(out.dtype.element_ty)
     if STORE:
         tl.store(out + at, result, mask=inside)
-    if BEST:
+    if ARGMAX:
         # Without NaNs, which are neither greater nor less, so that the id is one of the vocabulary.
         value = result.to(tl.float32)
         value = tl.where((column < n_columns) & (value == value), value, -float("inf"))
-        greatest, where = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
+        greatest, winner = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(best + tile, greatest, mask=row < n_rows)
-        tl.store(best_id + tile, where + tl.program_id(1) * BLOCK_N, mask=row < n_rows)
+        tl.store(tile_max + tile, greatest, mask=row < n_rows)
+        tl.store(tile_argmax + tile, winner + tl.program_id(1) * BLOCK_N, mask=row < n_rows)
 
 
 @triton.jit
-def _best_kernel(  # type: ignore[no-untyped-def]
-    best, best_id, out, N_TILES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+def _join_argmax_kernel(  # type: ignore[no-untyped-def]
+    tile_max, tile_argmax, out, N_TILES: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """One row: the id of the greatest among the tiles' greatest, the lowest where several tie."""
+    """One row: the id of the greatest of the tiles' maxima, the lowest id where several tie."""
     wait(OVERLAP)
     tile = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * N_TILES
-    value = tl.load(best + at + tile, mask=tile < N_TILES, other=-float("inf"))
+    value = tl.load(tile_max + at + tile, mask=tile < N_TILES, other=-float("inf"))
     winner = tl.argmax(value, 0)
-    tl.store(out + tl.program_id(0), tl.load(best_id + at + winner).to(tl.int64))
+    tl.store(out + tl.program_id(0), tl.load(tile_argmax + at + winner).to(tl.int64))
 
 
 def launch(
@@ -168,45 +168,47 @@ def launch(
     tiles: Tiles,
     *,
     swiglu: bool = False,
-    best: str = "",
-    ahead: Tensor | None = None,
+    argmax: str = "",
+    prefetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [M, K] times weight [N, K] transposed -> parts [P, M, N], ids [M].
+    """x [M, K] times weight [N, K] transposed -> partials [P, M, N], ids [M].
 
-    P is ``tiles.n_splits``; parts are float32 where it is not 1. ``swiglu``: the parts are
-    [1, M, N / 2]. ``best``: "ids" leaves the product out, "both" keeps it; otherwise ids is empty.
-    ``ahead`` [N, K] is the weight that is read next, where K is not split; its head goes into the
-    cache.
-    bfloat16, float16 or float32; sums are float32, without TF32. A row of a result depends on that
-    row of x alone, not on its index or its neighbours.
+    P is ``tiles.n_splits``; partials are float32 where it is not 1. With ``swiglu`` they are
+    [1, M, N / 2]. ``argmax``: "ids" leaves the product out, "both" keeps it; otherwise ids is
+    empty. The beginning of ``prefetch`` [N, K], the weight that is read next, goes into the cache;
+    only where K is not split. bfloat16, float16 or float32; sums are float32, without TF32. A row
+    of a result depends on that row of x alone, not on its index or its neighbours.
     """
     (n_rows, n_inner), n_columns = x.shape, weight.shape[0]
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
-    assert tiles.n_splits == 1 or not (swiglu or best or ahead is not None)
+    assert tiles.n_splits == 1 or not (swiglu or argmax or prefetch is not None)
     block_m, overlap = block_rows(n_rows), overlaps(x.device)
     columns = tiles.block_n
     if swiglu:
         columns, n_columns = columns // 2, n_columns // 2
     n_tiles = triton.cdiv(n_columns, columns)
-    parts = _empty_parts(x, n_columns if best != "ids" else 0, tiles)
-    greatest = x.new_empty(n_rows if best else 0, n_tiles, dtype=torch.float32)
-    where = torch.empty_like(greatest, dtype=torch.int32)
-    ids = x.new_empty(len(greatest), dtype=torch.int64)
+    partials = _empty_partials(x, n_columns if argmax != "ids" else 0, tiles)
+    tile_max = x.new_empty(n_rows if argmax else 0, n_tiles, dtype=torch.float32)
+    tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
+    ids = x.new_empty(len(tile_max), dtype=torch.int64)
     start: Any = _product_kernel[triton.cdiv(n_rows, block_m), n_tiles, tiles.n_splits]
     start(
-        *(x, weight, parts, greatest, where, x if ahead is None else ahead, n_rows, n_columns),
+        *(x, weight, partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
+        *(n_rows, n_columns),
         *(n_inner, tiles.n_splits, block_m, tiles.block_n, tiles.block_k),
-        *(swiglu, bool(best), best != "ids", *first_columns(ahead, AHEAD), overlap),
+        *(swiglu, bool(argmax), argmax != "ids", *first_columns(prefetch, PREFETCH_LIMIT), overlap),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # said, because the default differs between Triton's versions
         launch_pdl=overlap,
     )
-    if best:
-        start = _best_kernel[(n_rows,)]
+    if argmax:
+        start = _join_argmax_kernel[(n_rows,)]
         block = triton.next_power_of_2(n_tiles)
-        start(*(greatest, where, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
-    return parts, ids
+        start(
+            *(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap
+        )
+    return partials, ids
 
 
 def block_rows(n_rows: int) -> int:
@@ -214,12 +216,12 @@ def block_rows(n_rows: int) -> int:
     return next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
 
 
-def _empty_parts(x: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
+def _empty_partials(x: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
     dtype = torch.float32 if tiles.n_splits > 1 else x.dtype
     return x.new_empty(tiles.n_splits, len(x), n_columns, dtype=dtype)
 
 
-# The same as operators that a compiler calls without looking inside; ``tiles`` as a list of ints.
+# Custom operators: a compiler calls these without looking inside. ``tiles`` is a list of ints.
 
 
 @torch.library.custom_op("orthrus_fast::product", mutates_args=())
@@ -229,64 +231,66 @@ def product_op(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
 
 @product_op.register_fake
 def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
-    return _empty_parts(x, weight.shape[0], Tiles(*tiles))
+    return _empty_partials(x, weight.shape[0], Tiles(*tiles))
 
 
 @torch.library.custom_op("orthrus_fast::swiglu_product", mutates_args=())
-def swiglu_op(
-    x: Tensor, weight: Tensor, tiles: Sequence[int], ahead: Tensor | None = None
+def swiglu_product_op(
+    x: Tensor, weight: Tensor, tiles: Sequence[int], prefetch: Tensor | None = None
 ) -> Tensor:
-    return launch(x, weight, Tiles(*tiles), swiglu=True, ahead=ahead)[0][0]
+    return launch(x, weight, Tiles(*tiles), swiglu=True, prefetch=prefetch)[0][0]
 
 
-@swiglu_op.register_fake
-def _(x: Tensor, weight: Tensor, tiles: Sequence[int], ahead: Tensor | None = None) -> Tensor:
+@swiglu_product_op.register_fake
+def _(x: Tensor, weight: Tensor, tiles: Sequence[int], prefetch: Tensor | None = None) -> Tensor:
     return x.new_empty(len(x), weight.shape[0] // 2)
 
 
-@torch.library.custom_op("orthrus_fast::greatest_of_product", mutates_args=())
-def greatest_op(
-    x: Tensor, weight: Tensor, tiles: Sequence[int], keep: bool
+@torch.library.custom_op("orthrus_fast::lm_head_argmax", mutates_args=())
+def lm_head_argmax_op(
+    x: Tensor, weight: Tensor, tiles: Sequence[int], return_logits: bool
 ) -> tuple[Tensor, Tensor]:
-    parts, ids = launch(x, weight, Tiles(*tiles), best="both" if keep else "ids")
-    return ids, parts[0]
+    partials, ids = launch(x, weight, Tiles(*tiles), argmax="both" if return_logits else "ids")
+    return ids, partials[0]
 
 
-@greatest_op.register_fake
-def _(x: Tensor, weight: Tensor, tiles: Sequence[int], keep: bool) -> tuple[Tensor, Tensor]:
-    product = x.new_empty(len(x), weight.shape[0] if keep else 0)
+@lm_head_argmax_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, tiles: Sequence[int], return_logits: bool
+) -> tuple[Tensor, Tensor]:
+    product = x.new_empty(len(x), weight.shape[0] if return_logits else 0)
     return x.new_empty(len(x), dtype=torch.int64), product
 
 
 @dataclass(frozen=True)
-class FixedTileProducts:
-    """``model.Products`` by these kernels where the table has tiles, else by the library.
+class CustomProducts:
+    """``interface.Products`` by these kernels where the table has tiles, else by cuBLAS.
 
-    ``forced`` are shapes (N, K) that the library may not serve, because its rows are not alike.
+    ``forced`` are shapes (N, K) that cuBLAS may not compute, because its rows are not invariant.
     """
 
-    has_own: ClassVar[bool] = True
-    library: Products
+    has_custom: ClassVar[bool] = True
+    cublas: Products
     table: Mapping[tuple[int, int, int], Tiles]  # (rows, N, K)
     shared: int  # bytes of shared memory that a block may use
     forced: frozenset[tuple[int, int]] = frozenset()
 
     @staticmethod
-    def of(library: Products, device: torch.device, dtype: torch.dtype) -> FixedTileProducts:
-        """What the committed table has for a CUDA device; the rest is ``library``'s."""
+    def of(cublas: Products, device: torch.device, dtype: torch.dtype) -> CustomProducts:
+        """The committed table's tiles for a CUDA device; ``cublas`` computes the rest."""
         properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
         chip = f"sm_{properties.major}{properties.minor}"
         table = read_table(chip) if dtype.itemsize == 2 else {}
-        return FixedTileProducts(library, table, int(properties.shared_memory_per_block_optin))
+        return CustomProducts(cublas, table, int(properties.shared_memory_per_block_optin))
 
-    def is_own(self, n_rows: int, weight: Tensor) -> bool:
+    def is_custom(self, n_rows: int, weight: Tensor) -> bool:
         return self.tiles(n_rows, weight) is not None
 
-    def without_library(self, shapes: frozenset[tuple[int, int]]) -> FixedTileProducts:
+    def without_cublas(self, shapes: frozenset[tuple[int, int]]) -> CustomProducts:
         return replace(self, forced=shapes)
 
     def tiles(self, n_rows: int, weight: Tensor) -> Tiles | None:
-        """The tiles of a product of ``n_rows`` rows; None: the library's."""
+        """The tiles of a product of ``n_rows`` rows; None: cuBLAS computes it."""
         n_columns, n_inner = weight.shape
         block_m = block_rows(n_rows)
         tiles = self.table.get((block_m, n_columns, n_inner)) if n_rows <= block_m else None
@@ -294,54 +298,31 @@ class FixedTileProducts:
             return default_tiles(n_columns, n_inner, block_m, weight.itemsize, self.shared)
         return tiles
 
-    def parts(self, x: Tensor, weight: Tensor) -> Tensor:
+    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         tiles = self.tiles(len(rows), weight)
         if tiles is None:
-            return self.library.parts(x, weight)
-        parts: Tensor = product_op(rows, weight, list(tiles))
-        return parts.view(len(parts), *x.shape[:-1], -1)
+            return self.cublas.partials(x, weight)
+        partials: Tensor = product_op(rows, weight, list(tiles))
+        return partials.view(len(partials), *x.shape[:-1], -1)
 
-    def swiglu(self, x: Tensor, weight: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         tiles = self.tiles(len(rows), weight)
         if tiles is None:
-            return self.library.swiglu(x, weight, ahead)
+            return self.cublas.swiglu(x, weight, prefetch)
         tiles = tiles._replace(n_splits=1)
-        hidden: Tensor = swiglu_op(rows, weight, list(tiles), ahead)
+        hidden: Tensor = swiglu_product_op(rows, weight, list(tiles), prefetch)
         return hidden.view(*x.shape[:-1], -1)
 
-    def greatest(self, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    def lm_head_argmax(
+        self, x: Tensor, weight: Tensor, return_logits: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         tiles = self.tiles(len(rows), weight)
         if tiles is None:
-            return self.library.greatest(x, weight, keep)
-        ids, product = greatest_op(rows, weight, list(tiles._replace(n_splits=1)), keep)
+            return self.cublas.lm_head_argmax(x, weight, return_logits)
+        ids, product = lm_head_argmax_op(
+            rows, weight, list(tiles._replace(n_splits=1)), return_logits
+        )
         return ids.view(x.shape[:-1]), product.view(*x.shape[:-1], product.shape[-1])
-
-
-def rows_are_alike(
-    linear: Callable[[Tensor], Tensor],
-    n_rows: int,
-    n_columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Whether a row of ``linear(x)`` [n_rows, N], x [n_rows, n_columns], depends on its row alone.
-
-    Compares bits on random rows: one row at every index, rows permuted, and each row among zeros.
-    Draws from its own generator and waits for the device once.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(n_rows, n_columns, generator=generator, dtype=dtype, device=device)
-    expected = linear(x)
-    same = linear(x[:1].repeat(n_rows, 1)) == expected[0]
-    alike = same.all()
-    for _ in range(4):
-        order = torch.randperm(n_rows, generator=generator, device=device)
-        alike &= (linear(x[order]) == expected[order]).all()
-    for row in range(n_rows):
-        alone = torch.zeros_like(x)
-        alone[row] = x[row]
-        alike &= (linear(alone)[row] == expected[row]).all()
-    return bool(alike)

@@ -1,6 +1,6 @@
 """Between the fused projection and attention: qk-norm, rotary embedding and the cache write.
 
-One kernel for what ``model.qk_norm_rope_write`` does in plain PyTorch, op by op with
+One kernel for what ``plain.qk_norm_rope_write`` does in PyTorch, op by op with
 the same rounding: only the order in which the norm's mean is summed differs.
 """
 
@@ -43,8 +43,8 @@ def _norm_and_rotate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _finite(value):  # type: ignore[no-untyped-def]
-    """The value, or 0 where it has overflowed: see ``model.finite``."""
+def _zero_non_finite(value):  # type: ignore[no-untyped-def]
+    """See ``plain.zero_non_finite``."""
     return tl.where(tl.abs(value.to(tl.float32)) < float("inf"), value, 0.0).to(value.dtype)
 
 
@@ -67,7 +67,7 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     EPS: tl.constexpr,
-    N_PARTS: tl.constexpr,
+    N_PARTIALS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Program (t, r, group): HEADS neighbouring heads of one row, all of them q, k or v heads."""
@@ -87,9 +87,9 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     slot_row = tl.load(slot + r) * N_KV_HEADS * capacity + tl.load(positions + row)
     source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + head) * HEAD_DIM + column
     first, second = tl.load(source), tl.load(source + HALF)
-    for part in tl.static_range(1, N_PARTS):
-        first += tl.load(source + part * n_elements)
-        second += tl.load(source + part * n_elements + HALF)
+    for partial in tl.static_range(1, N_PARTIALS):
+        first += tl.load(source + partial * n_elements)
+        second += tl.load(source + partial * n_elements + HALF)
     first, second = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
 
     if group < N_HEADS:
@@ -99,17 +99,17 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
         first, second = _norm_and_rotate(first, second, k_norm, cos_row, sin_row, EPS, HALF)
         kv_head = (head - N_HEADS).to(tl.int64)
         target = k_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
-        first, second = _finite(first), _finite(second)
+        first, second = _zero_non_finite(first), _zero_non_finite(second)
     else:
         kv_head = (head - N_HEADS - N_KV_HEADS).to(tl.int64)
         target = v_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
-        first, second = _finite(first), _finite(second)
+        first, second = _zero_non_finite(first), _zero_non_finite(second)
     tl.store(target, first)
     tl.store(target + HALF, second)
 
 
 def qk_norm_rope_write(
-    parts: Tensor,
+    partials: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     eps: float,
@@ -120,20 +120,17 @@ def qk_norm_rope_write(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Norm and rotate q and k, write k and v to the cache, return q [R, T, n_heads, head_dim].
+    """See ``interface.QkNormRopeWrite``.
 
-    ``parts`` [P, R, T, (n_heads + 2 n_kv_heads) * head_dim]: the q heads, then the k, then the v
-    heads, as the sum of P parts, which are added in order and then rounded to the cache's dtype.
-    ``q_norm``, ``k_norm`` [head_dim]; ``cos``, ``sin`` [R, T, head_dim], whose second half repeats
-    the first; ``positions`` [R, T] and ``slot`` [R], int64, say where row t of r is written.
-    ``k_cache``, ``v_cache`` [B, n_kv_heads, S, head_dim] are changed in place. All are contiguous;
-    bfloat16, float16 or float32 throughout; head_dim is a power of two. A row's results depend on
-    that row alone. Reads nothing on the host, so CUDA graphs can capture it.
+    Partials are added in order, then rounded to the cache's dtype. All tensors are contiguous,
+    bfloat16, float16 or float32 throughout; head_dim is a power of two; the second half of ``cos``
+    and ``sin`` repeats the first. A row's results depend on that row alone. Reads nothing on the
+    host, so CUDA graphs can capture it.
     """
-    q = _empty_q(parts, q_norm, k_cache)
+    q = _empty_q(partials, q_norm, k_cache)
     n_rows, width, n_heads, head_dim = q.shape
     _, n_kv_heads, capacity, _ = k_cache.shape
-    assert parts.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert partials.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert cos.shape == sin.shape == (n_rows, width, head_dim)
     assert cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()
     overlap = overlaps(q.device)
@@ -141,8 +138,8 @@ def qk_norm_rope_write(
     grid = (width, n_rows, (n_heads + 2 * n_kv_heads) // heads)
     launch: Any = _qk_norm_rope_write_kernel[grid]
     launch(
-        *(parts, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
-        *(parts[0].numel(), n_heads, n_kv_heads, head_dim, heads, eps, len(parts), overlap),
+        *(partials, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
+        *(partials[0].numel(), n_heads, n_kv_heads, head_dim, heads, eps, len(partials), overlap),
         num_warps=1,
         launch_pdl=overlap,
         enable_fp_fusion=False,  # in float32 a fused x * cos + y * sin would skip a rounding
@@ -150,8 +147,8 @@ def qk_norm_rope_write(
     return q
 
 
-def _empty_q(parts: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
-    _, n_rows, width, n_features = parts.shape
+def _empty_q(partials: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
+    _, n_rows, width, n_features = partials.shape
     head_dim = q_norm.shape[0]
     return k_cache.new_empty(n_rows, width, n_features // head_dim - 2 * k_cache.shape[1], head_dim)
 
@@ -163,7 +160,7 @@ qk_norm_rope_write_op = torch.library.custom_op(
 
 @qk_norm_rope_write_op.register_fake
 def _(
-    parts: Tensor,
+    partials: Tensor,
     q_norm: Tensor,
     k_norm: Tensor,
     eps: float,
@@ -174,4 +171,4 @@ def _(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    return _empty_q(parts, q_norm, k_cache)
+    return _empty_q(partials, q_norm, k_cache)

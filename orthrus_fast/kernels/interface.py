@@ -1,0 +1,147 @@
+"""What of a pass has more than one implementation: the signatures, and ``Kernels``, one of each.
+
+``plain`` implements them in PyTorch, the other files of this folder and ``orthrus_fast.attention``
+in Triton; ``select`` chooses. Shapes: B slots, R sequences of a pass, T rows of each, S cache rows,
+D head_dim, P partials, V vocabulary.
+
+``prefetch``, wherever it stands, is the weight that will be read next: a kernel may ask the memory
+for its beginning while it leaves the memory idle. It never changes a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+
+class Attend(Protocol):
+    """Attention of a short block of rows over the cache, which already holds the block's K and V.
+
+    ``q`` [R, T, n_heads, D]: row t of r sits at position ``start[r] + t`` of ``slot[r]``.
+    ``k_cache``, ``v_cache`` [B, n_kv_heads, S, D]; ``start``, ``slot`` [R]. Causal rows see the
+    positions up to their own (the autoregressive view); otherwise every row sees all ``start[r] +
+    T`` (the draft view). Returns [R, T, n_heads, D], contiguous. The bits of a causal row depend on
+    that row's query and on the K and V it sees alone.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        start: Tensor,
+        slot: Tensor,
+        prefetch: Tensor | None = None,
+        *,
+        causal: bool,
+    ) -> Tensor: ...
+
+
+class QkNormRopeWrite(Protocol):
+    """What follows the qkv product: q is returned, k and v go to the cache.
+
+    ``partials`` [P, R, T, (n_heads + 2 n_kv_heads) · D] hold the q heads, then the k, then the v
+    heads. q and k are normed by ``q_norm`` and ``k_norm`` [D] and rotated by ``cos`` and ``sin``
+    [R, T, D]; k and v are written to ``k_cache`` and ``v_cache`` [B, n_kv_heads, S, D] at
+    ``positions`` [R, T] of ``slot`` [R], with 0 for what has overflowed. Returns q [R, T, n_heads,
+    D].
+    """
+
+    def __call__(
+        self,
+        partials: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        slot: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor: ...
+
+
+class AddNorm(Protocol):
+    """Adds the ``partials`` [P, …, hidden_size] to the residual stream x [..., hidden_size].
+
+    Returns the sum and its RMS norm (arXiv 1910.07467), both [..., hidden_size].
+    """
+
+    def __call__(
+        self,
+        x: Tensor,
+        partials: Tensor,
+        weight: Tensor,
+        eps: float,
+        prefetch: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Products(Protocol):
+    """The products of x [..., K] and a weight [N, K], each with what follows it."""
+
+    has_custom: ClassVar[bool]  # whether kernels of this package can take cuBLAS's place
+
+    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product as P partial sums [P, ..., N], for ``AddNorm`` or ``QkNormRopeWrite``.
+
+        A kernel may split the inner dimension K; whoever reads the partial sums adds them in order.
+        They are float32 then, else of x's dtype.
+        """
+        ...
+
+    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
+        """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2]."""
+        ...
+
+    def lm_head_argmax(
+        self, x: Tensor, weight: Tensor, return_logits: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [...] of each row's greatest logit, the lowest at a tie, and logits [..., N].
+
+        Without ``return_logits`` the second value is of no use.
+        """
+        ...
+
+    def is_custom(self, n_rows: int, weight: Tensor) -> bool:
+        """Whether a kernel of this package computes a product of ``n_rows`` rows, not cuBLAS."""
+        ...
+
+    def without_cublas(self, shapes: frozenset[tuple[int, int]]) -> Products:
+        """The same, except that cuBLAS computes no product of these shapes (N, K)."""
+        ...
+
+
+class Sample(Protocol):
+    """Draws a token for each row of ``logits`` [B, T, V] -> token ids [B, T] int64.
+
+    ``position`` [B, T] is the absolute position of the sampled token itself, one past that of the
+    row that predicts it. The rest are settings, [B] each, as in ``sampling.Settings``. A slot with
+    temperature 0 gets the greatest logit. A row's token depends on that row, its position and its
+    slot's settings alone.
+    """
+
+    def __call__(
+        self,
+        logits: Tensor,
+        position: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of each operation that has several."""
+
+    attend: Attend
+    qk_norm_rope_write: QkNormRopeWrite
+    add_norm: AddNorm
+    products: Products
+    sample: Sample

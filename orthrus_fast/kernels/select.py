@@ -1,0 +1,63 @@
+"""Which kernels run on a device: Triton's where they can, plain PyTorch's elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from orthrus_fast.kernels.interface import Attend, Kernels
+from orthrus_fast.kernels.plain import plain_kernels
+
+
+def why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps the Triton kernels from running here; None: nothing."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0, not that of {torch.cuda.get_device_name(device)}"
+    if dtype == torch.float64:
+        return "has no float64"
+    if head_dim not in (16, 32, 64, 128, 256):
+        return f"has no head_dim {head_dim}"
+    return None
+
+
+def select_kernels(
+    attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Kernels:
+    """The kernels to build a model with, ``attend`` among them."""
+    kernels = plain_kernels(attend)
+    if device.type == "cuda":  # at any dtype: the compiler's own code for it does not compile there
+        from orthrus_fast.kernels.sample import sample
+
+        kernels = replace(kernels, sample=sample)
+    if why_no_triton(device, dtype, head_dim):
+        return kernels
+    from orthrus_fast.kernels import norm, rope
+    from orthrus_fast.kernels.products import CustomProducts
+
+    return replace(
+        kernels,
+        qk_norm_rope_write=rope.qk_norm_rope_write,
+        add_norm=norm.add_norm,
+        products=CustomProducts.of(kernels.products, device, dtype),
+    )
+
+
+def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
+    """The same kernels as custom operators, which a compiler calls without looking inside.
+
+    ``attend`` is such an operator already. Those of plain PyTorch stay as they are: the compiler
+    should see through these. Products and sampling always are custom operators.
+    """
+    kernels = replace(kernels, attend=attend)
+    if not kernels.products.has_custom:
+        return kernels
+    from orthrus_fast.kernels import norm, rope
+
+    return replace(
+        kernels,
+        qk_norm_rope_write=rope.qk_norm_rope_write_op,
+        add_norm=norm.add_norm_op,
+    )

@@ -1,0 +1,374 @@
+"""From a checkpoint to a decoder: device, dtype, memory, kernels, weights, runner, in this order.
+
+``build_decoder`` is the one place where a ``Decoder`` is put together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from orthrus_fast import __version__, steps
+from orthrus_fast.attention import Backend, find_backend
+from orthrus_fast.cache import KVCache
+from orthrus_fast.checkpoint import (
+    Checkpoint,
+    Progress,
+    count_weights,
+    load_model,
+    open_checkpoint,
+)
+from orthrus_fast.config import ModelConfig
+from orthrus_fast.decoder import Decoder
+from orthrus_fast.errors import RequestError, UnsupportedError
+from orthrus_fast.invariance import Invariance, custom_products, ensure_row_invariance
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.select import select_kernels
+from orthrus_fast.model import Transformer
+from orthrus_fast.options import DTYPES
+from orthrus_fast.runners import EagerRunner, check_runner, make_runner
+from orthrus_fast.sampling import is_integer
+from orthrus_fast.tokenizer import Tokenizer
+
+DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
+# Bytes of a pass's own tensors, its graphs and the libraries' workspaces; benchmarks/README.md has
+# what was seen.
+GPU_PASSES, GPU_PASSES_SLOT = 350_000_000, 160_000_000
+MakeModel = Callable[[ModelConfig, Kernels, torch.device, torch.dtype], Transformer]
+_log = logging.getLogger("orthrus_fast")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint is to be decoded; None leaves the choice to ``load``, which says how."""
+
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    max_seq_len: int | None = None
+    slots: int = 1
+    runner: str = "auto"
+    attention: str = "auto"
+    compile_mode: str = "default"
+    block_size: int | None = None
+    draft_view: bool = True
+
+
+def load(
+    path_or_repo: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_seq_len: int | None = None,
+    slots: int = 1,
+    runner: str = "auto",
+    attention: str = "auto",
+    compile_mode: str = "default",
+    revision: str | None = None,
+    *,
+    block_size: int | None = None,
+    draft_view: bool = True,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Load a checkpoint from a directory or the Hugging Face Hub, ready to decode.
+
+    ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
+    on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
+    ``runner`` to graph on CUDA and eager on CPU; ``block_size`` to the checkpoint's own: a smaller
+    one proposes less and computes less, for many slots or a slow processor. ``compile_mode`` is
+    torch.compile's, for runner compiled; max-autotune picks tiles by timing, so with it the texts
+    of two starts may differ, those of one start's two modes may not. ``draft_view`` False leaves
+    that view's weights on disk, for mode ar alone. ``progress`` is called with bytes loaded and
+    bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's global settings
+    and random state stay as they were.
+    """
+    options = Options(
+        device=device,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        slots=slots,
+        runner=runner,
+        attention=attention,
+        compile_mode=compile_mode,
+        block_size=block_size,
+        draft_view=draft_view,
+    )
+    check_options(options)
+    checkpoint = open_checkpoint(path_or_repo, revision=revision)
+
+    def make_model(
+        config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    ) -> Transformer:
+        return load_model(
+            replace(checkpoint, config=config),
+            kernels,
+            device=device,
+            dtype=dtype,
+            draft_view=draft_view,
+            progress=progress,
+        )
+
+    return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
+
+
+def check_options(options: Options) -> None:
+    """Raise RequestError or UnsupportedError for what no checkpoint could be decoded with."""
+    check_runner(options.runner, options.compile_mode, parse_device(options.device))
+    if not is_integer(options.slots) or options.slots < 1:
+        raise RequestError(f"slots: {options.slots!r} is not an integer of at least 1")
+    parse_dtype(options.dtype)
+
+
+class Settings(NamedTuple):
+    """What some options come to for one model on this machine."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    runner: str
+    backend: Backend
+    max_seq_len: int
+
+
+def resolve(options: Options, config: ModelConfig) -> Settings:
+    """The options with every default filled in. Raises RequestError, UnsupportedError."""
+    check_options(options)
+    device = parse_device(options.device)
+    config = with_block_size(config, options.block_size)
+    dtype = parse_dtype(options.dtype) or default_dtype(config, device)
+    return Settings(
+        config,
+        device,
+        dtype,
+        runner=check_runner(options.runner, options.compile_mode, device),
+        backend=find_backend(options.attention, device, dtype, config.head_dim),
+        max_seq_len=check_max_seq_len(options.max_seq_len, config),
+    )
+
+
+def build_decoder(
+    name: str,
+    config: ModelConfig,
+    make_model: MakeModel,
+    options: Options,
+    checkpoint: Checkpoint | None = None,
+    *,
+    weights_present: bool = False,
+) -> Decoder:
+    """A decoder of the model that ``make_model`` returns, once everything else has been checked.
+
+    ``weights_present``: the weights are in memory already, so that only the rest has to fit. Raises
+    RequestError or UnsupportedError, and what ``make_model`` raises.
+    """
+    settings = resolve(options, config)
+    config, device, dtype, runner_name, backend, max_seq_len = settings
+    memory = memory_needed(config, dtype, device, max_seq_len, options.slots, options.draft_view)
+    check_memory(memory._replace(weights=0) if weights_present else memory, device)
+    tokenizer = read_tokenizer(checkpoint)
+    begin = time.perf_counter()
+    kernels = select_kernels(backend.attend, device, dtype, config.head_dim)
+    model = make_model(config, kernels, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    startup = {"weights": time.perf_counter() - begin}
+    runner, invariance = prepare_runner(model, settings, options.slots, options.compile_mode)
+    startup |= runner.seconds
+    if invariance is not None:
+        startup["check"] = invariance.seconds
+    if runner_name != "eager":
+        stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
+        _log.info("ready: %s", ", ".join(stages))
+    return Decoder(
+        name,
+        runner,
+        tokenizer,
+        checkpoint,
+        max_seq_len=max_seq_len,
+        configuration={
+            **describe_machine(device),
+            "checkpoint": name,
+            "commit": checkpoint.commit if checkpoint else None,
+            **describe_settings(settings, options),
+            "custom_products": custom_products(model, options.slots * (config.block_size or 1)),
+        },
+        startup=startup,
+        invariance=invariance,
+    )
+
+
+def prepare_runner(
+    model: Transformer, settings: Settings, slots: int, compile_mode: str
+) -> tuple[EagerRunner, Invariance | None]:
+    """A runner with its cache and state, ready for blocks; and what the invariance check found.
+
+    The check looks at captured code, and at compiled code whose rounding is not known beforehand.
+    """
+    width = model.config.block_size or 1  # a plain Qwen3 has no drafts to make room for
+    capacity = steps.cache_rows(settings.max_seq_len, width)
+    model.set_capacity(capacity)
+    cache = KVCache(model.config, slots, capacity, settings.dtype, settings.device)
+    state = steps.State.create(slots, capacity, width, settings.device)
+
+    def build() -> EagerRunner:
+        return make_runner(settings.runner, model, state, cache, settings.backend, compile_mode)
+
+    if settings.runner == "graph" or compile_mode != "default":
+        boundaries = settings.backend.tile_boundaries(capacity)
+        return ensure_row_invariance(model, build, slots, width, boundaries)
+    runner = build()
+    runner.prepare(width)
+    return runner, None
+
+
+def read_tokenizer(checkpoint: Checkpoint | None) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None where it has none. Raises CheckpointError."""
+    if checkpoint is None or not (checkpoint.directory / "tokenizer.json").exists():
+        return None
+    return Tokenizer.from_directory(checkpoint.directory)
+
+
+def with_block_size(config: ModelConfig, block_size: int | None) -> ModelConfig:
+    """The same with narrower blocks; None changes nothing. Raises RequestError."""
+    if block_size is None:
+        return config
+    if config.block_size is None:
+        raise RequestError(f"block_size: {block_size!r}, but a plain Qwen3 drafts no blocks")
+    if not is_integer(block_size) or not 2 <= block_size <= config.block_size:
+        raise RequestError(
+            f"block_size: {block_size!r} is not an integer from 2 to {config.block_size}, "
+            "the checkpoint's own"
+        )
+    return replace(config, block_size=block_size)
+
+
+class Memory(NamedTuple):
+    """Bytes that a decoder needs."""
+
+    weights: int
+    cache: int
+    passes: int  # what a pass's own tensors, its graphs and the libraries' workspaces may take
+
+    def __str__(self) -> str:
+        weights, cache, passes = (size / 1e9 for size in self)
+        text = f"weights {weights:.2f} GB + KV cache {cache:.2f} GB"
+        text += f" + passes {passes:.2f} GB" if passes else ""
+        return f"{text} = {sum(self) / 1e9:.2f} GB"
+
+
+def memory_needed(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_seq_len: int,
+    slots: int,
+    draft_view: bool = True,
+) -> Memory:
+    """The arithmetic of the memory check."""
+    rows = slots * steps.cache_rows(max_seq_len, config.block_size or 1)
+    return Memory(
+        weights=count_weights(config, draft_view) * dtype.itemsize,
+        cache=rows * config.cache_elements_per_token * dtype.itemsize,
+        passes=GPU_PASSES + slots * GPU_PASSES_SLOT if device.type == "cuda" else 0,
+    )
+
+
+def check_memory(memory: Memory, device: torch.device) -> None:
+    """Refuse what cannot fit before anything is allocated. Raises RequestError."""
+    if device.type == "cuda":
+        available, where = torch.cuda.mem_get_info(device)[0], f"free on {device}"
+        # What torch keeps for tensors to come can be used, too.
+        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        available, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory"
+    if sum(memory) > available:
+        raise RequestError(
+            f"needs {memory}, but there are {available / 1e9:.2f} GB {where}; "
+            "lower max_seq_len or slots, take a smaller dtype, or another device"
+        )
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """The device to use; None: CUDA where there is one. Raises RequestError, UnsupportedError."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise RequestError(
+            f"device: {device!r} is not a device such as 'cpu' or 'cuda:0'"
+        ) from None
+    if parsed.type == "cpu" and not parsed.index:
+        return torch.device("cpu")
+    if parsed.type != "cuda":
+        raise UnsupportedError(f"device {device!r} is not supported; use 'cpu' or 'cuda'")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"device {device!r}: no CUDA device is available here; use 'cpu'")
+    if parsed.index is not None and parsed.index >= torch.cuda.device_count():
+        raise UnsupportedError(
+            f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
+    return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that was asked for, None where none was. Raises RequestError."""
+    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in known:
+        raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(known)}")
+    return known[dtype]
+
+
+def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """float32 on the CPU, elsewhere the config's own."""
+    dtype = None if device.type == "cpu" else parse_dtype(config.dtype)
+    return dtype or torch.float32
+
+
+def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
+    """The capacity to use, prompt plus new tokens. Raises RequestError past the model's limit."""
+    limit = config.max_position_embeddings
+    if max_seq_len is None:
+        return min(DEFAULT_MAX_SEQ_LEN, limit)
+    if not is_integer(max_seq_len):
+        raise RequestError(f"max_seq_len: {max_seq_len!r} is not an integer")
+    if not 2 <= max_seq_len <= limit:
+        raise RequestError(
+            f"max_seq_len: {max_seq_len} is not within 2 … {limit} (the model's own limit)"
+        )
+    return max_seq_len
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, as they stand in a decoder's configuration."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "orthrus_fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": hardware,
+    }
+
+
+def describe_settings(settings: Settings, options: Options) -> dict[str, Any]:
+    """How a decoder runs, as it stands in its configuration."""
+    return {
+        "device": str(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "runner": settings.runner,
+        "compile_mode": None if settings.runner == "eager" else options.compile_mode,
+        "attention": settings.backend.name,
+        "slots": options.slots,
+        "block_size": settings.config.block_size,
+        "max_seq_len": settings.max_seq_len,
+    }

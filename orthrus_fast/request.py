@@ -1,0 +1,95 @@
+"""The host's record of one prompt: what was asked for, and what has come of it so far."""
+
+from __future__ import annotations
+
+import time
+
+from orthrus_fast.results import Chunk, Generation, Stats
+from orthrus_fast.runners import SlotOutput
+from orthrus_fast.sampling import SamplingParams
+from orthrus_fast.text import TextPieces
+from orthrus_fast.tokenizer import Detokenizer
+
+
+class Request:
+    """One prompt [ids] on its way through a slot; ``params`` are resolved."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        eos_token_ids: tuple[int, ...],
+        detokenizer: Detokenizer | None,
+    ) -> None:
+        self.prompt = prompt
+        self.max_length = len(prompt) + max_new_tokens
+        self.params = params
+        self.tokens: list[int] = []
+        self.accepted: list[int] = []  # draft tokens emitted, by cycle
+        self.finish_reason: str | None = None
+        self.started = self.first_at = self.last_at = 0.0
+        self._eos_token_ids = eos_token_ids
+        self._text = TextPieces(detokenizer, params.stop)
+        self._pieces: list[str] = []
+        self._logprobs: list[float] = []
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    @property
+    def samples(self) -> bool:
+        """Whether a cycle must do more than take the greatest logit."""
+        return self.params.temperature > 0 or self.params.logprobs
+
+    def extend(self, output: SlotOutput) -> Chunk:
+        """Record what a pass emitted for this prompt.
+
+        A stop string ends the text before it, and the tokens with the one that completed it.
+        """
+        self.last_at = time.perf_counter()
+        pieces: list[str] = []
+        for token in output.tokens:
+            pieces.append(self._text.push(token))
+            if self._text.stopped:
+                break
+        tokens = output.tokens[: len(pieces)]
+        if output.done and not self._text.stopped:
+            pieces[-1] += self._text.finish()
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif output.done:
+            self.finish_reason = "eos" if tokens[-1] in self._eos_token_ids else "length"
+        n_accepted = min(output.n_accepted or 0, len(tokens))
+        if output.n_accepted is None:  # by prefill, which is no cycle
+            self.first_at = self.last_at
+        else:
+            self.accepted.append(n_accepted)
+        self.tokens += tokens
+        self._pieces += pieces
+        self._logprobs += output.logprobs[: len(tokens)]
+        return Chunk(tokens, pieces, n_accepted)
+
+    def result(self) -> Generation:
+        """All that came so far."""
+        return Generation(
+            text="".join(self._pieces),
+            tokens=list(self.tokens),
+            finish_reason=self.finish_reason,
+            seed=self.params.seed,
+            stats=self._stats() if self.tokens else None,
+            logprobs=list(self._logprobs) if self.params.logprobs else None,
+        )
+
+    def _stats(self) -> Stats:
+        n_after_first = len(self.tokens) - 1
+        decoding = self.last_at - self.first_at
+        return Stats(
+            prompt_tokens=len(self.prompt),
+            cycles=len(self.accepted),
+            tokens_per_cycle=n_after_first / len(self.accepted) if self.accepted else None,
+            accepted=tuple(self.accepted),
+            time_to_first_token=self.first_at - self.started,
+            seconds=self.last_at - self.started,
+            tokens_per_second=n_after_first / decoding if decoding > 0 else None,
+        )
