@@ -10,7 +10,7 @@ from orthrus_fast import Decoder
 
 MODEL = Path(__file__).resolve().parents[1] / "model"
 ENTRIES = [json.loads(line) for line in (MODEL / "heldout.jsonl").read_text().splitlines()]
-# All kinds in a minute; the card's figures are of all the prompts.
+# All kinds; the card's figures are of all the prompts.
 HELD_OUT = [entry for entry in ENTRIES if entry.get("source") != "docstrings"]
 
 
@@ -18,9 +18,11 @@ def prompt_of(example: dict[str, Any]) -> Any:
     return example["messages"] if "messages" in example else example["text"]
 
 
-def differing_prompts(decoder: Decoder, max_new_tokens: int) -> list[int]:
-    """Indices of the held-out prompts whose tokens differ between the two modes."""
-    prompts = [prompt_of(example) for example in HELD_OUT]
+def differing_prompts(
+    decoder: Decoder, examples: list[dict[str, Any]], max_new_tokens: int
+) -> list[int]:
+    """Indices of the examples whose tokens differ between the two modes."""
+    prompts = [prompt_of(example) for example in examples]
     ar, diffusion = (
         [result.tokens for result in decoder.generate(prompts, max_new_tokens, mode=mode)]
         for mode in ("ar", "diffusion")

@@ -16,6 +16,7 @@ import orthrus_fast
 from orthrus_fast import Decoder
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, follows
+from tests.marks import slow_but
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,13 @@ def test_the_other_demonstrations_continue_a_text(
     assert generate.main([*line, "--prompt", "x"]) == 2
 
 
-def test_both_modes_agree_on_every_held_out_prompt() -> None:
+@pytest.mark.parametrize("every", slow_but([8], [8, 1]))
+def test_both_modes_agree_on_the_held_out_prompts(every: int) -> None:
     assert len(HELD_OUT) >= 128
     several = orthrus_fast.load(MODEL, device="cpu", slots=8)  # sooner done than one by one
-    assert differing_prompts(several, 24) == []  # 256 on a GPU: benchmarks/README.md
+    prompts = HELD_OUT[::every]
+    assert {example["kind"] for example in prompts} == {example["kind"] for example in HELD_OUT}
+    assert differing_prompts(several, prompts, 24) == []  # 256 on a GPU: benchmarks/README.md
 
 
 def test_texts_are_the_judges(decoder: Decoder) -> None:
@@ -69,11 +73,11 @@ def test_texts_are_the_judges(decoder: Decoder) -> None:
     exact = orthrus_fast.load(MODEL, device="cpu", dtype="float64", max_seq_len=512)
     kinds = {example["kind"]: example for example in HELD_OUT}
     for example in kinds.values():
-        prompt = exact.encode(prompt_of(example))[-100:]
-        expected, gaps = judge.generate(prompt, 24, exact.config.eos_token_ids)
+        prompt = exact.encode(prompt_of(example))[-40:]
+        expected, gaps = judge.generate(prompt, 16, exact.config.eos_token_ids)
         for mode in ("ar", "diffusion"):
-            assert exact.generate(prompt, 24, mode=mode).tokens == expected
-            single = decoder.generate(prompt, 24, mode=mode).tokens
+            assert exact.generate(prompt, 16, mode=mode).tokens == expected
+            single = decoder.generate(prompt, 16, mode=mode).tokens
             assert follows(single, expected, gaps, near_tie=1e-5)
 
 

@@ -27,7 +27,7 @@ from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.model import Transformer, View
 from orthrus_fast.runners import GraphRunner, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
-from tests.embedded import MODEL, differing_prompts
+from tests.embedded import HELD_OUT, MODEL, differing_prompts
 from tests.judge import Judge, dense_attention, follows
 
 pytestmark = [
@@ -230,7 +230,7 @@ def test_greedy_slots_are_the_same_beside_sampling_ones() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_on_every_held_out_prompt(dtype: str) -> None:
     decoder = orthrus_fast.load(MODEL, dtype=dtype, slots=8)
-    assert differing_prompts(decoder, 128) == []
+    assert differing_prompts(decoder, HELD_OUT, 128) == []
 
 
 def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path: Path) -> None:

@@ -352,6 +352,31 @@ def test_several_end_tokens_each_end_the_text(tiny: Path, tmp_path: Path) -> Non
             assert result.finish_reason == "eos"
 
 
+@pytest.mark.parametrize("n_before", [0, 1, 3])
+def test_an_end_token_within_a_block_ends_the_text_there(
+    tmp_path: Path, n_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block is right to its end, and the ``n_before`` of its tokens before the end are."""
+    free = load(write_checkpoint(tmp_path / "free", seed=3, eos_token_id=[])).generate([5, 6], 40)
+    first = next(i for i in range(n_before + 1, 40) if free.tokens[i] not in free.tokens[:i])
+    directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=[free.tokens[first]])
+    decoder = load(directory)
+    text = torch.tensor([5, 6, *free.tokens])
+
+    def known_near_the_end(
+        model: Any, cache: Any, state: steps.State, mask: int, sampled: Any
+    ) -> None:
+        at = int(state.length[0])
+        known = text[at + 1 :][:7] if at >= 2 + first - n_before - 1 else torch.full((7,), 271)
+        state.proposals[0, : len(known)] = known
+
+    monkeypatch.setattr(steps, "draft", known_near_the_end)
+    result = decoder.generate([5, 6], 40)
+    assert (result.tokens, result.finish_reason) == (free.tokens[: first + 1], "eos")
+    assert result.stats.accepted[-1] == n_before + 1
+    assert [len(rows) for rows in committed(decoder, 0)] == [2 + first] * 2
+
+
 def test_a_plain_qwen3_decodes_in_ar_mode_only(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", draft=False, eos_token_id=[])
     plain = load(directory)

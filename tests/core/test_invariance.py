@@ -190,7 +190,7 @@ def test_what_was_found_is_one_line() -> None:
     found = Invariance(False, 48, 3, 64, False, ("32 × 48", "96 × 32"), 1.0)
     assert str(found) == (
         "48 rows in other places 3 differ; 64 tokens replayed differ; "
-        "own kernel in place of the library's: 32 × 48, 96 × 32 (1.0 s)"
+        "custom kernels in place of cuBLAS: 32 × 48, 96 × 32 (1.0 s)"
     )
 
 
@@ -402,7 +402,8 @@ class Tampered(PlainProducts):
 def weight_of(model: Transformer, name: str, layer: int = 0) -> Tensor:
     """The weight of a product of a verify pass."""
     module: Any = model.layers[layer]
-    owner = {"qkv": module.attention, "o": module.attention, "lm_head": model}.get(name, module)
+    owners = {"qkv": module.attention, "o": module.attention, "lm_head": model}
+    owner = owners.get(name, module.mlp)
     weight: Tensor = getattr(owner, name).weight
     return weight
 
@@ -924,7 +925,7 @@ def test_a_failing_product_is_replaced_before_anything_is_compiled(
         without_tiles("o", "gate_up", "lm_head"),
         ("INFO", f"row invariance holds: {found}"),
     ]
-    assert "own kernel in place of the library's: 32 × 48, 128 × 32" in caplog.messages[-1]
+    assert "custom kernels in place of cuBLAS: 32 × 48, 128 × 32" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -939,7 +940,7 @@ def test_a_failing_pass_has_all_its_products_replaced(
     assert found.replaced == tuple(f"{n} × {k}" for n, k in sorted(EVERY))
     assert workshop.done == [f"prepare {WIDTH}", "replace 5", f"prepare {WIDTH}"]
     assert [level for level, _ in logged(caplog)] == ["INFO", "WARNING", "INFO"]
-    assert "not row-invariant with the library's products" in caplog.messages[-2]
+    assert "not row-invariant with products of cuBLAS" in caplog.messages[-2]
 
 
 def test_what_is_ours_already_is_not_claimed_as_replaced(
@@ -1069,7 +1070,7 @@ def test_products_that_are_ours_are_not_looked_at(tiny: Path, interpreter: Any) 
         assert invariance.variant_products(model, n_rows) == rest - {SHAPES["o"]}
         assert invariance.variant_products(model, n_rows // 2) == EVERY - {SHAPES["o"]}
     products: Any = model.kernels.products
-    assert products.library is honest
+    assert products.cublas is honest
 
 
 def test_a_weight_of_every_shape_is_looked_at(tiny: Path, interpreter: Any) -> None:

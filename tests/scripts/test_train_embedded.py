@@ -38,6 +38,7 @@ from scripts.embedded import (
 from scripts.embedded import sources as package_sources
 from scripts.embedded import train as training
 
+pytestmark = pytest.mark.slow  # it changes with the recipe alone
 MODEL = Path(__file__).resolve().parents[2] / "model"
 N_SAMPLES = 6000
 
