@@ -108,9 +108,9 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
 def load_model(
     checkpoint: Checkpoint,
     kernels: Kernels,
-    *,
     device: torch.device,
     dtype: torch.dtype,
+    *,
     draft_view: bool = True,
     progress: Progress | None = None,
 ) -> Transformer:

@@ -52,7 +52,6 @@ class Decoder:
         runner: EagerRunner,
         tokenizer: Tokenizer | None,
         checkpoint: Checkpoint | None,
-        *,
         max_seq_len: int,
         configuration: Mapping[str, Any],
         startup: Mapping[str, float],
@@ -82,11 +81,7 @@ class Decoder:
 
     @overload
     def generate(
-        self,
-        prompt: Prompts,
-        max_new_tokens: int = ...,
-        sampling: Sampling = ...,
-        mode: str = ...,
+        self, prompt: Prompts, max_new_tokens: int = ..., sampling: Sampling = ..., mode: str = ...
     ) -> list[Generation]: ...
 
     def generate(
@@ -269,14 +264,17 @@ class Decoder:
                     slot, request = free.pop(0), waiting.popleft()
                     request.start()
                     active[slot] = request
-                    first = runner.prefill(request.prompt, slot, request.max_length, request.params)
-                    emitted = {slot: first.of_slot()}
+                    emitted = {
+                        slot: runner.prefill(
+                            request.prompt, slot, request.max_length, request.params
+                        )
+                    }
                 else:
                     sampling = any(request.samples for request in active.values())
                     while not refill and runner.in_flight <= runner.lookahead:
                         runner.launch(drafting, width, sampling)
-                    cycle = runner.read()
-                    emitted = {slot: cycle.of(slot) for slot in active}
+                    outputs = runner.read()
+                    emitted = {slot: outputs[slot] for slot in active}
                 for slot, output in emitted.items():
                     request = active[slot]
                     chunk = request.extend(output)

@@ -19,13 +19,7 @@ import torch
 from orthrus_fast import __version__, steps
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.cache import KVCache
-from orthrus_fast.checkpoint import (
-    Checkpoint,
-    Progress,
-    count_weights,
-    load_model,
-    open_checkpoint,
-)
+from orthrus_fast.checkpoint import Checkpoint, Progress, count_weights, load_model, open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
@@ -89,30 +83,24 @@ def load(
     and random state stay as they were.
     """
     options = Options(
-        device=device,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        slots=slots,
-        runner=runner,
-        attention=attention,
-        compile_mode=compile_mode,
-        block_size=block_size,
-        draft_view=draft_view,
+        *(
+            device,
+            dtype,
+            max_seq_len,
+            slots,
+            runner,
+            attention,
+            compile_mode,
+            block_size,
+            draft_view,
+        )
     )
     check_options(options)
     checkpoint = open_checkpoint(path_or_repo, revision=revision)
 
-    def make_model(
-        config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype
-    ) -> Transformer:
-        return load_model(
-            replace(checkpoint, config=config),
-            kernels,
-            device=device,
-            dtype=dtype,
-            draft_view=draft_view,
-            progress=progress,
-        )
+    def make_model(config: ModelConfig, kernels: Kernels, *where: Any) -> Transformer:
+        narrower = replace(checkpoint, config=config)
+        return load_model(narrower, kernels, *where, draft_view=draft_view, progress=progress)
 
     return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
 
@@ -122,7 +110,8 @@ def check_options(options: Options) -> None:
     check_runner(options.runner, options.compile_mode, parse_device(options.device))
     if not is_integer(options.slots) or options.slots < 1:
         raise RequestError(f"slots: {options.slots!r} is not an integer of at least 1")
-    parse_dtype(options.dtype)
+    if options.dtype is not None:
+        parse_dtype(options.dtype)
 
 
 class Settings(NamedTuple):
@@ -131,9 +120,24 @@ class Settings(NamedTuple):
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
+    max_seq_len: int
+    slots: int
     runner: str
     backend: Backend
-    max_seq_len: int
+    compile_mode: str
+
+    def described(self) -> dict[str, Any]:
+        """As they stand in a decoder's configuration."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "runner": self.runner,
+            "compile_mode": None if self.runner == "eager" else self.compile_mode,
+            "attention": self.backend.name,
+            "slots": self.slots,
+            "block_size": self.config.block_size,
+            "max_seq_len": self.max_seq_len,
+        }
 
 
 def resolve(options: Options, config: ModelConfig) -> Settings:
@@ -141,15 +145,13 @@ def resolve(options: Options, config: ModelConfig) -> Settings:
     check_options(options)
     device = parse_device(options.device)
     config = with_block_size(config, options.block_size)
-    dtype = parse_dtype(options.dtype) or default_dtype(config, device)
-    return Settings(
-        config,
-        device,
-        dtype,
-        runner=check_runner(options.runner, options.compile_mode, device),
-        backend=find_backend(options.attention, device, dtype, config.head_dim),
-        max_seq_len=check_max_seq_len(options.max_seq_len, config),
-    )
+    default = "float32" if device.type == "cpu" else config.dtype
+    dtype = parse_dtype(default if options.dtype is None else options.dtype)
+    max_seq_len = check_max_seq_len(options.max_seq_len, config)
+    runner = check_runner(options.runner, options.compile_mode, device)
+    backend = find_backend(options.attention, device, dtype, config.head_dim)
+    rest = (max_seq_len, options.slots, runner, backend, options.compile_mode)
+    return Settings(config, device, dtype, *rest)
 
 
 def build_decoder(
@@ -167,70 +169,55 @@ def build_decoder(
     RequestError or UnsupportedError, and what ``make_model`` raises.
     """
     settings = resolve(options, config)
-    config, device, dtype, runner_name, backend, max_seq_len = settings
-    memory = memory_needed(config, dtype, device, max_seq_len, options.slots, options.draft_view)
+    config, device, dtype, max_seq_len, slots, *_ = settings
+    memory = memory_needed(config, dtype, device, max_seq_len, slots, options.draft_view)
     check_memory(memory._replace(weights=0) if weights_present else memory, device)
-    tokenizer = read_tokenizer(checkpoint)
+    tokenizer = None
+    if checkpoint is not None and (checkpoint.directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_directory(checkpoint.directory)
     begin = time.perf_counter()
-    kernels = select_kernels(backend.attend, device, dtype, config.head_dim)
+    kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
     model = make_model(config, kernels, device, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     startup = {"weights": time.perf_counter() - begin}
-    runner, invariance = prepare_runner(model, settings, options.slots, options.compile_mode)
-    startup |= runner.seconds
-    if invariance is not None:
-        startup["check"] = invariance.seconds
-    if runner_name != "eager":
+    runner, invariance = prepare_runner(model, settings)
+    startup |= runner.seconds | ({"check": invariance.seconds} if invariance else {})
+    if settings.runner != "eager":
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         _log.info("ready: %s", ", ".join(stages))
-    return Decoder(
-        name,
-        runner,
-        tokenizer,
-        checkpoint,
-        max_seq_len=max_seq_len,
-        configuration={
-            **describe_machine(device),
-            "checkpoint": name,
-            "commit": checkpoint.commit if checkpoint else None,
-            **describe_settings(settings, options),
-            "custom_products": custom_products(model, options.slots * (config.block_size or 1)),
-        },
-        startup=startup,
-        invariance=invariance,
-    )
+    configuration = {
+        **describe_machine(device),
+        "checkpoint": name,
+        "commit": checkpoint.commit if checkpoint else None,
+        **settings.described(),
+        "custom_products": custom_products(model, slots * (config.block_size or 1)),
+    }
+    of_runner = (max_seq_len, configuration, startup, invariance)
+    return Decoder(name, runner, tokenizer, checkpoint, *of_runner)
 
 
-def prepare_runner(
-    model: Transformer, settings: Settings, slots: int, compile_mode: str
-) -> tuple[EagerRunner, Invariance | None]:
+def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner, Invariance | None]:
     """A runner with its cache and state, ready for blocks; and what the invariance check found.
 
     The check looks at captured code, and at compiled code whose rounding is not known beforehand.
     """
-    width = model.config.block_size or 1  # a plain Qwen3 has no drafts to make room for
-    capacity = steps.cache_rows(settings.max_seq_len, width)
+    config, device, dtype, max_seq_len, slots, name, backend, compile_mode = settings
+    width = config.block_size or 1  # a plain Qwen3 has no drafts to make room for
+    capacity = steps.cache_rows(max_seq_len, width)
     model.set_capacity(capacity)
-    cache = KVCache(model.config, slots, capacity, settings.dtype, settings.device)
-    state = steps.State.create(slots, capacity, width, settings.device)
+    cache = KVCache(config, slots, capacity, dtype, device)
+    state = steps.State.create(slots, capacity, width, device)
 
     def build() -> EagerRunner:
-        return make_runner(settings.runner, model, state, cache, settings.backend, compile_mode)
+        return make_runner(name, model, state, cache, backend, compile_mode)
 
-    if settings.runner == "graph" or compile_mode != "default":
-        boundaries = settings.backend.tile_boundaries(capacity)
+    if name == "graph" or compile_mode != "default":
+        boundaries = backend.tile_boundaries(capacity)
         return ensure_row_invariance(model, build, slots, width, boundaries)
     runner = build()
     runner.prepare(width)
     return runner, None
-
-
-def read_tokenizer(checkpoint: Checkpoint | None) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None where it has none. Raises CheckpointError."""
-    if checkpoint is None or not (checkpoint.directory / "tokenizer.json").exists():
-        return None
-    return Tokenizer.from_directory(checkpoint.directory)
 
 
 def with_block_size(config: ModelConfig, block_size: int | None) -> ModelConfig:
@@ -316,20 +303,14 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return parsed if parsed.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The dtype that was asked for, None where none was. Raises RequestError."""
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of that name. Raises RequestError."""
     known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in known.values()):
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in known:
         raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(known)}")
     return known[dtype]
-
-
-def default_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """float32 on the CPU, elsewhere the config's own."""
-    dtype = None if device.type == "cpu" else parse_dtype(config.dtype)
-    return dtype or torch.float32
 
 
 def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:
@@ -357,18 +338,4 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hardware": hardware,
-    }
-
-
-def describe_settings(settings: Settings, options: Options) -> dict[str, Any]:
-    """How a decoder runs, as it stands in its configuration."""
-    return {
-        "device": str(settings.device),
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "runner": settings.runner,
-        "compile_mode": None if settings.runner == "eager" else options.compile_mode,
-        "attention": settings.backend.name,
-        "slots": options.slots,
-        "block_size": settings.config.block_size,
-        "max_seq_len": settings.max_seq_len,
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import struct
 import threading
 import time
@@ -50,33 +49,6 @@ class SlotOutput(NamedTuple):
     logprobs: list[float]  # of the tokens, where they were asked for; else empty
 
 
-class Cycle(NamedTuple):
-    """One cycle as the host sees it, a list entry per slot."""
-
-    tokens: list[list[int]]
-    n_accepted: list[int]
-    done: list[bool]
-    logprobs: list[list[float]]  # of the tokens, where the cycle sampled; else empty lists
-
-    def of(self, slot: int) -> SlotOutput:
-        """One slot's part."""
-        return SlotOutput(
-            self.tokens[slot], self.n_accepted[slot], self.done[slot], self.logprobs[slot]
-        )
-
-
-class PrefillOutput(NamedTuple):
-    """What prefill emitted: one token."""
-
-    token: int
-    done: bool
-    logprob: float  # NaN where it was not asked for
-
-    def of_slot(self) -> SlotOutput:
-        """The same as a cycle reports it."""
-        return SlotOutput([self.token], None, self.done, [self.logprob])
-
-
 class EagerRunner:
     """Runs the steps kernel by kernel, as they are written."""
 
@@ -112,7 +84,7 @@ class EagerRunner:
     @torch.inference_mode()
     def prefill(
         self, prompt: list[int], slot: int, max_length: int, params: SamplingParams | None = None
-    ) -> PrefillOutput:
+    ) -> SlotOutput:
         """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text."""
         params = params or SamplingParams()
         ids, sample = self.ids(prompt), self._sample(params.temperature > 0)
@@ -121,8 +93,8 @@ class EagerRunner:
         with full_precision_matmul(self.device):  # short: others wait for it, and below is a wait
             first = steps.first_token(self.state, slot, logits, len(prompt), sample)
         steps.start_sequence(self.state, slot, ids, first, max_length, self.eos)
-        logprob = float(logprobs(logits, first)) if params.logprobs else math.nan
-        return PrefillOutput(int(first), bool(self.state.done[slot]), logprob)
+        logprob = [float(logprobs(logits, first))] if params.logprobs else []
+        return SlotOutput([int(first)], None, bool(self.state.done[slot]), logprob)
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:
@@ -144,20 +116,10 @@ class EagerRunner:
             self._mailbox.send(self.verify(width, sampling))
         self._in_flight.append(width)
 
-    def read(self) -> Cycle:
-        """What the oldest unread cycle emitted; waits for it."""
+    def read(self) -> list[SlotOutput]:
+        """What the oldest unread cycle emitted, a list entry per slot; waits for it."""
         report, width = self._mailbox.receive(), self._in_flight.popleft()
-        emitted = [row[: row[width]] for row in report]
-        bits = [row[width + 3 :][: row[width]] for row in report]
-        return Cycle(
-            emitted,
-            [row[width + 1] for row in report],
-            [bool(row[width + 2]) for row in report],
-            [
-                list(struct.unpack(f"{len(row)}f", struct.pack(f"{len(row)}i", *row)))
-                for row in bits
-            ],
-        )
+        return [_parse_report(row, width) for row in report]
 
     def drain(self) -> None:
         """Wait for the cycles in flight, and forget what they emitted."""
@@ -183,6 +145,14 @@ class EagerRunner:
 
     def _sample(self, sampling: bool) -> Sample | None:
         return self.model.kernels.sample if sampling else None
+
+
+def _parse_report(row: list[int], width: int) -> SlotOutput:
+    """One slot's row of ``steps.accept_and_commit``'s report."""
+    n_new, n_accepted, done = row[width : width + 3]
+    bits = row[width + 3 :][:n_new]
+    logprobs = struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits))
+    return SlotOutput(row[:n_new], n_accepted, bool(done), list(logprobs))
 
 
 class CompiledRunner(EagerRunner):

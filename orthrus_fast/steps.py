@@ -113,7 +113,7 @@ def first_token(
         return choose(logits)
     at = torch.full((1, 1), position, device=logits.device)
     settings = state.settings.of(state.slots[slot, None])
-    return sample(logits[None, None], at, *settings)[0, 0]
+    return sample(logits[None, None], at, settings)[0, 0]
 
 
 def sample_block(state: State, logits: Tensor, sample: Sample) -> Tensor:
@@ -123,7 +123,7 @@ def sample_block(state: State, logits: Tensor, sample: Sample) -> Tensor:
     position, so that drafts and verification share it.
     """
     offset = torch.arange(1, logits.shape[1] + 1, device=logits.device)
-    return sample(logits, state.length[:, None] + offset, *state.settings)
+    return sample(logits, state.length[:, None] + offset, state.settings)
 
 
 def draft(
@@ -169,12 +169,7 @@ def verify(
 
 
 def accept_and_commit(
-    state: State,
-    block: Tensor,
-    greedy: Tensor,
-    logits: Tensor,
-    eos: Tensor,
-    sample: Sample | None,
+    state: State, block: Tensor, greedy: Tensor, logits: Tensor, eos: Tensor, sample: Sample | None
 ) -> Tensor:
     """Accept and commit, in place -> the cycle's report [B, K+3] int64 for the host.
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from orthrus_fast.errors import RequestError
 from orthrus_fast.kernels.interface import Attend
@@ -71,19 +70,8 @@ def _custom_op(name: str, attend: Any) -> Attend:
         schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, Tensor slot, "
         "Tensor? prefetch=None, *, bool causal) -> Tensor",
     )
-    operator.register_fake(_empty_like_q)
+    operator.register_fake(
+        lambda q, *_, causal: torch.empty_like(q, memory_format=torch.contiguous_format)
+    )
     attend_op: Attend = operator
     return attend_op
-
-
-def _empty_like_q(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    slot: Tensor,
-    prefetch: Tensor | None = None,
-    *,
-    causal: bool,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)

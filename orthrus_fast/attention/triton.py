@@ -133,7 +133,7 @@ def _attend(
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
-        *(tiles.rows, tiles.keys, *first_rows(prefetch, PREFETCH_LIMIT)),
+        *(tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         launch_pdl=overlap,
@@ -198,32 +198,52 @@ def _visible(key, last):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _split_kernel(  # type: ignore[no-untyped-def]
-    q,
-    k_cache,
-    v_cache,
-    start,
-    slot,
-    out,
-    partial_max,
-    partial_sum,
-    partial_acc,
-    prefetch,
-    capacity,
-    WIDTH: tl.constexpr,
-    N_HEADS: tl.constexpr,
-    N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    LINES: tl.constexpr,
-    N_SPLITS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr,
-    PREFETCH_ROWS: tl.constexpr,
-    PREFETCH_ROW_BYTES: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
+def _keys_of(  # type: ignore[no-untyped-def]
+    split, length, first_row, t,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, ROW_TILE: tl.constexpr,
+):  # fmt: skip
+    """The keys of one split that a tile of rows sees: begin, end, and each row's last one."""
+    if CAUSAL:
+        last = length - WIDTH + t
+        # Tiles past the lowest row's position are seen by no row.
+        end = tl.minimum(length, length - WIDTH + (first_row + ROW_TILE - 1) // GROUP + 1)
+    else:
+        last = length - 1 + 0 * t
+        end = length
+    begin = 0
+    if N_SPLITS > 1:
+        begin = _split_begin(split, LINES)
+        end = tl.minimum(end, _split_begin(split + 1, LINES))
+    return begin, end, last
+
+
+@triton.jit
+def _attend_tile(  # type: ignore[no-untyped-def]
+    queries, keys, values, seen, row_max, row_sum, acc, HEAD_DIM: tl.constexpr
 ):
+    """The running maximum, sum and weighted values of each row, with one more tile of keys."""
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
+    scores = tl.dot(queries, tl.trans(tl.load(keys)), input_precision="ieee") * SCALE
+    scores = tl.where(seen, scores, -float("inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    base = tl.where(new_max == -float("inf"), 0.0, new_max)  # of a row that has seen no key yet
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(row_max - base)
+    value = tl.load(values)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
+    return new_max, row_sum * shrink + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def _split_kernel(  # type: ignore[no-untyped-def]
+    q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc, prefetch,
+    capacity,
+    WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    OVERLAP: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr, REGION: tl.constexpr,
+):  # fmt: skip
     """One split (or, if there is just one, all keys) for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
     N_ROWS: tl.constexpr = WIDTH * GROUP
@@ -236,19 +256,12 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     row = first_row + tl.arange(0, ROW_TILE)
     t = row // GROUP
     length = tl.load(start + block).to(tl.int32) + WIDTH
-    if CAUSAL:
-        last = length - WIDTH + t
-        # Tiles past the lowest row's position are seen by no row.
-        end = tl.minimum(length, length - WIDTH + (first_row + ROW_TILE - 1) // GROUP + 1)
-    else:
-        last = length - 1 + 0 * t
-        end = length
-    begin = 0
-    if N_SPLITS > 1:
-        begin = _split_begin(split, LINES)
+    begin, end, last = _keys_of(
+        split, length, first_row, t, WIDTH, GROUP, LINES, N_SPLITS, CAUSAL, ROW_TILE
+    )
+    if N_SPLITS > 1:  # noqa: SIM102 (one is known when compiling, the other is not)
         if begin >= end:
             return
-        end = tl.minimum(end, _split_begin(split + 1, LINES))
 
     dim = tl.arange(0, HEAD_DIM)
     q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
@@ -256,38 +269,21 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
-    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
     row_max = tl.full((ROW_TILE,), -float("inf"), tl.float32)
     row_sum = tl.zeros((ROW_TILE,), tl.float32)
     acc = tl.zeros((ROW_TILE, HEAD_DIM), tl.float32)
     for first_key in range(begin, end, KEY_TILE):
         key = first_key + tl.arange(0, KEY_TILE)
         tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
-        keys = tl.load(k_cache + tile)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
-        scores = tl.where(_visible(key, last), scores, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        base = tl.where(new_max == -float("inf"), 0.0, new_max)  # of a row that has seen no key yet
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(row_max - base)
-        values = tl.load(v_cache + tile)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
-        row_sum = row_sum * shrink + tl.sum(weights, 1)
-        row_max = new_max
+        seen = _visible(key, last)
+        row_max, row_sum, acc = _attend_tile(
+            queries, k_cache + tile, v_cache + tile, seen, row_max, row_sum, acc, HEAD_DIM
+        )
 
     if block == 0:  # now that its keys and values are here
         n_splits = _splits_of(length, LINES) if N_SPLITS > 1 else 1
         program, n_programs = tl.program_id(1) * n_splits + split, tl.num_programs(1) * n_splits
-        fetch(
-            prefetch,
-            program,
-            n_programs,
-            PREFETCH_ROWS,
-            PREFETCH_ROW_BYTES,
-            PREFETCH_BYTES,
-            OVERLAP,
-        )
+        fetch(prefetch, program, n_programs, REGION, OVERLAP)
     if N_SPLITS == 1:
         result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
@@ -300,21 +296,11 @@ def _split_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _join_kernel(  # type: ignore[no-untyped-def]
-    partial_max,
-    partial_sum,
-    partial_acc,
-    start,
-    out,
-    WIDTH: tl.constexpr,
-    N_HEADS: tl.constexpr,
-    N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    LINES: tl.constexpr,
-    N_SPLITS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial_max, partial_sum, partial_acc, start, out,
+    WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Join the splits that a row of one head sees; the first holds key 0, so row_max is finite."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
     head, t, block = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

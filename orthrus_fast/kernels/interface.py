@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from orthrus_fast.sampling import Settings
+
 
 class Attend(Protocol):
     """Attention of a short block of rows over the cache, which already holds the block's K and V.
@@ -119,21 +121,11 @@ class Sample(Protocol):
     """Draws a token for each row of ``logits`` [B, T, V] -> token ids [B, T] int64.
 
     ``position`` [B, T] is the absolute position of the sampled token itself, one past that of the
-    row that predicts it. The rest are settings, [B] each, as in ``sampling.Settings``. A slot with
-    temperature 0 gets the greatest logit. A row's token depends on that row, its position and its
-    slot's settings alone.
+    row that predicts it. A slot with temperature 0 gets the greatest logit. A row's token depends
+    on that row, its position and its slot's settings alone.
     """
 
-    def __call__(
-        self,
-        logits: Tensor,
-        position: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seed: Tensor,
-    ) -> Tensor: ...
+    def __call__(self, logits: Tensor, position: Tensor, settings: Settings) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -82,21 +82,15 @@ def share_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def fetch(  # type: ignore[no-untyped-def]
-    weight,
-    program,
-    n_programs,
-    N_ROWS: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    N_BYTES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    weight, program, n_programs, REGION: tl.constexpr, OVERLAP: tl.constexpr
 ):
     """Ask for this program's share of a ``PrefetchRegion``; nothing waits for it or depends on it.
 
     One row a thread, for asking takes its time: one-row AR, whose norm is one program, would wait.
     """
-    if OVERLAP and N_BYTES > 0:
+    if OVERLAP and REGION[2] > 0:
         LANES: tl.constexpr = tl.extra.cuda.num_threads()
-        begin, end = share_of(program, n_programs, N_ROWS, LANES)
+        begin, end = share_of(program, n_programs, REGION[0], LANES)
         row = begin + tl.arange(0, LANES)
         tl.inline_asm_elementwise(
             """{
@@ -107,9 +101,9 @@ def fetch(  # type: ignore[no-untyped-def]
             }""",
             "=r,l,r,r",
             [
-                weight.to(tl.int64) + row.to(tl.int64) * ROW_BYTES,
+                weight.to(tl.int64) + row.to(tl.int64) * REGION[1],
                 (row < end).to(tl.int32),
-                tl.full((LANES,), N_BYTES, tl.int32),
+                tl.full((LANES,), REGION[2], tl.int32),
             ],
             dtype=tl.int32,
             is_pure=False,

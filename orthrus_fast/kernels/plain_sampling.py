@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from orthrus_fast.sampling import Settings
+
 _WORD = 0xFFFFFFFF
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -26,25 +28,16 @@ _PHILOX_ROUNDS = 10
 MINUS_INFINITY_RANK = 0x007FFFFF  # below it and above +inf lie the NaNs
 
 
-def sample(
-    logits: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
     """See ``interface.Sample``.
 
     Arithmetic is in float32 whatever the logits' dtype; handing over bfloat16 logits as they are
     halves the cost of the filters. A logit of -inf is never chosen beside a finite one.
     """
-    noise = gumbel(seed, position, logits.shape[-1])
-    scores = logits.float() + temperature[:, None, None] * noise
-    kept = keep(logits, temperature, top_k, top_p, min_p)
-    sampled = choose(torch.where(kept, scores, -math.inf))
-    return torch.where(temperature[:, None] > 0, sampled, choose(logits))
+    noise = gumbel(settings.seed, position, logits.shape[-1])
+    scores = logits.float() + settings.temperature[:, None, None] * noise
+    sampled = choose(torch.where(keep(logits, settings), scores, -math.inf))
+    return torch.where(settings.temperature[:, None] > 0, sampled, choose(logits))
 
 
 def choose(logits: Tensor) -> Tensor:
@@ -97,10 +90,8 @@ def philox(
     return c0, c1, c2, c3
 
 
-def keep(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor:
-    """logits [B, T, V], settings [B] each -> bool [B, T, V]: the candidates that the filters leave.
+def keep(logits: Tensor, settings: Settings) -> Tensor:
+    """logits [B, T, V] -> bool [B, T, V]: the candidates that top-k, top-p and min-p leave.
 
     Each filter is a threshold on the logits, so equal logits stay or go together, and the best
     always stays:
@@ -116,9 +107,7 @@ def keep(
     kept only with top-p off.
     """
     n_bits, vocab_size = bits_that_differ(logits.dtype), logits.shape[-1]
-    temperature, top_k, top_p, min_p = (
-        setting[:, None, None] for setting in (temperature, top_k, top_p, min_p)
-    )
+    temperature, top_k, top_p, min_p, _ = (setting[:, None, None] for setting in settings)
     temperature = torch.where(temperature > 0, temperature, 1.0)  # greedy slots: anything finite
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)

@@ -66,29 +66,23 @@ def default_tiles(n_columns: int, n_inner: int, block_m: int, itemsize: int, sha
     return Tiles(64, block_k, n_splits, 4, min(5, shared // stage))
 
 
+@triton.jit
+def _swiglu(tile, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SwiGLU of a tile's halves [2 COLUMNS, BLOCK_M], rounded as PyTorch rounds it op by op."""
+    dtype = tile.dtype
+    gate, up = tl.split(tl.permute(tl.reshape(tile, (2, COLUMNS, BLOCK_M)), (1, 2, 0)))
+    gate = gate.to(tl.float32)
+    gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (gate * up.to(tl.float32)).to(dtype)
+
+
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for every M of a tile size
 def _product_kernel(  # type: ignore[no-untyped-def]
-    x,
-    weight,
-    out,
-    tile_max,
-    tile_argmax,
-    prefetch,
-    n_rows,
-    n_columns,
-    K: tl.constexpr,
-    N_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    ARGMAX: tl.constexpr,
-    STORE: tl.constexpr,
-    PREFETCH_ROWS: tl.constexpr,
-    PREFETCH_ROW_BYTES: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, weight, out, tile_max, tile_argmax, prefetch, n_rows, n_columns,
+    K: tl.constexpr, N_SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SWIGLU: tl.constexpr, ARGMAX: tl.constexpr, STORE: tl.constexpr,
+    REGION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One tile of out [N_SPLITS, n_rows, n_columns], summed over one split of the inner dimension.
 
     The weight is the left operand: with few rows of x, only its side of the tile is long enough
@@ -124,17 +118,13 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
     program = tl.program_id(0) + tl.num_programs(0) * tl.program_id(1)  # where K is not split
     n_programs = tl.num_programs(0) * tl.num_programs(1)
-    fetch(prefetch, program, n_programs, PREFETCH_ROWS, PREFETCH_ROW_BYTES, PREFETCH_BYTES, OVERLAP)
+    fetch(prefetch, program, n_programs, REGION, OVERLAP)
     dtype = x.dtype.element_ty
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
     inside = (row[None, :] < n_rows) & (column < n_columns)
-    if SWIGLU:  # rounded as PyTorch rounds it op by op
-        pair = tl.permute(tl.reshape(total.to(dtype), (2, COLUMNS, BLOCK_M)), (1, 2, 0))
-        gate, up = tl.split(pair)
-        gate = gate.to(tl.float32)
-        gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        result = (gate * up.to(tl.float32)).to(dtype)
+    if SWIGLU:
+        result = _swiglu(total.to(dtype), COLUMNS, BLOCK_M)
     else:
         result = total.to(out.dtype.element_ty)
     if STORE:
@@ -196,7 +186,13 @@ def launch(
         *(x, weight, partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
         *(n_rows, n_columns),
         *(n_inner, tiles.n_splits, block_m, tiles.block_n, tiles.block_k),
-        *(swiglu, bool(argmax), argmax != "ids", *first_columns(prefetch, PREFETCH_LIMIT), overlap),
+        *(
+            swiglu,
+            bool(argmax),
+            argmax != "ids",
+            tuple(first_columns(prefetch, PREFETCH_LIMIT)),
+            overlap,
+        ),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # said, because the default differs between Triton's versions
@@ -229,9 +225,9 @@ def product_op(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
     return launch(x, weight, Tiles(*tiles))[0]
 
 
-@product_op.register_fake
-def _(x: Tensor, weight: Tensor, tiles: Sequence[int]) -> Tensor:
-    return _empty_partials(x, weight.shape[0], Tiles(*tiles))
+product_op.register_fake(
+    lambda x, weight, tiles: _empty_partials(x, weight.shape[0], Tiles(*tiles))
+)
 
 
 @torch.library.custom_op("orthrus_fast::swiglu_product", mutates_args=())
@@ -241,9 +237,7 @@ def swiglu_product_op(
     return launch(x, weight, Tiles(*tiles), swiglu=True, prefetch=prefetch)[0][0]
 
 
-@swiglu_product_op.register_fake
-def _(x: Tensor, weight: Tensor, tiles: Sequence[int], prefetch: Tensor | None = None) -> Tensor:
-    return x.new_empty(len(x), weight.shape[0] // 2)
+swiglu_product_op.register_fake(lambda x, weight, *_: x.new_empty(len(x), weight.shape[0] // 2))
 
 
 @torch.library.custom_op("orthrus_fast::lm_head_argmax", mutates_args=())

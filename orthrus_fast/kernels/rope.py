@@ -50,26 +50,10 @@ def _zero_non_finite(value):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
-    qkv,
-    q_norm,
-    k_norm,
-    cos,
-    sin,
-    positions,
-    slot,
-    q,
-    k_cache,
-    v_cache,
-    capacity,
-    n_elements,
-    N_HEADS: tl.constexpr,
-    N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
-    EPS: tl.constexpr,
-    N_PARTIALS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    qkv, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity, n_elements,
+    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, N_PARTIALS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Program (t, r, group): HEADS neighbouring heads of one row, all of them q, k or v heads."""
     HALF: tl.constexpr = HEAD_DIM // 2
     # 64 bits from here on: the cache may hold more than 2**31 elements.
@@ -156,19 +140,6 @@ def _empty_q(partials: Tensor, q_norm: Tensor, k_cache: Tensor) -> Tensor:
 qk_norm_rope_write_op = torch.library.custom_op(
     "orthrus_fast::qk_norm_rope_write", qk_norm_rope_write, mutates_args=("k_cache", "v_cache")
 )
-
-
-@qk_norm_rope_write_op.register_fake
-def _(
-    partials: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slot: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-) -> Tensor:
-    return _empty_q(partials, q_norm, k_cache)
+qk_norm_rope_write_op.register_fake(
+    lambda partials, q_norm, *rest: _empty_q(partials, q_norm, k_cache=rest[-2])
+)

@@ -27,6 +27,7 @@ that has waited then knows that all kernels before it are done, and scratch may 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,10 +42,11 @@ from orthrus_fast.kernels.plain_sampling import (
     choose,
     mass_scale,
 )
+from orthrus_fast.sampling import Settings
 
 
 class Blocks(NamedTuple):
-    """What a launch is made of: tokens, all powers of two."""
+    """Tokens, all powers of two."""
 
     group: int = 64
     chunk: int = 4096  # of a program that reads the whole row
@@ -52,19 +54,7 @@ class Blocks(NamedTuple):
     draw: int = 1024  # of a program that draws
 
 
-class Warps(NamedTuple):
-    """Of a program of each kernel."""
-
-    group_max: int = 4
-    bound: int = 8
-    mass_above: int = 8
-    gather: int = 8
-    search: int = 8
-    draw: int = 4
-    pick: int = 4
-
-
-BLOCKS, WARPS = Blocks(), Warps()
+BLOCKS = Blocks()
 _LEAST_RANK = tl.constexpr(MINUS_INFINITY_RANK)
 _NO_TOKEN = tl.constexpr(2147483647)
 _N_LEVELS = tl.constexpr(8)
@@ -107,15 +97,9 @@ def _settings(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _mass_above(  # type: ignore[no-untyped-def]
-    values,
-    n,
-    threshold,
-    best,
-    temperature,
-    BY_MASS: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values, n, threshold, best, temperature,
+    BY_MASS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """How many of ``values`` [n] are not below the threshold, or, if BY_MASS, their mass."""
     total = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, n, BLOCK):
@@ -131,19 +115,9 @@ def _mass_above(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _search_threshold(  # type: ignore[no-untyped-def]
-    values,
-    n,
-    low,
-    high,
-    need,
-    above,
-    best,
-    temperature,
-    BY_MASS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values, n, low, high, need, above, best, temperature,
+    BY_MASS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The highest threshold that ``need`` is reached at; it is at ``low``, and not past ``high``.
 
     ``above`` is the count or mass past ``high`` of tokens that ``values`` [n] lacks. It may lack
@@ -196,21 +170,10 @@ def _interval(masses, top_p, N_DONE: tl.constexpr):  # type: ignore[no-untyped-d
 
 @triton.jit(do_not_specialize=["width"])
 def _group_max_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    group_max,
-    masses,
-    n_gathered,
-    width,
-    VOCAB: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    logits, temperatures, top_ks, top_ps, min_ps, group_max, masses, n_gathered, width,
+    VOCAB: tl.constexpr, N_GROUPS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
+):  # fmt: skip
     """One chunk of a row: its groups' maxima into group_max [rows, N_GROUPS]; sums start at 0."""
     release(OVERLAP)
     wait(OVERLAP)
@@ -232,19 +195,9 @@ def _group_max_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["width"])
 def _bound_kernel(  # type: ignore[no-untyped-def]
-    group_max,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    bests,
-    bounds,
-    width,
-    VOCAB: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    group_max, temperatures, top_ks, top_ps, min_ps, bests, bounds, width,
+    VOCAB: tl.constexpr, N_GROUPS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One row: its best logit, and one that at least top_k tokens reach (-inf without top-k)."""
     release(OVERLAP)
     wait(OVERLAP)
@@ -271,20 +224,10 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["width"])
 def _mass_above_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    bests,
-    masses,
-    width,
-    N_DONE: tl.constexpr,
-    VOCAB: tl.constexpr,
-    SCALE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    logits, temperatures, top_ks, top_ps, min_ps, bests, masses, width,
+    N_DONE: tl.constexpr, VOCAB: tl.constexpr, SCALE: tl.constexpr, CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
+):  # fmt: skip
     """One chunk of a row: the mass at and above each level, added to masses [rows, 2, _N_LEVELS].
 
     The levels divide the interval that the N_DONE passes before have left; the last is its end.
@@ -312,24 +255,11 @@ def _mass_above_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["width"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    group_max,
-    bests,
-    bounds,
-    masses,
-    n_gathered,
-    gathered,
-    width,
-    VOCAB: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    logits, temperatures, top_ks, top_ps, min_ps, group_max, bests, bounds, masses, n_gathered,
+    gathered, width,
+    VOCAB: tl.constexpr, N_GROUPS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
+):  # fmt: skip
     """One chunk of a row: those of its logits that may decide, to gathered [rows, VOCAB]."""
     release(OVERLAP)
     wait(OVERLAP)
@@ -360,23 +290,11 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["width"])
 def _search_kernel(  # type: ignore[no-untyped-def]
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    bests,
-    bounds,
-    masses,
-    n_gathered,
-    gathered,
-    thresholds,
-    width,
-    VOCAB: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    temperatures, top_ks, top_ps, min_ps, bests, bounds, masses, n_gathered, gathered,
+    thresholds, width,
+    VOCAB: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
+):  # fmt: skip
     """One row: the logit that all its filters reach down to; -inf without any."""
     release(OVERLAP)
     wait(OVERLAP)
@@ -448,21 +366,10 @@ def _draw(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["width"])
 def _draw_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    positions,
-    temperatures,
-    seeds,
-    group_max,
-    thresholds,
-    scores,
-    tokens,
-    width,
-    VOCAB: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, positions, temperatures, seeds, group_max, thresholds, scores, tokens, width,
+    VOCAB: tl.constexpr, N_GROUPS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
+):  # fmt: skip
     """One chunk of a row: its best score and token; a greedy row's scores are its logits."""
     release(OVERLAP)
     wait(OVERLAP)
@@ -529,7 +436,7 @@ class _Launcher(NamedTuple):
 
 
 def _find_thresholds(
-    rows: _Launcher, settings: tuple[Tensor, ...], width: int
+    rows: _Launcher, settings: Sequence[Tensor], width: int
 ) -> tuple[Tensor, Tensor]:
     """Settings [B] each, without the seed -> group maxima [rows, n], thresholds [rows].
 
@@ -546,77 +453,54 @@ def _find_thresholds(
     gathered = rows.scratch(vocab, dtype=logits.dtype)
 
     maxima = (logits, *settings, group_max, masses, n_gathered, width, vocab, *groups)
-    start(_group_max_kernel, n_chunks, WARPS.group_max, *maxima)
+    start(_group_max_kernel, n_chunks, 4, *maxima)
     bound = (group_max, *settings, bests, bounds, width, vocab)
     block = triton.next_power_of_2(n_groups)
-    start(_bound_kernel, 1, WARPS.bound, *bound, n_groups, block)
+    start(_bound_kernel, 1, 8, *bound, n_groups, block)
     for n_done in range(_N_PASSES.value):
         mass_above = (logits, *settings, bests, masses, width, n_done, vocab, scale, BLOCKS.chunk)
-        start(_mass_above_kernel, n_chunks, WARPS.mass_above, *mass_above)
+        start(_mass_above_kernel, n_chunks, 8, *mass_above)
     found = (bests, bounds, masses, n_gathered, gathered)
     gather = (logits, *settings, group_max, *found, width, vocab, *groups)
-    start(_gather_kernel, n_chunks, WARPS.gather, *gather)
+    start(_gather_kernel, n_chunks, 8, *gather)
     search = (*settings, *found, thresholds, width, vocab, scale, 32 - n_bits, BLOCKS.gathered)
-    start(_search_kernel, 1, WARPS.search, *search)
+    start(_search_kernel, 1, 8, *search)
     return group_max, thresholds
 
 
-@torch.library.custom_op("orthrus_fast::sample", mutates_args=())
-def sample_op(
-    logits: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-) -> Tensor:
-    """logits [B, T, V], position [B, T], settings [B] each -> token ids [B, T] int64.
-
-    bfloat16, float16 or float32 logits. A row's token depends on that row alone.
-    """
+def _sample(logits: Tensor, position: Tensor, *settings: Tensor) -> Tensor:
+    """``Sample`` of bfloat16, float16 or float32 logits, the settings one by one."""
     _, width, vocab = logits.shape
     position = position.long().contiguous()
+    *filters, seed = settings
     rows = _Launcher(logits.contiguous().view(-1, vocab), overlaps(logits.device))
-    group_max, thresholds = _find_thresholds(rows, (temperature, top_k, top_p, min_p), width)
+    group_max, thresholds = _find_thresholds(rows, filters, width)
 
     out = torch.empty_like(position)
     n_groups, n_draws = group_max.shape[1], triton.cdiv(vocab, BLOCKS.draw)
     scores, tokens = rows.scratch(n_draws), rows.scratch(n_draws, dtype=torch.int32)
-    draw = (rows.logits, position, temperature, seed, group_max, thresholds, scores, tokens, width)
+    draw = (rows.logits, position, filters[0], seed, group_max, thresholds, scores, tokens, width)
     blocks = (vocab, n_groups, BLOCKS.group, BLOCKS.draw)
-    rows.start(_draw_kernel, n_draws, WARPS.draw, *draw, *blocks)
+    rows.start(_draw_kernel, n_draws, 4, *draw, *blocks)
     pick = (scores, tokens, out, n_draws, triton.next_power_of_2(n_draws))
-    rows.start(_pick_kernel, 1, WARPS.pick, *pick)
+    rows.start(_pick_kernel, 1, 4, *pick)
     return out
 
 
-def sample(
-    logits: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-) -> Tensor:
+sample_op = torch.library.custom_op(
+    "orthrus_fast::sample",
+    _sample,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor position, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "Tensor min_p, Tensor seed) -> Tensor",
+)
+sample_op.register_fake(lambda logits, position, *_: torch.empty_like(position, dtype=torch.int64))
+
+
+def sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
     """See ``interface.Sample``. float64 logits are rounded to float32 where a slot samples."""
-    settings = (temperature, top_k, top_p, min_p, seed)
-    if logits.dtype != torch.float64:
-        tokens: Tensor = sample_op(logits, position, *settings)
-        return tokens
-    tokens = sample_op(logits.float(), position, *settings)
-    return torch.where(temperature[:, None] > 0, tokens, choose(logits))
-
-
-@sample_op.register_fake
-def _(
-    logits: Tensor,
-    position: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-) -> Tensor:
-    return torch.empty_like(position, dtype=torch.int64)
+    is_double = logits.dtype == torch.float64
+    tokens: Tensor = sample_op(logits.float() if is_double else logits, position, *settings)
+    if is_double:
+        tokens = torch.where(settings.temperature[:, None] > 0, tokens, choose(logits))
+    return tokens

@@ -57,7 +57,5 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     from orthrus_fast.kernels import norm, rope
 
     return replace(
-        kernels,
-        qk_norm_rope_write=rope.qk_norm_rope_write_op,
-        add_norm=norm.add_norm_op,
+        kernels, qk_norm_rope_write=rope.qk_norm_rope_write_op, add_norm=norm.add_norm_op
     )

@@ -70,10 +70,7 @@ def write_checkpoint(net: OrthrusLM, tokenizer: Tokenizer, directory: Path) -> N
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     ends = end_tokens(tokenizer)
     _write_json(directory / "config.json", config_fields(net.shape, ends[0]))
-    _write_json(
-        directory / "generation_config.json",
-        {"do_sample": False, "eos_token_id": ends},
-    )
+    _write_json(directory / "generation_config.json", {"do_sample": False, "eos_token_id": ends})
     _write_json(directory / "tokenizer_config.json", tokenizer_fields(net.shape))
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

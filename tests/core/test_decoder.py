@@ -143,7 +143,7 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
         width, mask = case["width"], case["config"]["mask_token_id"]
         judge, decoder = Judge(directory), load(directory, block_size=width)
         judge.feed(case["prompt"])
-        first = decoder.runner.prefill(case["prompt"], 0, limit=50).token
+        first = decoder.runner.prefill(case["prompt"], 0, 50).tokens[0]
         runner = decoder.runner
         for rows in (*runner.cache.k, *runner.cache.v):
             rows[:, :, len(case["prompt"]) :] = 1e3  # whatever an earlier cycle left there
@@ -216,15 +216,15 @@ def test_slots_do_not_see_each_other(tiny: Path) -> None:
 def test_a_done_slot_does_not_move(tiny: Path) -> None:
     many = load(tiny, slots=3)
     runner = many.runner
-    runner.prefill([1, 2, 3], 0, limit=5)
-    runner.prefill([4], 2, limit=100)
+    runner.prefill([1, 2, 3], 0, 5)
+    runner.prefill([4], 2, 100)
     for _ in range(8):
         runner.launch(drafting=True, width=8)
         cycle = runner.read()
-    assert cycle.done == [True, True, False]
+    assert [output.done for output in cycle] == [True, True, False]
     before = [t.clone() for t in (runner.state.length, runner.state.anchor, runner.state.tokens)]
     runner.launch(drafting=True, width=8)
-    assert runner.read().tokens[:2] == [[], []]
+    assert [output.tokens for output in runner.read()[:2]] == [[], []]
     after = (runner.state.length, runner.state.anchor, runner.state.tokens)
     assert all(torch.equal(a[:2], b[:2]) for a, b in zip(after, before, strict=True))
     assert int(runner.state.length[0]) + 1 == 5
@@ -509,11 +509,7 @@ def test_two_decoders_in_two_threads_leave_the_flags_alone(tiny: Path) -> None:
 @pytest.mark.parametrize("dtype, near_tie", [("float64", 0.0), ("float32", 1e-5)])
 @pytest.mark.parametrize("block_size", slow_but([2, 5, None], [2, 3, 5, 7, 8, None]))
 def test_a_narrower_block_decodes_what_the_judge_decodes(
-    tiny: Path,
-    block_size: int | None,
-    dtype: str,
-    near_tie: float,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny: Path, block_size: int | None, dtype: str, near_tie: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In both modes, whose passes are all of that many rows."""
     width = block_size or 8

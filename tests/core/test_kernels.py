@@ -837,7 +837,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
 # Machine code
 
 
-PREFETCH_LIMIT = {"PREFETCH_ROWS": 4096, "PREFETCH_ROW_BYTES": 8192, "PREFETCH_BYTES": 512}
+REGION = {"REGION": (4096, 8192, 512)}  # rows, bytes from one to the next, bytes of each
 
 
 def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
@@ -849,7 +849,7 @@ def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     constants |= {"SWIGLU": shape.end == "swiglu", "ARGMAX": "argmax" in shape.end}
-    constants |= {"STORE": shape.end != "greatest alone"} | PREFETCH_LIMIT
+    constants |= {"STORE": shape.end != "greatest alone"} | REGION
     signature["prefetch"] = f"*{dtype}"
     kernel = products._product_kernel
     return check_compiled(chip, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
@@ -867,7 +867,7 @@ def check_compiled(
     compiled = compile_for(kernel, signature, constants, chip, num_warps, num_stages)
     assert compiled.metadata.shared <= CHIPS[chip]
     ptx = compiled.asm["ptx"]
-    assert ("bulk.prefetch" in ptx) is (chip >= 90 and constants.get("PREFETCH_BYTES", 0) > 0)
+    assert ("bulk.prefetch" in ptx) is (chip >= 90 and constants.get("REGION", (0, 0, 0))[2] > 0)
     if chip >= 90:
         assert read_before_waiting(kernel, constants, ptx) == early
         assert compiled.metadata.launch_pdl
@@ -943,12 +943,7 @@ def test_norm_kernel_compiles_for_every_chip(chip: int) -> None:
         signature = dict.fromkeys(["x", "weight", "total", "normed", "prefetch"], f"*{dtype}")
         signature |= {"partials": "*fp32" if n_parts > 1 else f"*{dtype}", "n_elements": "i32"}
         block = 1 << (size - 1).bit_length()
-        constants = {
-            "SIZE": size,
-            "BLOCK": block,
-            "N_PARTIALS": n_parts,
-            "EPS": 1e-6,
-        } | PREFETCH_LIMIT
+        constants = {"SIZE": size, "BLOCK": block, "N_PARTIALS": n_parts, "EPS": 1e-6} | REGION
         num_warps = min(max(block // 128, 1), 16)
         early = frozenset({"weight"})  # no kernel writes it
         check_compiled(chip, norm._add_norm_kernel, signature, constants, num_warps, early=early)

@@ -75,7 +75,7 @@ def test_the_kernels_draw_what_sample_draws(
     logits[::2, :, ::3] = 2.0  # ties, at a threshold or for first place
     position = torch.randint(0, 2**20, (len(params), 1), generator=generator)
     settings = settings_of(*params)
-    expected = sample(logits, position, *settings)
+    expected = sample(logits, position, settings)
     drawn = kernel.sample_op(logits, position, *settings)
     assert drawn.tolist() == expected.tolist()
     assert drawn[:-2].ne(logits[:-2].argmax(-1)).any()  # noise decides somewhere
@@ -116,7 +116,7 @@ def test_infinite_rows_are_drawn_as_sample_draws_them(interpreting: None) -> Non
     for fields in ({}, {"top_k": 3, "min_p": 0.5}, {"top_p": 0.9}):
         settings = settings_of(SamplingParams(1.0, seed=3, **fields))  # type: ignore[arg-type]
         ids = kernel.sample_op(logits, position, *settings)
-        assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, *settings).tolist()
+        assert ids.tolist() == [[0, 80, 0]] == sample(logits, position, settings).tolist()
 
 
 def test_the_lowest_of_equal_scores_is_drawn(interpreting: None) -> None:
@@ -130,7 +130,7 @@ def test_the_lowest_of_equal_scores_is_drawn(interpreting: None) -> None:
         settings = settings_of(SamplingParams(1.0, top_k, seed=3))
         ids = kernel.sample_op(logits, position, *settings)
         assert ids.tolist() == [[equal[0] for equal in places]]
-        assert ids.tolist() == sample(logits, position, *settings).tolist()
+        assert ids.tolist() == sample(logits, position, settings).tolist()
 
 
 def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
@@ -183,14 +183,11 @@ filters = st.builds(
 @given(logits=rows_of_logits(), params=st.tuples(filters, filters))
 @example(torch.arange(150.0).expand(4, 150), (SamplingParams(1.0, 19), SamplingParams(1.0, 20)))
 def test_the_kernels_keep_what_keep_keeps(
-    interpreting: None,
-    one_exp: None,
-    logits: Tensor,
-    params: tuple[SamplingParams, SamplingParams],
+    interpreting: None, one_exp: None, logits: Tensor, params: tuple[SamplingParams, SamplingParams]
 ) -> None:
     settings = settings_of(*params)
     logits = logits.reshape(2, 2, -1)
-    assert torch.equal(kept(logits, settings), keep(logits, *settings[:4]))
+    assert torch.equal(kept(logits, settings), keep(logits, settings))
 
 
 def test_the_threshold_of_min_p_is_rounded_once(interpreting: None) -> None:
@@ -215,7 +212,7 @@ def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
     for top_p in (None, 0.95):  # which would miss their mass, too
         settings = settings_of(SamplingParams(1.0, top_k, top_p))
         mask = kept(logits, settings)
-        assert torch.equal(mask, keep(logits, *settings[:4]))
+        assert torch.equal(mask, keep(logits, settings))
         if top_p is None and top_k <= 19:
             assert mask[0, 0].nonzero().flatten().tolist() == heads[-top_k:].tolist()
 
@@ -232,7 +229,7 @@ def test_a_threshold_tells_neighbouring_floats_apart(
     for n in (1, 2, 10, 17, 36, 101, 119):
         assert int(kept(logits, settings_of(SamplingParams(1.0, n))).sum()) == n
         settings = settings_of(SamplingParams(1.0, top_p=n / 120))
-        mask = keep(logits, *settings[:4])
+        mask = keep(logits, settings)
         assert torch.equal(kept(logits, settings), mask) and 0 < int(mask.sum()) <= n + 1
 
 
@@ -250,7 +247,7 @@ def test_logits_on_the_edges_fall_on_their_side_of_them(
     running = mass.flatten().double().sort(descending=True).values.cumsum(0)
     for n, share in list(enumerate((running / running[-1]).tolist()))[:99:7]:
         settings = settings_of(SamplingParams(temperature, top_p=share))
-        mask = keep(logits, *settings[:4])
+        mask = keep(logits, settings)
         assert torch.equal(kept(logits, settings), mask)
         assert abs(int(mask.sum()) - n - 1) <= 1  # share is a float32 by now
 
@@ -263,7 +260,7 @@ def test_top_p_may_end_below_the_last_edge(
     logits[..., [3, 70]] = torch.tensor([0.0, -30.0])
     settings = settings_of(SamplingParams(1.0, top_p=0.999999))
     mask = kept(logits.to(dtype), settings)
-    assert torch.equal(mask, logits > -20) and torch.equal(mask, keep(logits, *settings[:4]))
+    assert torch.equal(mask, logits > -20) and torch.equal(mask, keep(logits, settings))
 
 
 def test_what_is_gathered_is_what_may_decide(
@@ -310,24 +307,31 @@ SIGNATURE |= {"scores": "*fp32", "tokens": "*i32"}
 CONSTANTS = {"VOCAB": 151_936, "N_GROUPS": 2374, "GROUP": kernel.BLOCKS.group}
 CONSTANTS |= {"CHUNK": kernel.BLOCKS.chunk, "SCALE": 2.0**44, "SHIFT": 16}
 CONSTANTS |= {"N_DONE": 1, "N_CHUNKS": 149}
+WARPS = {
+    "group_max": 4,
+    "bound": 8,
+    "mass_above": 8,
+    "gather": 8,
+    "search": 8,
+    "draw": 4,
+    "pick": 4,
+}
 BLOCK = {"bound": 4096, "search": kernel.BLOCKS.gathered, "draw": kernel.BLOCKS.draw, "pick": 256}
 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
-@pytest.mark.parametrize("name", kernel.Warps._fields)
+@pytest.mark.parametrize("name", WARPS)
 def test_the_kernels_compile_for_every_chip(name: str, chip: int) -> None:
     made = getattr(kernel, f"_{name}_kernel")
     constants = CONSTANTS | {"BLOCK": BLOCK.get(name)}
     constants = {name: value for name, value in constants.items() if name in made.arg_names}
-    compiled = compile_for(made, SIGNATURE, constants, chip, getattr(kernel.WARPS, name), 3)
+    compiled = compile_for(made, SIGNATURE, constants, chip, WARPS[name], 3)
     assert compiled.metadata.shared <= CHIPS[chip]
     ptx = compiled.asm["ptx"]
     # The noise is as good as its logarithms near 1, where the fast approximation is poor.
     assert "lg2.approx" not in ptx
-    if name in ("survey", "weigh", "gather"):  # eight logits at a time
+    if name in ("group_max", "mass_above", "gather"):  # eight logits at a time
         assert "ld.global.v4.b32" in ptx
-    if (
-        chip >= 90
-    ):  # Where a kernel runs ahead of its predecessors, all that it reads may be theirs.
+    if chip >= 90:  # A kernel that runs ahead of its predecessors may read only what is not theirs.
         assert read_before_waiting(made, constants, ptx) == set()
         assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")

@@ -86,7 +86,7 @@ def test_other_noise_in_drafts_would_be_refused_and_change_nothing(
 
     def one_position_on(state: steps.State, logits: torch.Tensor, sample: Any) -> torch.Tensor:
         offset = torch.arange(2, logits.shape[1] + 2)
-        return sample(logits, state.length[:, None] + offset, *state.settings)
+        return sample(logits, state.length[:, None] + offset, state.settings)
 
     monkeypatch.setattr(runner, "_sample_block", one_position_on)
     other = exact.generate([5, 6], 50, chosen)

@@ -177,7 +177,7 @@ def by_transformers(logits: Tensor, params: SamplingParams) -> Tensor:
 def test_filters_keep_what_transformers_keeps(fields: dict[str, Any], vocab_size: int) -> None:
     params = SamplingParams(**fields)
     logits = random_logits(vocab_size, 100, vocab_size)
-    kept = keep(logits[None], *settings_of(params)[:4])[0]
+    kept = keep(logits[None], settings_of(params))[0]
     assert torch.equal(kept, by_transformers(logits, params))
     if vocab_size > 3 and len(fields) > 1:
         assert 1 < kept.sum() / 100 < vocab_size  # the case decides something
@@ -187,7 +187,7 @@ def test_filters_keep_what_transformers_keeps_of_a_large_vocabulary() -> None:
     logits = random_logits(1, 2, 151_936)
     for fields in (FILTERS[2], FILTERS[7], FILTERS[9], {"temperature": 2.0, "top_p": 0.99}):
         params = SamplingParams(**fields)
-        kept = keep(logits[None], *settings_of(params)[:4])[0]
+        kept = keep(logits[None], settings_of(params))[0]
         # In float64: a float32 running sum over so many tokens is off by more than some of them.
         assert torch.equal(kept, by_transformers(logits.double(), params))
 
@@ -196,7 +196,7 @@ def test_filters_keep_what_transformers_keeps_of_a_large_vocabulary() -> None:
 def test_filters_keep_what_the_judge_keeps_with_many_ties(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
     logits = (random_logits(2, 50, 90) * 2).round() / 2
-    kept = keep(logits[None], *settings_of(params)[:4])[0]
+    kept = keep(logits[None], settings_of(params))[0]
     n_ties = 0
     for row, mask in zip(logits, kept, strict=True):
         expected, margin = judged_filters(row.tolist(), params)
@@ -217,7 +217,7 @@ def test_a_tie_at_a_threshold_is_kept_whole() -> None:
         ({"min_p": 0.37}, [1]),
     ):
         settings = settings_of(SamplingParams(1.0, **fields))  # type: ignore[arg-type]
-        assert keep(logits, *settings[:4])[0, 0].nonzero().flatten().tolist() == kept, fields
+        assert keep(logits, settings)[0, 0].nonzero().flatten().tolist() == kept, fields
 
 
 def min_p_thresholds(n: int) -> tuple[list[SamplingParams], Tensor]:
@@ -245,18 +245,18 @@ def min_p_thresholds(n: int) -> tuple[list[SamplingParams], Tensor]:
 def test_the_threshold_of_min_p_is_rounded_once() -> None:
     params, logits = min_p_thresholds(50)
     expected = torch.tensor([True, True, False]).expand(50, 1, 3)
-    assert torch.equal(keep(logits, *settings_of(*params)[:4]), expected)
+    assert torch.equal(keep(logits, settings_of(*params)), expected)
 
 
 def test_the_token_that_reaches_top_p_is_kept() -> None:
     logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
     for top_p, n_kept in ((0.49, 1), (0.51, 2), (0.74, 2), (0.76, 4), (1.0, 4), (1e-300, 1)):
         settings = settings_of(SamplingParams(1.0, top_p=top_p))
-        assert int(keep(logits, *settings[:4]).sum()) == n_kept
+        assert int(keep(logits, settings).sum()) == n_kept
     # After top-k 2, which leaves 2/3 and 1/3.
     for top_p, n_kept in ((0.66, 1), (0.67, 2)):
         settings = settings_of(SamplingParams(1.0, top_k=2, top_p=top_p))
-        assert int(keep(logits, *settings[:4]).sum()) == n_kept
+        assert int(keep(logits, settings).sum()) == n_kept
 
 
 def test_filters_that_are_off_change_nothing() -> None:
@@ -269,10 +269,10 @@ def test_filters_that_are_off_change_nothing() -> None:
         SamplingParams(0.5, top_p=1.0, min_p=0.0),
     ]
     settings = settings_of(*off)
-    assert keep(logits, *settings[:4]).all()
+    assert keep(logits, settings).all()
     positions = torch.arange(20).view(4, 5)
     scores = logits + 0.5 * gumbel(settings.seed, positions, 77)
-    assert torch.equal(sample(logits, positions, *settings), scores.argmax(-1))
+    assert torch.equal(sample(logits, positions, settings), scores.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -283,10 +283,10 @@ def test_half_precision_logits_are_their_float32_values(
     logits = random_logits(4, 1, 60, 301).to(dtype)
     logits[..., 5] = 1e-7  # subnormal in float16
     settings = settings_of(SamplingParams(**fields, seed=5))
-    assert torch.equal(keep(logits, *settings[:4]), keep(logits.float(), *settings[:4]))
+    assert torch.equal(keep(logits, settings), keep(logits.float(), settings))
     positions = torch.arange(60)[None]
-    expected = sample(logits.float(), positions, *settings)
-    assert torch.equal(sample(logits, positions, *settings), expected)
+    expected = sample(logits.float(), positions, settings)
+    assert torch.equal(sample(logits, positions, settings), expected)
 
 
 # --- the choice ---
@@ -319,7 +319,7 @@ def test_tokens_are_the_judges() -> None:
     params = many_settings(250, seed=6)
     logits = random_logits(6, 250, 3, 61)
     positions = torch.randint(0, 131_072, (250, 3), generator=torch.Generator().manual_seed(6))
-    tokens = sample(logits, positions, *settings_of(*params))
+    tokens = sample(logits, positions, settings_of(*params))
     n_near = n_not_greedy = 0
     for slot, one in enumerate(params):
         for row in range(3):
@@ -339,18 +339,18 @@ def test_a_slot_does_not_see_its_neighbours_nor_a_row_the_others() -> None:
     settings = settings_of(*params)
     logits = random_logits(7, 24, 6, 509)
     positions = torch.randint(0, 9999, (24, 6), generator=torch.Generator().manual_seed(7))
-    kept, tokens = keep(logits, *settings[:4]), sample(logits, positions, *settings)
+    kept, tokens = keep(logits, settings), sample(logits, positions, settings)
     noise = gumbel(settings.seed, positions, 509)
     for slot in range(24):
         own = settings.of(torch.tensor([slot]))
         assert all(torch.equal(a, b) for a, b in zip(own, settings_of(params[slot]), strict=True))
         for rows in (slice(0, 6), slice(2, 3), slice(3, 6)):
             part, place = logits[slot, None, rows], positions[slot, None, rows]
-            assert torch.equal(keep(part, *own[:4]), kept[slot, None, rows])
+            assert torch.equal(keep(part, own), kept[slot, None, rows])
             assert torch.equal(gumbel(own.seed, place, 509), noise[slot, None, rows])
-            assert torch.equal(sample(part, place, *own), tokens[slot, None, rows])
+            assert torch.equal(sample(part, place, own), tokens[slot, None, rows])
     order = torch.randperm(24, generator=torch.Generator().manual_seed(8))
-    assert torch.equal(sample(logits[order], positions[order], *settings.of(order)), tokens[order])
+    assert torch.equal(sample(logits[order], positions[order], settings.of(order)), tokens[order])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -364,7 +364,7 @@ def test_temperature_0_is_greedy_to_the_bit(dtype: torch.dtype) -> None:
     params = [SamplingParams(0.0, top_k=3, top_p=0.2, min_p=0.5, seed=slot) for slot in range(6)]
     params[1] = SamplingParams(1.0, seed=8)
     positions = torch.arange(40).expand(6, 40)
-    tokens = sample(logits, positions, *settings_of(*params))
+    tokens = sample(logits, positions, settings_of(*params))
     greedy = [0, 2, 3, 4, 5]
     assert torch.equal(tokens[greedy], choose(logits)[greedy])
     assert not torch.equal(tokens[1], choose(logits)[1])
@@ -377,7 +377,7 @@ def test_infinite_logits_and_extreme_temperatures() -> None:
     for temperature in (1e-45, 1e-30, 0.5, 1e4, 1e30):
         for fields in ({}, {"top_k": 30, "top_p": 0.9, "min_p": 0.001}):
             settings = settings_of(SamplingParams(temperature, seed=1, **fields))  # type: ignore[arg-type]
-            tokens = sample(logits, positions, *settings)
+            tokens = sample(logits, positions, settings)
             assert (tokens % 2 == 1).all()
             if temperature < 1e-20:
                 assert torch.equal(tokens, choose(logits))
@@ -386,8 +386,8 @@ def test_infinite_logits_and_extreme_temperatures() -> None:
     filtered = settings_of(SamplingParams(0.7, top_k=3, top_p=0.5, min_p=0.3, seed=1))
     logits[..., 9] = math.inf
     for settings in (filtered, settings_of(SamplingParams(0.7, seed=1))):
-        assert (sample(logits, positions, *settings) == 9).all()
-        assert (sample(torch.full_like(logits, -math.inf), positions, *settings) == 0).all()
+        assert (sample(logits, positions, settings) == 9).all()
+        assert (sample(torch.full_like(logits, -math.inf), positions, settings) == 0).all()
     for row in (logits, torch.full_like(logits, -math.inf)):
         best = row.amax(-1, keepdim=True)
         mass = plain_sampling._mass(row, best, torch.ones(1, 1, 1))
@@ -403,7 +403,7 @@ def test_compiled_code_chooses_the_same_tokens() -> None:
         logits = random_logits(12 + call, 16, 64, 97)
         positions = torch.arange(call * 64, call * 64 + 64).expand(16, 64)
         tokens = compiled(logits, positions, settings)
-        assert torch.equal(tokens, sample(logits, positions, *settings))
+        assert torch.equal(tokens, sample(logits, positions, settings))
 
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
@@ -417,7 +417,7 @@ def test_tokens_follow_the_softmax_of_the_filtered_logits(fields: dict[str, Any]
     weights[kept] = (logits[kept].double() / params.temperature).softmax(0)
     settings = settings_of(*(SamplingParams(**fields, seed=77 * n) for n in range(40)))
     positions = torch.arange(1000).expand(40, 1000)
-    tokens = sample(logits.expand(40, 1000, 30), positions, *settings)
+    tokens = sample(logits.expand(40, 1000, 30), positions, settings)
     counts = tokens.flatten().bincount(minlength=30)
     assert counts[weights == 0].sum() == 0
     assert chi_squared(counts, weights * 40_000) > LEVEL

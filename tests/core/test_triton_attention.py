@@ -224,7 +224,7 @@ def test_compiles_within_each_chips_shared_memory(
     values = (width, n_heads, n_kv_heads, head_dim, lines, n_splits, causal)
     common = dict(zip(names, values, strict=True))
     own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
-    own |= {"PREFETCH_ROWS": 2048, "PREFETCH_ROW_BYTES": 4096, "PREFETCH_BYTES": 4096}
+    own |= {"REGION": (2048, 4096, 4096)}
     kernel = backend._split_kernel
     options = (capability, tiles.num_warps, tiles.num_stages)
     split = compile_for(kernel, signature, own, *options)
