@@ -132,7 +132,12 @@ def test_entries_are_met_by_what_names_them(pair: Pair) -> None:
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
-    where: str, name: str, value: Any, problem: str, pair: Pair, capsys: pytest.CaptureFixture[str]
+    where: str,
+    name: str,
+    value: Any,
+    problem: str,
+    pair: Pair,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     older = copy.deepcopy(pair.content)
     holder = older if where == "arguments" else older["runs"][0]

@@ -347,7 +347,10 @@ def test_a_changed_result_is_found_in_tables_and_pictures(
     ],
 )
 def test_a_picture_that_is_not_its_data_is_found_and_drawn_anew(
-    spoil: Callable[[Path], None], problem: str, written: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], None],
+    problem: str,
+    written: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spoil(written / pictures.PICTURES / "card-speed.png")
     assert report(written, "--check") == 1
@@ -373,7 +376,10 @@ def test_the_first_folder_that_has_a_part_is_taken(
 
 
 def test_a_part_that_nobody_measured_is_said_so(written: Path) -> None:
-    put(written / "benchmarks/results/card/1.7B.json", changed(lambda c: c["parts"].pop("slots")))
+    put(
+        written / "benchmarks/results/card/1.7B.json",
+        changed(lambda c: c["parts"].pop("slots")),
+    )
     assert report(written) == 0
     page = (written / "benchmarks/README.md").read_text(encoding="utf-8")
     said = "*Not measured: no file in benchmarks/results/card has the part slots.*\n"
