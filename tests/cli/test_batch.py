@@ -302,18 +302,14 @@ def test_a_chat_template_wraps_text_and_messages_but_not_ids(
     assert [text.endswith("[thinking False]") for text in thinking] == [True, True, True, False]
 
 
-def test_standard_output_takes_results_too(run: Run, tmp_path: Path, raw: Path) -> None:
-    line = [sys.executable, str(ROOT / "generate.py")]
-    prompts = write_prompts(tmp_path / "p.jsonl", PROMPTS[:2])
-    done = subprocess.run(
-        line + flags(raw, prompts, "-"), capture_output=True, timeout=120, check=False
-    )
-    assert done.returncode == 0
+def test_standard_output_takes_results_too(run: Run, tmp_path: Path) -> None:
+    done = run(prompts=PROMPTS[:2], output="-")
+    assert done.code == 0
     assert run(prompts=PROMPTS[:2]).code == 0
-    (tmp_path / "printed.jsonl").write_bytes(done.stdout)
+    (tmp_path / "printed.jsonl").write_text(done.out)
     printed = read_results(tmp_path / "printed.jsonl")[1]
     assert printed == read_results(tmp_path / "results.jsonl")[1]
-    assert done.stderr.startswith(b"2 prompts \xc2\xb7 24 tokens")
+    assert done.err.startswith("2 prompts \xb7 24 tokens")
 
 
 def test_the_embedded_checkpoint_converts_a_file_of_tables(run: Run, tmp_path: Path) -> None:
@@ -543,6 +539,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert got.err.endswith("2 were done before\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_is_gone_on_from(run: Run, tmp_path: Path, raw: Path, stop: int) -> None:
     prompts = [{"prompt": f"prompt {i}", "max_new_tokens": 100} for i in range(10)]
