@@ -21,6 +21,7 @@ from orthrus_fast import model
 from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.kernels import plain, plain_sampling
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
+from tests.marks import slow_but
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
@@ -34,8 +35,9 @@ from scripts import tune_products
 from scripts.tune_products import Shape
 
 MODELS = {name: shape_config(name) for name in tune_products.MODELS}
+SLOW = pytest.mark.slow
 TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-DTYPES = list(TRITON_NAMES)
+DTYPES = slow_but([torch.bfloat16, torch.float32], TRITON_NAMES)
 
 
 @pytest.fixture
@@ -478,9 +480,11 @@ SHAPES = {shape.key: shape for shape in tune_products.shapes()}
 @pytest.mark.parametrize(
     "shape, tiles",
     [
-        pytest.param(SHAPES[key], Tiles(*tiles), id=f"{chip}-{key}")
+        pytest.param(
+            SHAPES[key], Tiles(*tiles), id=f"{chip}-{key}", marks=[SLOW] if number % 8 else []
+        )
         for chip, table in TABLES.items()
-        for key, tiles in table["tiles"].items()
+        for number, (key, tiles) in enumerate(table["tiles"].items())
     ],
 )
 def test_products_of_the_public_models_are_within_rounding_of_float64(
@@ -577,7 +581,7 @@ def test_nothing_is_written_past_the_last_row(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("end, n_splits", ENDS)
-@pytest.mark.parametrize("n_inner", [200, 192])  # masked, and not
+@pytest.mark.parametrize("n_inner", slow_but([200], [200, 192]))  # masked, and not
 def test_a_products_row_has_the_same_bits_anywhere(
     interpreting: None, dtype: torch.dtype, end: str, n_splits: int, n_inner: int
 ) -> None:

@@ -21,6 +21,7 @@ from orthrus_fast.attention import triton as backend
 BANDS = ((64, 128), (128, 384), (256, None))
 TILES = backend.Tiles(rows=16, keys=32, num_warps=4, num_stages=2)
 CAPACITY = 768
+SLOW = pytest.mark.slow
 EDGES = [0, 1, 31, 32, 63, 64, 65, 127, 128, 255, 256, 257, 383, 384, 639, 640, 641]
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
@@ -199,12 +200,12 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "shape, dtype, causal, width, capacity",
     [
         ("8B", "bf16", True, None, 4160),
-        ("8B", "bf16", True, None, 32832),
-        ("1.7B", "fp16", False, None, 4160),
+        pytest.param("8B", "bf16", True, None, 32832, marks=SLOW),
+        pytest.param("1.7B", "fp16", False, None, 4160, marks=SLOW),
         ("8B", "bf16", True, 512, 4160),
         ("embedded", "bf16", False, None, 4160),
-        ("embedded", "fp32", True, None, 4160),
-        ("1.7B", "fp32", True, None, 4160),
+        pytest.param("embedded", "fp32", True, None, 4160, marks=SLOW),
+        pytest.param("1.7B", "fp32", True, None, 4160, marks=SLOW),
     ],
 )
 def test_compiles_within_each_chips_shared_memory(
