@@ -1,4 +1,7 @@
-"""The command line: parse, load, stream, report. Heavy imports wait until they are needed."""
+"""The command line: parses flags, loads a checkpoint, streams the text, reports.
+
+Imports that take long stand where they are needed, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
     from orthrus_fast.cli.batch import PromptLine, Results
 
 EMBEDDED = Path(__file__).resolve().parent / "model"
-PATIENCE = 3.0  # seconds for a pipe to send something
+PATIENCE = 3.0  # seconds to wait for the first data of a pipe
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 FILTERS = ("top_k", "top_p", "min_p")
 SAMPLING = ("temperature", *FILTERS, "seed", "stop")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line as everywhere else."""
+    """Prints errors as one line, as every other error of this program is printed."""
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"error: {message} (--help lists the flags)\n")
@@ -41,56 +44,101 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    """Return the parser of all flags, which --help lists by group."""
     parser = Parser(
         prog="generate.py",
-        description="Decode an Orthrus checkpoint, losslessly, several tokens a pass.",
+        description="Decode an Orthrus checkpoint losslessly, several tokens per cycle.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--version", action="version", version=f"orthrus-fast {__version__}")
-    add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
-    add("--revision", help="branch, tag or commit of a Hub repository")
-    add("--prompt", metavar="TEXT", help="'-', or a pipe and no --prompt, reads standard input")
-    demo = "a built-in prompt of the embedded checkpoint (default: records)"
-    add("--demo", choices=("records", "code", "prose"), help=demo)
-    add("--system", metavar="TEXT", help="system message; an empty one is sent, too")
-    add("--raw", action="store_true", help="complete the prompt as it stands, without a template")
-    thinking = "ask the template to let the model think, or not (its default: not given)"
-    add("--thinking", action=argparse.BooleanOptionalAction, default=None, help=thinking)
-    add("--interactive", action="store_true", help="a chat of several turns")
-    lines = 'JSON Lines: objects with "prompt", "messages" or "ids"; "id" and settings optional'
-    add("--prompts-file", metavar="FILE", help=lines)
-    results = "its results, a line as each ends; a killed run goes on from there; '-': printed"
-    add("--output", metavar="FILE", help=results)
-    add("--slots", type=int, default=1, metavar="B", help="prompts decoded at once (default: 1)")
-    width = "rows of a block, 2 or more (default and most: the checkpoint's own)"
-    add("--block-size", type=int, metavar="K", help=width)
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="budget (default: 256)")
-    add("--max-seq-len", type=int, metavar="N", help="prompt plus new tokens (default: 4096)")
-    add("--mode", choices=MODES, default="diffusion", help="default: diffusion")
-    settings = "greedy (the default), or generation_config.json's, under the flags given here"
-    add("--sampling", choices=("checkpoint", "greedy"), help=settings)
-    add("--temperature", type=float, metavar="T", help="above 0 samples (default: 0, greedy)")
-    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="among the likeliest that sum up to P")
-    add("--min-p", type=float, metavar="P", help="those at least P times as likely as the best")
-    add("--seed", type=int, metavar="S", help="of the noise: the same gives the same text")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
-    add("--runner", choices=("auto", *RUNNERS), default="auto")
-    add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto")
-    add("--show-blocks", action="store_true", help="mark the text that came from accepted drafts")
-    add("--check", action="store_true", help="decode in both modes; exit 1 if a token differs")
-    add("--json", action="store_true", help="print one JSON object in place of the text")
-    add("--info", action="store_true", help="say what the checkpoint is and needs, and stop")
+    parser.add_argument("--version", action="version", version=f"orthrus-fast {__version__}")
+    add_prompt_flags(parser.add_argument_group("checkpoint and prompt"))
+    add_decoding_flags(parser.add_argument_group("decoding"))
+    add_sampling_flags(parser.add_argument_group("sampling"))
+    add_machine_flags(parser.add_argument_group("machine"))
+    add_output_flags(parser.add_argument_group("output"))
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: nobody reads.
+def add_prompt_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what is decoded."""
+    add = group.add_argument
+    add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
+    add("--revision", help="branch, tag or commit of a Hub repository")
+    prompt = "text of the prompt; '-' reads standard input, as a pipe without --prompt does"
+    add("--prompt", metavar="TEXT", help=prompt)
+    demo = "a built-in prompt of the embedded checkpoint (default: records)"
+    add("--demo", choices=("records", "code", "prose"), help=demo)
+    add("--system", metavar="TEXT", help="system message; an empty one is sent, too")
+    raw = "continue the prompt as it is, without the chat template"
+    add("--raw", action="store_true", help=raw)
+    thinking = "ask the chat template for thinking, or for none (default: the template decides)"
+    add("--thinking", action=argparse.BooleanOptionalAction, default=None, help=thinking)
+    add("--interactive", action="store_true", help="chat in several turns")
+    lines = 'JSON Lines: objects with "prompt", "messages" or "ids"; "id" and settings optional'
+    add("--prompts-file", metavar="FILE", help=lines)
+    results = (
+        "results of --prompts-file, a line as soon as each is finished ('-': print them); "
+        "the same command resumes a run that was killed"
+    )
+    add("--output", metavar="FILE", help=results)
 
-    With --prompts-file a prompt that failed is a result like any other: 0.
+
+def add_decoding_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how, and how much, is decoded."""
+    add = group.add_argument
+    slots = "prompts decoded at the same time (default: 1)"
+    add("--slots", type=int, default=1, metavar="B", help=slots)
+    width = "width of a block, from 2 to the checkpoint's block size (the default)"
+    add("--block-size", type=int, metavar="K", help=width)
+    limit = "new tokens at most (default: 256)"
+    add("--max-new-tokens", type=int, default=256, metavar="N", help=limit)
+    length = "prompt and new tokens at most (default: 4096, or the model's limit)"
+    add("--max-seq-len", type=int, metavar="N", help=length)
+    mode = "diffusion drafts and verifies blocks; ar decodes a token per pass (default: diffusion)"
+    add("--mode", choices=MODES, default="diffusion", help=mode)
+
+
+def add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that become SamplingParams."""
+    add = group.add_argument
+    settings = "greedy (default), or the values of generation_config.json; flags override them"
+    add("--sampling", choices=("checkpoint", "greedy"), help=settings)
+    add("--temperature", type=float, metavar="T", help="sample, if above 0 (default: 0, greedy)")
+    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    top_p = "sample among the most likely tokens whose probabilities sum up to P"
+    add("--top-p", type=float, metavar="P", help=top_p)
+    min_p = "sample among the tokens at least P times as likely as the most likely one"
+    add("--min-p", type=float, metavar="P", help=min_p)
+    add("--seed", type=int, metavar="S", help="seed of the noise; the same gives the same text")
+    add("--stop", action="append", metavar="TEXT", help="end the text before TEXT; may be repeated")
+
+
+def add_machine_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say where and with what the passes run."""
+    add = group.add_argument
+    add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
+    runner = "how passes run (default: auto, which is graph on CUDA and eager on a CPU)"
+    add("--runner", choices=("auto", *RUNNERS), default="auto", help=runner)
+    backend = "attention backend (default: auto)"
+    add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto", help=backend)
+
+
+def add_output_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what is printed."""
+    add = group.add_argument
+    blocks = "mark the text that comes from accepted proposals"
+    add("--show-blocks", action="store_true", help=blocks)
+    add("--check", action="store_true", help="decode in both modes; exit with 1 if a token differs")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--info", action="store_true", help="print what the checkpoint is and needs, and exit")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: the reader of the
+    output closed it. With --prompts-file a prompt that failed is a result like any other: 0.
     """
     prepare_streams()
     try:
@@ -98,20 +146,22 @@ def main(arguments: list[str] | None = None) -> int:
     except OrthrusError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
-        return fail(f"{error.name} is not installed; run: pip install -e . beside generate.py")
+        return fail(
+            f"{error.name} is not installed; run: pip install -e . in the folder of generate.py"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output left, as head does
+    except BrokenPipeError:  # the reader of the output closed it, as head does
         drop_output()
         return 141
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # for example, a full disk
         drop_output()
         return fail(str(error))
 
 
 def prepare_streams() -> None:
-    """Make printing safe: a stream may be closed, and not every terminal can show every text."""
+    """Make printing safe: a stream may be closed, or a terminal may lack a character."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it is to stay open)
     for output in (sys.stdout, sys.stderr):
@@ -122,13 +172,14 @@ def prepare_streams() -> None:
 
 
 def fail(problem: str) -> int:
+    """Print an error as one line and return the exit code of bad input."""
     line = printable(problem, True).replace("\n", "\\n").replace("\t", "\\t")
     print(f"error: {line}", file=sys.stderr)
     return 2
 
 
 def drop_output() -> None:
-    """Python flushes standard output once more as it ends; let that succeed."""
+    """Let the last flush of standard output succeed, which Python does as it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -160,7 +211,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("check: interrupted", file=sys.stderr)
         interrupted = True
-    finally:  # whatever became of the check, the first decode is done
+    finally:  # print the first result, however the check ended
         if args.json:
             print(as_json(decoder, args, result, verdict), flush=True)
     if interrupted:
@@ -169,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse, before anything is loaded, flags that would be ignored or cannot be served."""
+    """Refuse flags that contradict others or would have no effect, before anything is loaded."""
     if sys.stdout is None:
         raise RequestError("standard output: closed")
     parser = build_parser()
@@ -197,7 +248,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_sampling_flags(args: argparse.Namespace) -> None:
-    """Refuse filters where nothing samples; the lines of a prompts file may still ask for that."""
+    """Refuse filters without sampling, except that lines of a prompts file may ask to sample."""
     if args.sampling == "greedy" and args.temperature:
         raise RequestError("--sampling greedy does not go with --temperature")
     samples = args.temperature or (args.temperature is None and args.sampling == "checkpoint")
@@ -209,13 +260,13 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
 
 
 def spelled(name: str, args: argparse.Namespace) -> str:
-    """A flag as the user wrote it."""
+    """Return a flag as the user wrote it."""
     negated = name == "thinking" and args.thinking is False
     return f"--{'no-' if negated else ''}{name.replace('_', '-')}"
 
 
 def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
-    """The built-in prompt to decode: what --demo names, "records" without any prompt, else {}."""
+    """Return the demo to decode, "records" where no prompt is given; {} if there is a prompt."""
     asked = args.prompt is not None or args.checkpoint is not None or args.interactive
     if args.demo is None and (asked or input_is_piped()):
         return {}
@@ -229,7 +280,7 @@ def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_parsed(text: str) -> Any:
-    """The JSON value of a text; the text itself where it is not JSON."""
+    """Return the JSON value of a text, or the text itself where it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
@@ -237,7 +288,7 @@ def as_parsed(text: str) -> Any:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """--prompt, or standard input where that is a pipe or a file; never empty."""
+    """Return --prompt, or standard input where that is a pipe or a file; refuse an empty prompt."""
     text = args.prompt if args.prompt not in (None, "-") else read_input(args)
     if not text:
         raise PromptError("prompt: empty; it needs at least one token")
@@ -245,6 +296,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_input(args: argparse.Namespace) -> str:
+    """Return all of standard input. Raises PromptError."""
     if args.prompt is None and not input_is_piped():
         raise PromptError("prompt: none given; use --prompt TEXT, a pipe, or --interactive")
     if sys.stdin is None:
@@ -256,20 +308,21 @@ def read_input(args: argparse.Namespace) -> str:
 
 
 def input_is_piped() -> bool:
-    """Whether standard input is a file, or a pipe in which something comes, or ends, in time."""
+    """Return whether standard input is a file, or a pipe that sends data or closes in time."""
     if sys.stdin is None:
         return False
     mode = os.fstat(sys.stdin.fileno()).st_mode
     if stat.S_ISFIFO(mode) and os.name == "posix":
         if select.select([sys.stdin], [], [], PATIENCE)[0]:
             return True
-        # Programs that start others often leave them a pipe that nobody writes to.
-        print("nothing comes from standard input; --prompt - waits for it", file=sys.stderr)
+        # A program that starts another often gives it a pipe and never writes to it.
+        print("no data on standard input; --prompt - waits for it", file=sys.stderr)
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def load_decoder(args: argparse.Namespace) -> Decoder:
+    """Load the checkpoint as the flags say."""
     from orthrus_fast import load
 
     with progress_bar("loading") as progress:
@@ -290,7 +343,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes on a terminal's standard error, once the work has taken a second."""
+    """Show a bar of bytes on a terminal's standard error, once the work has taken a second."""
     import time
 
     from rich.console import Console
@@ -314,9 +367,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -> list[int]:
-    """Ids of a prompt's "messages", or of its "text": a user message where there is a template.
+    """Return the ids of a prompt.
 
-    ``--raw``, and a demonstration of raw text, complete the text as it stands.
+    "messages" are chat messages. "text" is a user message where there is a chat template; with
+    ``--raw``, and in a demo, the model continues the text as it is.
     """
     if "messages" in prompt:
         return encode_chat(decoder, args, prompt["messages"])
@@ -328,7 +382,7 @@ def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -
 def encode_chat(
     decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
 ) -> list[int]:
-    """Ids of a chat, after --system's message where it has none of its own."""
+    """Return the ids of a chat; --system's message comes first where the chat has none."""
     if decoder.tokenizer is None:
         return decoder.encode(messages)  # which says what is missing
     if messages and messages[0].get("role") != "system":
@@ -337,11 +391,12 @@ def encode_chat(
 
 
 def has_template(decoder: Decoder) -> bool:
+    """Return whether the checkpoint has a chat template."""
     return decoder.tokenizer is not None and decoder.tokenizer.has_chat_template
 
 
 def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
-    """Refuse what the checkpoint's template cannot serve; warn of greedy decoding with thinking."""
+    """Refuse flags that the chat template does not support; warn of greedy thinking."""
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None and not has_template(decoder):
             raise RequestError(f"{spelled(flag, args)}: {decoder.name} has no chat template")
@@ -350,7 +405,7 @@ def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
     assert decoder.tokenizer is not None
     if not decoder.tokenizer.chat_template.mentions("enable_thinking"):
         flag = spelled("thinking", args)
-        raise RequestError(f"{flag}: the template of {decoder.name} has no such mode")
+        raise RequestError(f"{flag}: the template of {decoder.name} has no thinking mode")
     if args.thinking and resolved(decoder, sampling(args)).temperature == 0:
         print(
             "warning: Qwen advises against greedy decoding in thinking mode; "
@@ -360,15 +415,17 @@ def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
 
 
 def message(role: str, content: str) -> dict[str, Any]:
+    """Return a chat message."""
     return {"role": role, "content": content}
 
 
 def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the message of --system, or nothing."""
     return [] if args.system is None else [message("system", args.system)]
 
 
 def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
-    """What the flags ask for, and ``instead`` where it says otherwise."""
+    """Return the sampling settings of the flags, overridden by those of ``instead``."""
     from orthrus_fast import SamplingParams
 
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
@@ -379,12 +436,12 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
 
 
 def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
-    """With the checkpoint's values where --sampling checkpoint leaves them to it."""
+    """Return the settings with the checkpoint's values filled in, for --sampling checkpoint."""
     return params.resolved(dict(decoder.config.sampling_defaults))
 
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
-    """Stream the answer to the terminal; Ctrl-C ends it with what was written so far."""
+    """Stream the answer to the terminal; Ctrl-C ends it and keeps what was written so far."""
     stream = decoder.stream(ids, args.max_new_tokens, sampling(args), args.mode)
     interrupted = False
     try:
@@ -401,14 +458,14 @@ def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[
 
 
 def render(chunk: Chunk, show_blocks: bool, terminal: bool) -> str:
-    """The chunk's text; with ``show_blocks`` what came from drafts in green, or in ⟨…⟩."""
+    """Return a chunk's text; ``show_blocks`` marks accepted proposals in green, or by ⟨…⟩."""
     accepted = printable("".join(chunk.pieces[: chunk.n_accepted]), terminal)
-    own = printable("".join(chunk.pieces[chunk.n_accepted :]), terminal)
+    bonus = printable("".join(chunk.pieces[chunk.n_accepted :]), terminal)
     if not show_blocks or not accepted:
-        return accepted + own
+        return accepted + bonus
     if terminal and not os.environ.get("NO_COLOR"):
-        return f"{GREEN}{accepted}{PLAIN}{own}"
-    return f"⟨{accepted}⟩{own}"
+        return f"{GREEN}{accepted}{PLAIN}{bonus}"
+    return f"⟨{accepted}⟩{bonus}"
 
 
 def printable(text: str, terminal: bool) -> str:
@@ -424,7 +481,7 @@ def printable(text: str, terminal: bool) -> str:
 def report(
     decoder: Decoder, args: argparse.Namespace, result: Generation, interrupted: bool
 ) -> None:
-    """One line on standard error, and a second where the budget or Ctrl-C ended the text."""
+    """Print a line on standard error, and another if Ctrl-C or the token limit ended the text."""
     stats = result.stats
     if stats is None:
         print("interrupted before the first token", file=sys.stderr)
@@ -443,17 +500,17 @@ def report(
     if interrupted:
         print("interrupted: the text above is what was written so far", file=sys.stderr)
     elif result.finish_reason == "length":
-        budget = f"the budget of {args.max_new_tokens} tokens ended the text"
-        print(f"{budget}; --max-new-tokens raises it", file=sys.stderr)
+        ended = f"the text ended at its limit of {args.max_new_tokens} new tokens"
+        print(f"{ended}; --max-new-tokens raises it", file=sys.stderr)
 
 
 def check(
     decoder: Decoder, args: argparse.Namespace, ids: list[int], result: Generation
 ) -> dict[str, Any]:
-    """Decode in the other mode, too; say where the two first differ, or what drafting gained."""
+    """Decode in the other mode, too; print where the two first differ, or both modes' speeds."""
     other = "ar" if args.mode == "diffusion" else "diffusion"
     print(f"check: decoding in {other} mode …", file=sys.stderr)
-    params = sampling(args, seed=result.seed)  # which may have been drawn
+    params = sampling(args, seed=result.seed)  # which the first decode may have drawn
     second = decoder.generate(ids, args.max_new_tokens, params, other)
     results = {args.mode: result, other: second}
     if results["ar"].tokens != results["diffusion"].tokens:
@@ -468,6 +525,7 @@ def check(
 def show_difference(
     decoder: Decoder, ids: list[int], ar: list[int], diffusion: list[int]
 ) -> dict[str, Any]:
+    """Print the first difference and the gap of the two best logits there; return both."""
     pairs = zip([*ar, None], [*diffusion, None], strict=False)
     index = next(i for i, (a, d) in enumerate(pairs) if a != d)
     best = decoder.next_logits(ids + ar[:index]).double().topk(2)
@@ -475,21 +533,21 @@ def show_difference(
     got = {"ar": ar[index : index + 1], "diffusion": diffusion[index : index + 1]}
     print(
         f"check: DIFFERENT from token {index}: ar {got['ar']}, diffusion {got['diffusion']}; "
-        f"the two best logits there are of {best.indices.tolist()}, {gap:.3g} apart",
+        f"the two best logits there belong to {best.indices.tolist()} and are {gap:.3g} apart",
         file=sys.stderr,
     )
     return {"identical": False, "first_difference": index, "tokens": got, "logit_gap": gap}
 
 
 def show_speeds(results: dict[str, Generation], one_row: Generation, name: str) -> None:
-    """Tokens/s of this one run; the gain over the faster AR, never over the slower."""
+    """Print tokens/s of this one run, and the gain over the faster AR."""
     stats = (results["diffusion"].stats, results["ar"].stats, one_row.stats)
     rates = [s.tokens_per_second for s in stats if s is not None and s.tokens_per_second]
     if len(rates) == 3:
         diffusion, padded, single = rates
         print(
             f"tokens/s, one run each: diffusion {diffusion:.1f}, AR by the same pass {padded:.1f}, "
-            f"{name} {single:.1f}; {diffusion / max(padded, single):.2f} times the faster",
+            f"{name} {single:.1f}; {diffusion / max(padded, single):.2f} × the faster AR",
             file=sys.stderr,
         )
 
@@ -497,7 +555,7 @@ def show_speeds(results: dict[str, Generation], one_row: Generation, name: str) 
 def as_json(
     decoder: Decoder, args: argparse.Namespace, result: Generation, verdict: dict[str, Any] | None
 ) -> str:
-    """What --json prints; fields that do not apply are null. ASCII, for any terminal or locale."""
+    """Return what --json prints, in ASCII for any terminal; fields that do not apply are null."""
     fields = {
         "text": result.text,
         "tokens": result.tokens,
@@ -513,7 +571,7 @@ def as_json(
 
 
 def chat(decoder: Decoder, args: argparse.Namespace) -> int:
-    """Turns of a chat until end of input; Ctrl-C ends an answer, or at the prompt the chat."""
+    """Chat until the input ends; Ctrl-C ends an answer, or, while a turn is typed, the chat."""
     if not has_template(decoder):
         raise RequestError(f"--interactive: {decoder.name} has no chat template")
     if sys.stdin is None:
@@ -532,15 +590,15 @@ def chat(decoder: Decoder, args: argparse.Namespace) -> int:
         turn = [*messages, message("user", text)]
         try:
             result, interrupted = decode(decoder, args, encode_chat(decoder, args, turn))
-        except PromptError as error:  # this turn is dropped, what was said before stays
-            fail(f"{error} (this turn is dropped; start anew for more room)")
+        except PromptError as error:  # only this turn is dropped
+            fail(f"{error} (this turn is dropped; a new chat has more room)")
             continue
         report(decoder, args, result, interrupted)
         messages = [*turn, message("assistant", result.text)]
 
 
 def run_batch(args: argparse.Namespace) -> int:
-    """--prompts-file to --output; what is there already is not done again."""
+    """Decode --prompts-file into --output, except the prompts whose results are there already."""
     from orthrus_fast.cli import batch
 
     lines = batch.read_prompts(args.prompts_file)
@@ -568,7 +626,7 @@ def run_batch(args: argparse.Namespace) -> int:
 
 
 def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
-    """What decides the texts beside the decoder's configuration."""
+    """Return what decides the texts, apart from the decoder's configuration and the prompts."""
     from orthrus_fast.cli.batch import sampling_settings
 
     names = ("mode", "max_new_tokens", "raw", "system", "thinking")
@@ -576,7 +634,7 @@ def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str
 
 
 def encode_line(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> list[int]:
-    """Ids of a prompt of a file. Raises PromptError or TemplateError: it alone fails."""
+    """Return the ids of a file's prompt. Raises PromptError, TemplateError: only this one fails."""
     if line.kind == "ids":
         return list(line.prompt)
     if not line.prompt:
@@ -590,9 +648,9 @@ def write_results(
     n_prompts: int,
     seed: int | None,
 ) -> int:
-    """Write what comes, as it comes; a line of facts at the end. Returns the exit code.
+    """Write each result as it comes, print a summary, and return the exit code.
 
-    That is 0 with failed prompts, too: they have results, which say what was wrong.
+    The code is 0 with failed prompts, too: their results say what was wrong.
     """
     import time
 
@@ -606,13 +664,13 @@ def write_results(
                 n_failed += generation.error is not None
                 show(len(results.done), n_tokens / (time.perf_counter() - begun))
     except KeyboardInterrupt:
-        more = "; the same command does the rest" if results.resumable else ""
+        more = "; the same command resumes" if results.resumable else ""
         there = f"{len(results.done)} of {n_prompts} prompts are done{more}"
         print(f"interrupted: {there}", file=sys.stderr)
         return 130
     rate = n_tokens / (time.perf_counter() - begun)
     parts = [f"{n_prompts - before} prompts", f"{n_tokens} tokens", f"{rate:.1f} tokens/s"]
-    parts.append(f"{n_failed} failed" + (", as their results say" if n_failed else ""))
+    parts.append(f"{n_failed} failed" + (" (see their results)" if n_failed else ""))
     parts += [f"{before} were done before"] if before else []
     parts += [f"seed {seed}"] if seed is not None else []
     print(" · ".join(parts), file=sys.stderr)
@@ -621,7 +679,7 @@ def write_results(
 
 @contextmanager
 def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], None]]:
-    """Prompts done and tokens/s on a terminal's standard error."""
+    """Show the finished prompts and tokens/s on a terminal's standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -637,6 +695,7 @@ def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], No
 
 
 def show_info(args: argparse.Namespace) -> int:
+    """Print what the checkpoint is and needs."""
     import torch
 
     from orthrus_fast.checkpoint import count_weights, open_checkpoint

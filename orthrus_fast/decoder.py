@@ -212,14 +212,11 @@ class Decoder:
                 raise RequestError(f"sampling: stop needs a tokenizer; {self.name} has none")
         if mode not in MODES:
             raise RequestError(f"mode: {mode!r} is not one of {listed(MODES)}")
-        if mode == "diffusion" and self.config.has_draft_view != self.runner.model.has_draft_view:
+        if mode == "diffusion" and not self.runner.model.has_draft_view:
+            why = "loaded with draft_view=False" if self.config.has_draft_view else "a plain Qwen3"
             raise UnsupportedError(
-                "mode 'diffusion': loaded with draft_view=False, without the draft view's weights"
-            )
-        if mode == "diffusion" and not self.config.has_draft_view:
-            raise UnsupportedError(
-                f"mode 'diffusion': {self.name} is a plain Qwen3, without the draft "
-                "view's weights; use mode 'ar'"
+                f"mode 'diffusion': {self.name} is {why}, without the draft view's weights; "
+                "use mode 'ar'"
             )
         return mode == "diffusion"
 

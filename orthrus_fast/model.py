@@ -44,19 +44,11 @@ class PassPositions(NamedTuple):
 
 
 class Linear(nn.Module):
-    """A weight [N, K] that the kernels multiply with; uninitialised."""
+    """A weight [N, K], uninitialised; the kernels multiply with it."""
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
-
-
-class Embedding(nn.Module):
-    """The rows [V, hidden_size] that stand for tokens; uninitialised."""
-
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
 
 class RMSNorm(nn.Module):
@@ -213,7 +205,7 @@ class Transformer(nn.Module):
         self.config = config
         self.kernels = kernels
         self.has_draft_view = draft_view and config.has_draft_view
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Linear(config.hidden_size, config.vocab_size)  # its rows are looked up
         self.layers = nn.ModuleList(
             Layer(config, self.has_draft_view) for _ in range(config.n_layers)
         )

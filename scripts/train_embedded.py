@@ -1,22 +1,22 @@
-"""Make the checkpoint in `model/`: python -m scripts.train_embedded STAGE [options], the stages
-in this order.
+"""Makes the checkpoint in `model/`: python -m scripts.train_embedded STAGE [options], with the
+stages in this order.
 
     fetch        download the pinned packages of model/SOURCES.tsv
     tokenizer    train the tokenizer
     held-out     write the held-out prompts
     prepare      make the training windows
-    train-ar     phase 1 (repeat until it says done)
+    train-ar     phase 1: train the AR view (repeat until it logs done)
     prepare-more make windows of further records
     tune-ar      phase 1, second run: from the rounded weights, on the further records
-    answers      the AR view's own greedy answers, for phase 2
-    train-draft  phase 2 (repeat until it says done)
+    answers      write greedy answers of the AR view, for phase 2
+    train-draft  phase 2: train the draft view (repeat until it logs done)
     export       write the checkpoint
-    evaluate     measure it on the held-out prompts; write figures.json and the card's table
-    speed        time the demonstrations on the CPU, with as many threads as torch takes
-                 (OMP_NUM_THREADS=1 or 2); add that to figures.json and the card
+    evaluate     measure it on the held-out prompts; write figures.json and the card's tables
+    speed        time the demos on the CPU, with as many threads as torch uses
+                 (OMP_NUM_THREADS=1 or 2); add the times to figures.json and the card
 
-Training wants a GPU with 40 GB or more; the other stages do not. `--tiny` runs everything at toy
-sizes.
+Training needs a GPU with 40 GB or more; the other stages do not. `--tiny` runs all stages at very
+small sizes.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ log = logging.getLogger("train_embedded")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result. `length` is a window's; one more than the rows that are
-    trained on.
+    """Everything that decides the result. `length`: tokens of a window, one more than the rows that
+    are trained on.
     """
 
     shape: Shape = Shape()
@@ -68,7 +68,7 @@ class Recipe:
     more_samples: int = 420_000
     code_documents: int = 1_000_000
     code_share: float = 0.4
-    code_stride: int = 3  # the later stages see every third window of code
+    code_stride: int = 3  # the later stages train on every third window of code
     ar: train.Plan = train.Plan(steps=11_000, n_rows=32, learning_rate=3e-3)
     tune: train.Plan = train.Plan(steps=2_200, n_rows=32, learning_rate=1e-3, warmup=100)
     draft: train.Plan = train.Plan(steps=3_226, n_rows=32, learning_rate=2e-3, warmup=100)
@@ -101,7 +101,7 @@ TINY = Recipe(
 
 @dataclasses.dataclass(frozen=True)
 class Workplace:
-    """Where things lie: `work` holds what can be made again, `model` what is committed."""
+    """The folders and options of a run: `work` for intermediate files, `model` for the result."""
 
     recipe: Recipe
     work: Path
@@ -119,7 +119,7 @@ class Workplace:
         return data.Windows.load(self.work / f"{name}.npz")
 
     def net(self, folder: str) -> OrthrusLM:
-        """The network as a phase left it."""
+        """Return the network as a phase saved it."""
         net = OrthrusLM(self.recipe.shape)
         state = torch.load(self.work / folder / "state.pt", map_location="cpu", weights_only=True)
         net.load_state_dict(state["net"])
@@ -200,7 +200,7 @@ def train_ar(place: Workplace) -> None:
 
 
 def answers(place: Workplace) -> None:
-    """Own greedy answers to records past the training stream, and to openings of training code."""
+    """Let the AR view answer records past the training stream, and continue training code."""
     recipe, tokenizer = place.recipe, place.tokenizer()
     net = place.net("tuned")
     net.round_weights()
@@ -214,7 +214,7 @@ def answers(place: Workplace) -> None:
         evaluate.is_exact(tokenizer.decode(a), s.expected)
         for a, s in zip(written, samples, strict=True)
     ]
-    log.info("own answers to records: %d of %d exact", sum(exact), len(exact))
+    log.info("greedy answers to records: %d of %d exact", sum(exact), len(exact))
     data.pack(zip(prompts, written, strict=True), recipe.length).save(
         place.work / "own-records.npz"
     )
@@ -226,7 +226,7 @@ def answers(place: Workplace) -> None:
 
 
 def _code_openings(windows: data.Tokens, recipe: Recipe) -> list[list[int]]:
-    """Runs of 32 to 191 tokens of training code, from seeded places."""
+    """Return runs of 32 to 191 tokens of training code, from seeded positions."""
     generator = torch.Generator().manual_seed(recipe.seed)
     rows, starts, sizes = (
         torch.randint(low, high, (recipe.own_code,), generator=generator).tolist()
@@ -241,7 +241,7 @@ def _code_openings(windows: data.Tokens, recipe: Recipe) -> list[list[int]]:
 def _answer_all(
     place: Workplace, net: OrthrusLM, prompts: Sequence[list[int]], max_new: int
 ) -> list[list[int]]:
-    """Greedy answers in the order of the prompts; batches are of like length."""
+    """Return greedy answers in the order of the prompts; a batch has prompts of similar length."""
     ends = tokens.end_tokens(place.tokenizer())
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out: list[list[int]] = [[] for _ in prompts]
@@ -273,7 +273,7 @@ def write_checkpoint(place: Workplace) -> None:
 
 
 def measure(place: Workplace) -> None:
-    torch.set_num_threads(1)  # a model this small gains nothing from more, and loses to a busy core
+    torch.set_num_threads(1)  # more do not speed up a model this small, and wait for a busy core
     decoder = orthrus_fast.load(
         place.model, place.device, dtype="float32", slots=place.slots, runner=place.runner
     )
@@ -313,7 +313,7 @@ def read_figures(place: Workplace) -> dict[str, Any]:
 
 
 def write_figures(place: Workplace, measured: dict[str, Any]) -> None:
-    """Put what was measured into figures.json, beside what another stage did, and into the card."""
+    """Add what was measured to figures.json, keep the rest of it, and update the card."""
     figures = read_figures(place) | measured
     path = place.model / "figures.json"
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -343,7 +343,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("stages", nargs="+", choices=list(STAGES), metavar="STAGE")
     parser.add_argument(
-        "--work", type=Path, default=ROOT / ".data", help="what can be made again (default .data)"
+        "--work",
+        type=Path,
+        default=ROOT / ".data",
+        help="folder of intermediate files (default .data)",
     )
     parser.add_argument(
         "--model", type=Path, default=ROOT / "model", help="the checkpoint directory"
@@ -353,19 +356,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, help="steps of phase 1")
     parser.add_argument("--draft-steps", type=int, help="steps of phase 2")
     parser.add_argument(
-        "--draft-seconds", type=float, help="end phase 2 by the clock instead of by steps"
+        "--draft-seconds", type=float, help="end phase 2 after this time, not after steps"
     )
     parser.add_argument(
         "--dense-masks", action="store_true", help="phase 2 without FlexAttention (slower steps)"
     )
     parser.add_argument(
-        "--part-seconds", type=float, default=480.0, help="a training stage stops after this long"
+        "--part-seconds", type=float, default=480.0, help="a training stage stops after this time"
     )
     parser.add_argument(
         "--slots", type=int, default=1, help="sequences that evaluate decodes at once"
     )
     parser.add_argument("--runner", default="eager", help="the runner that evaluate decodes with")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the stages")
+    parser.add_argument("--tiny", action="store_true", help="very small sizes, to try the stages")
     return parser.parse_args(arguments)
 
 

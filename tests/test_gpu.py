@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import SamplingParams, bench, invariance, steps
+from orthrus_fast import SamplingParams, invariance, steps
 from orthrus_fast.attention import Backend, find_backend
+from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.kernels.plain import PlainProducts
@@ -391,8 +392,8 @@ def splits_by_length(attend: Attend) -> Attend:
         q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *_: Any, causal: bool
     ) -> Tensor:
         tiles = triton.Tiles(16, 64, 4, 2)
-        other = triton._attend(q, k, v, start, slot, causal, ((64, None),), tiles)
-        own = triton._attend(q, k, v, start, slot, causal, ((192, None),), tiles)
+        other = triton.attend(q, k, v, start, slot, causal=causal, bands=((64, None),), tiles=tiles)
+        own = triton.attend(q, k, v, start, slot, causal=causal, bands=((192, None),), tiles=tiles)
         return torch.where((start % 2 == 0)[:, None, None, None], own, other)
 
     return wrong
@@ -467,7 +468,7 @@ def custom_products() -> Any:
 
 def product_shapes(shape: str) -> dict[str, tuple[int, int]]:
     """[N, K] of a verify pass's products."""
-    config = bench.shape_config(shape)
+    config = shape_config(shape)
     hidden, heads = config.hidden_size, config.n_heads * config.head_dim
     return {
         "qkv": (heads + 2 * config.n_kv_heads * config.head_dim, hidden),
@@ -548,10 +549,10 @@ def test_a_product_of_a_public_model_is_within_rounding_of_float64(
 def large() -> Decoder:
     """Random weights of shape 1.7B, cut to two layers; every product is ours."""
     custom_products()
-    config = dataclasses.replace(bench.shape_config("1.7B"), n_layers=2)
+    config = dataclasses.replace(shape_config("1.7B"), n_layers=2)
 
     def make_model(*of: Any) -> Transformer:
-        return bench.random_model(*of, 0)
+        return random_model(*of, 0)
 
     return build_decoder("random", config, make_model, Options(max_seq_len=2048))
 

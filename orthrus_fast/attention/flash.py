@@ -32,8 +32,8 @@ def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise UnsupportedError(f"attention 'flash' needs compute capability 8.0, not {capability}")
-    flash = _import_first(_module_names(capability, dtype))
-    return Backend("flash", _attend_by(flash), lambda capacity: [])
+    attend = _attend_by(_import_library(capability, dtype))
+    return Backend("flash", attend, lambda capacity: [])
 
 
 def _attend_by(flash: Any) -> Attend:
@@ -59,24 +59,18 @@ def _attend_by(flash: Any) -> Attend:
             causal=causal,  # aligned so that the last row sees the whole length
             num_splits=1 if causal else 0,  # 0: its own choice
         )
-        result: Tensor = (
-            out[0] if isinstance(out, tuple) else out
-        )  # some builds add the log-sum-exp
+        result: Tensor = out[0] if isinstance(out, tuple) else out  # some add the log-sum-exp
         return result.contiguous()
 
     return attend
 
 
-def _module_names(capability: tuple[int, int], dtype: torch.dtype) -> list[str]:
-    """Where to look, best first."""
-    if capability != HOPPER:
-        return ["flash_attn"]
-    # The wheel fa3-fwd is built without the float16 kernels.
-    forward_only = ["fa3_fwd_interface"] if dtype == torch.bfloat16 else []
-    return ["flash_attn_interface", *forward_only, "flash_attn"]
-
-
-def _import_first(names: list[str]) -> Any:
+def _import_library(capability: tuple[int, int], dtype: torch.dtype) -> Any:
+    """``flash_attn_with_kvcache`` of the best version installed. Raises UnsupportedError."""
+    names = ["flash_attn"]
+    if capability == HOPPER:  # the wheel fa3-fwd is built without the float16 kernels
+        forward_only = ["fa3_fwd_interface"] if dtype == torch.bfloat16 else []
+        names = ["flash_attn_interface", *forward_only, *names]
     for name in names:
         try:
             return importlib.import_module(name).flash_attn_with_kvcache

@@ -92,6 +92,8 @@ def attend(
     prefetch: Tensor | None = None,
     *,
     causal: bool,
+    bands: Bands = SPLITS,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """See ``kernels.interface.Attend``. Reads nothing on the host.
 
@@ -99,28 +101,13 @@ def attend(
     ``start`` and ``slot`` are read while the kernel launched last may still run: it must not write
     them, nor let this one start before what wrote them is done (qk_norm_rope_write keeps to that).
     """
-    n_rows = q.shape[1] * q.shape[2] // k_cache.shape[1]
-    capacity, shared_memory = k_cache.shape[2], _shared_memory(q.device)
-    tiles = choose_tiles(q.itemsize, q.shape[-1], n_rows, capacity, shared_memory)
-    return _attend(q, k_cache, v_cache, start, slot, causal, SPLITS, tiles, prefetch)
-
-
-def _attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    slot: Tensor,
-    causal: bool,
-    bands: Bands,
-    tiles: Tiles,
-    prefetch: Tensor | None = None,
-) -> Tensor:
     n_blocks, width, n_heads, head_dim = q.shape
     n_kv_heads, capacity = k_cache.shape[1:3]
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert capacity % KEY_TILE == 0 and n_heads % n_kv_heads == 0
     n_rows = width * n_heads // n_kv_heads
+    if tiles is None:
+        tiles = choose_tiles(q.itemsize, head_dim, n_rows, capacity, _shared_memory(q.device))
     n_splits = 1 if n_rows > LONG_BLOCK else len(split_boundaries(capacity, bands))
     out = torch.empty_like(q)
     shape = (n_blocks, n_kv_heads, n_splits, n_rows) if n_splits > 1 else (0,)

@@ -1,61 +1,55 @@
-"""The part of whole decodes: tokens/s at replayed acceptance against AR."""
+"""The parts of whole decodes: tokens/s at replayed acceptance against AR, also by slots."""
 
-from __future__ import annotations
-
+import copy
 import statistics
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from orthrus_fast.bench.clocks import summary
-from orthrus_fast.bench.common import DRAWS, ROUNDS, Result, tell
-from orthrus_fast.bench.decoding import decode, endless
-from orthrus_fast.bench.replay import Replay, expected_tokens_per_cycle, replaced
-from orthrus_fast.bench.subject import random_prompts, with_room
+from orthrus_fast.bench.common import ROUNDS, Result, log
+from orthrus_fast.bench.decoding import decode, expected_tokens_per_cycle, ignore_eos, patched
+from orthrus_fast.bench.session import Session, random_prompts, release_memory
+from orthrus_fast.config import ModelConfig
+from orthrus_fast.errors import RequestError, is_out_of_memory, one_line
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.loading import build_decoder
+from orthrus_fast.model import Transformer
 
-if TYPE_CHECKING:
-    from orthrus_fast.bench.subject import Bench
+DRAWS = 4  # of replayed drafts for each prompt: acceptance varies far more than time does
 
 
-def cycles(bench: Bench) -> Result:
-    """Tokens/s at replayed acceptance against both ARs, end to end, prefill excepted."""
-    if not bench.drafting:
+def cycles(session: Session) -> Result:
+    """Measure tokens/s at replayed acceptance against both kinds of AR, prefill excepted."""
+    if not session.drafting:
         return {"skipped": "no draft view"}
-    n_tokens, limit = bench.args.new_tokens, bench.decoder.max_seq_len
-    fitting = with_room(bench.contexts, n_tokens, limit)
-    with endless(bench.runner):
-        at = [cycles_at(bench, context) for context in fitting]
-    return {
-        "label": "replayed acceptance",
-        "accept": bench.accept,
-        "accept_asked": bench.args.accept,
-        "accept_source": bench.args.accept_source,
-        "new_tokens": n_tokens,
-        "at": at,
-        "left_out": [context for context in bench.contexts if context not in fitting],
-    }
+    with ignore_eos(session.runner):
+        at = [cycles_at(session, context) for context in session.contexts_with_room]
+    left_out = [n for n in session.contexts if n not in session.contexts_with_room]
+    n_tokens = session.args.new_tokens
+    return {**session.acceptance, "new_tokens": n_tokens, "at": at, "left_out": left_out}
 
 
-def cycles_at(bench: Bench, context: int) -> Result:
-    decoder, n_tokens, width = bench.decoder, bench.args.new_tokens, bench.width
-    prompts = random_prompts(bench, [context] * decoder.slots, salt=context)
-    replay = Replay(bench, salt=context)
+def cycles_at(session: Session, context: int) -> Result:
+    slots, n_tokens, width = session.decoder.slots, session.args.new_tokens, session.width
+    prompts = random_prompts(session, [context] * slots, salt=context)
+    replay = session.replay(salt=context)
     rates: dict[str, list[float]] = {"diffusion": [], "ar_padded": [], "ar_one_row": []}
     accepted: list[int] = []
     n_emitted, equal = 0, True
-    for n in range(min(ROUNDS, bench.args.repeats)):
-        tell(f"cycles at {context} committed tokens, round {n + 1}")
-        padded = decode(decoder, prompts, n_tokens, False, width)
-        known = bench.runner.state.tokens.clone()
-        one_row = decode(decoder, prompts, n_tokens, False, 1)
+    for n in range(min(ROUNDS, session.args.repeats)):
+        log(f"cycles at {context} committed tokens, round {n + 1}")
+        padded = decode(session.decoder, prompts, n_tokens, False, width)
+        known = session.runner.state.tokens.clone()
+        one_row = decode(session.decoder, prompts, n_tokens, False, 1)
         rates["ar_padded"].append(padded.tokens_per_second)
         rates["ar_one_row"].append(one_row.tokens_per_second)
-        for _ in range(-(-DRAWS // decoder.slots)):
+        for _ in range(-(-DRAWS // slots)):
             for slot, text in enumerate(known):
-                replay.know(slot, text)
-            with replaced(bench.runner, draft=replay.draft):
-                diffusion = decode(decoder, prompts, n_tokens, True, width)
+                replay.set_text(slot, text)
+            with patched(session.runner, draft=replay.draft):
+                diffusion = decode(session.decoder, prompts, n_tokens, True, width)
             rates["diffusion"].append(diffusion.tokens_per_second)
             accepted += diffusion.accepted
-            n_emitted += sum(len(tokens) - 1 for tokens in diffusion.tokens)
+            n_emitted += diffusion.n_emitted
             equal = equal and diffusion.tokens == padded.tokens
     faster = max(statistics.median(rates[name]) for name in ("ar_padded", "ar_one_row"))
     return {
@@ -63,9 +57,60 @@ def cycles_at(bench: Bench, context: int) -> Result:
         "tokens_per_second": {name: summary(values) for name, values in rates.items()},
         "speedup_over_faster_ar": statistics.median(rates["diffusion"]) / faster,
         "tokens_per_cycle": n_emitted / len(accepted),
-        "tokens_per_cycle_expected": expected_tokens_per_cycle(bench.accept, width),
+        "tokens_per_cycle_expected": expected_tokens_per_cycle(replay.accept, width),
         "tokens_per_cycle_standard_error": statistics.pstdev(accepted) / len(accepted) ** 0.5,
         "cycles": len(accepted),
         "tokens_equal_to_ar": equal,
         "one_row_tokens_equal_to_ar": one_row.tokens == padded.tokens,
     }
+
+
+def slots(session: Session) -> Result:
+    """Measure ``cycles_at`` the middle context by number of slots, all of them busy.
+
+    A number of slots that memory has no room for is left out, with the reason.
+    """
+    n_tokens, fitting = session.args.new_tokens, session.contexts_with_room
+    if not session.drafting:
+        return {"skipped": "no draft view"}
+    if not fitting:
+        limit = session.decoder.max_seq_len
+        return {"skipped": f"max_seq_len {limit} has no room for {n_tokens} tokens after a context"}
+    context = fitting[len(fitting) // 2]
+    entries = [slots_at(session, n, context) for n in session.args.slots_list]
+    return {
+        **session.acceptance,
+        "context": context,
+        "new_tokens": n_tokens,
+        "at": [entry for entry in entries if "why" not in entry],
+        "left_out": [entry for entry in entries if "why" in entry],
+    }
+
+
+def slots_at(session: Session, n: int, context: int) -> Result:
+    log(f"{n} slots")
+    try:
+        entry = with_slots(session, n, context)
+    except (RequestError, RuntimeError) as error:  # drivers and captures have errors of their own
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        entry = {"slots": n, "why": one_line(str(error))}
+    release_memory()  # out here, where no exception holds on to the decoder
+    return entry
+
+
+def with_slots(session: Session, n: int, context: int) -> Result:
+    """Run ``cycles_at`` on another decoder over the same weights. Raises RequestError."""
+
+    def copy_model(config: ModelConfig, kernels: Kernels, *_: object) -> Transformer:
+        # Without its weights: tables of positions and the choice of products are a decoder's own.
+        model = copy.copy(session.runner.model)
+        model.kernels = kernels
+        return model
+
+    options = replace(session.options, slots=n, max_seq_len=context + session.args.new_tokens)
+    of = session.decoder
+    decoder = build_decoder(of.name, of.config, copy_model, options, weights_present=True)
+    with ignore_eos(decoder.runner):
+        at = cycles_at(Session(session.args, options, decoder, [context]), context)
+    return {"slots": n, **at, "configuration": decoder.configuration}

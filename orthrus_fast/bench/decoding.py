@@ -1,16 +1,24 @@
-"""Whole decodes in the decoder's own loop."""
+"""Whole decodes in the decoder's own loop, with the model's own drafts or replayed ones.
 
-from __future__ import annotations
+Replayed acceptance: the draft pass runs at its full cost, then its proposals are replaced by the
+known continuation of the text, a wanted share of it right. So random weights show the speed that a
+trained model would have at its acceptance.
+"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from orthrus_fast.bench.subject import Bench
-    from orthrus_fast.decoder import Decoder
-    from orthrus_fast.runners import EagerRunner
-    from orthrus_fast.sampling import SamplingParams
+import torch
+from torch import Tensor
+
+from orthrus_fast.decoder import Decoder
+from orthrus_fast.errors import RequestError
+from orthrus_fast.runners import EagerRunner
+from orthrus_fast.sampling import SamplingParams
+
+Prompts = list[list[int]]
+Settings = Sequence[SamplingParams | None] | None  # one for each prompt; None is greedy
 
 
 class Decoded(NamedTuple):
@@ -22,30 +30,22 @@ class Decoded(NamedTuple):
 
     @property
     def accepted(self) -> list[int]:
-        """Of all prompts, one after another."""
+        """The drafts accepted in each cycle, of all prompts one after another."""
         return [n for of_prompt in self.accepted_by_prompt for n in of_prompt]
 
     @property
-    def tokens_per_cycle(self) -> float | None:
-        n_after_first = sum(len(tokens) - 1 for tokens in self.tokens)
-        return n_after_first / len(self.accepted) if self.accepted else None
+    def n_emitted(self) -> int:
+        """The tokens that cycles emitted: the first one of a text comes with the prefill."""
+        return sum(len(tokens) - 1 for tokens in self.tokens)
 
 
 def decode(
-    decoder: Decoder,
-    prompts: list[list[int]],
-    n_tokens: int,
-    drafting: bool,
-    width: int,
-    settings: Sequence[SamplingParams | None] | None = None,
+    decoder: Decoder, prompts: Prompts, n: int, drafting: bool, width: int, each: Settings = None
 ) -> Decoded:
-    """Serve the prompts in the decoder's own loop, text and mailbox included.
-
-    ``settings``: one for each prompt; None is greedy.
-    """
-    decoder._runner.state.reset()
-    each = settings or [None] * len(prompts)
-    requests = [decoder._request(p, n_tokens, s) for p, s in zip(prompts, each, strict=True)]
+    """Serve the prompts, ``n`` new tokens each, in the decoder's own loop, mailbox included."""
+    decoder.runner.state.reset()
+    settings = each or [None] * len(prompts)
+    requests = [decoder._request(p, n, s) for p, s in zip(prompts, settings, strict=True)]
     for _ in decoder._run(requests, drafting, width):
         pass
     tokens = [request.tokens for request in requests]
@@ -61,23 +61,9 @@ def decode(
     return Decoded(tokens, accepted, n_emitted / seconds if seconds > 0 else 0.0)
 
 
-def seeded(
-    bench: Bench,
-    n: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> list[SamplingParams]:
-    """The settings of ``n`` sequences, each with a seed of its own. Raises RequestError."""
-    from orthrus_fast.sampling import SamplingParams
-
-    seeds = [(bench.args.seed + index) % 2**64 for index in range(n)]
-    return [SamplingParams(temperature, top_k, top_p, seed=seed) for seed in seeds]
-
-
 @contextmanager
-def endless(runner: EagerRunner) -> Iterator[None]:
-    """No token ends a text: what is decoded has the length that was asked for."""
+def ignore_eos(runner: EagerRunner) -> Iterator[None]:
+    """Let no token end a text, so that every text has the length that was asked for."""
     eos = runner.eos.clone()
     runner.eos.fill_(-1)  # in place: a captured graph reads this tensor
     try:
@@ -87,10 +73,67 @@ def endless(runner: EagerRunner) -> Iterator[None]:
 
 
 @contextmanager
-def served_by(decoder: Decoder, runner: EagerRunner) -> Iterator[None]:
-    """Another runner in the decoder's loop, over the same state and cache."""
-    own, decoder._runner = decoder._runner, runner
+def patched(runner: EagerRunner, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Replace methods of this one runner."""
+    for name, method in methods.items():
+        setattr(runner, name, method)
     try:
         yield
     finally:
-        decoder._runner = own
+        for name in methods:
+            delattr(runner, name)
+
+
+class Replay:
+    """Draft passes whose proposals come from a known text, a share ``accept`` of them right.
+
+    Whether the draft of a position is right is drawn once for a whole decode. That is as good as
+    drawing it in each cycle: no position is judged twice, since a wrong draft ends its cycle and
+    verification then supplies the token itself. ``width``: rows of a block.
+    """
+
+    def __init__(self, runner: EagerRunner, width: int, accept: float, seed: int) -> None:
+        self.runner, self.accept = runner, accept
+        self.drafts = torch.zeros_like(runner.state.tokens)  # [B, S]
+        self.offset = torch.arange(1, width, device=runner.device)
+        self.random = torch.Generator(runner.device).manual_seed(seed)
+        self.vocab_size = runner.model.config.vocab_size
+
+    def set_text(self, slot: int, tokens: Tensor) -> None:
+        """Draw the drafts for the text [n] that ``slot`` will decode, prompt included."""
+        shift = torch.empty_like(tokens).random_(1, self.vocab_size, generator=self.random)
+        draw = torch.rand(len(tokens), generator=self.random, device=tokens.device)
+        wrong = (tokens + shift) % self.vocab_size
+        self.drafts[slot, : len(tokens)] = torch.where(draw < self.accept, tokens, wrong)
+
+    def draft(self, sampling: bool = False) -> None:
+        """Run the runner's draft pass, then replace its proposals; the host reads nothing."""
+        type(self.runner).draft(self.runner, sampling)
+        state = self.runner.state
+        at = state.length[:, None] + self.offset  # the anchor sits at position length
+        torch.gather(self.drafts, 1, at, out=state.proposals)
+
+
+def expected_tokens_per_cycle(accept: float, width: int) -> float:
+    """Return the mean of 1 + a run of right drafts, each right with probability ``accept``."""
+    return sum(accept**n for n in range(width))
+
+
+def share_of_right_drafts(asked: float, width: int) -> float:
+    """Return ``asked`` up to 1; above, the share that yields so many tokens per cycle.
+
+    Raises RequestError for more than blocks of ``width`` rows can yield.
+    """
+    if asked <= 1:
+        return asked
+    if asked >= width:
+        problem = (
+            f"{asked:g} tokens per cycle is not above 1 and below {width}, the rows of a block"
+        )
+        raise RequestError(f"accept: {problem}")
+    low, high = 0.0, 1.0
+    for _ in range(64):  # each halves what is left; a float has 53 bits
+        middle = (low + high) / 2
+        is_low = expected_tokens_per_cycle(middle, width) < asked
+        low, high = (middle, high) if is_low else (low, middle)
+    return high

@@ -1,63 +1,49 @@
-"""How fast this device reads memory, and how many bytes a pass has to read."""
-
-from __future__ import annotations
+"""How fast the device reads memory, and how many bytes a pass has to read."""
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
 
 from orthrus_fast.bench.clocks import time_steps
 from orthrus_fast.bench.common import Result
-from orthrus_fast.config import ModelConfig
+from orthrus_fast.bench.session import Session
+from orthrus_fast.model import View
 
-if TYPE_CHECKING:
-    import torch
-
-    from orthrus_fast.bench.subject import Bench
-    from orthrus_fast.model import Transformer, View
-
-STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes one timing of the ceiling reads; far past caches
+STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes that one timing reads; far more than caches hold
 
 
-def ceiling(bench: Bench) -> Result:
-    """The best rate at which this device streams bytes, in bytes/s, as seen just now."""
-    rates = {"product": product_rate(bench), **read_rates(bench)}
+def ceiling(session: Session) -> Result:
+    """Return the rates, in bytes/s, at which this device streams bytes, as seen just now."""
+    rates = {"product": product_rate(session), **read_rates(session)}
     best = max(rates, key=lambda name: rates[name])
     rates_per_s = {f"{name}_bytes_per_s": rate for name, rate in rates.items()}
     return {**rates_per_s, "bytes_per_s": rates[best], "best": best}
 
 
-def product_rate(bench: Bench) -> float:
-    """Bytes/s of weights through the output head's product, at the block's number of rows.
+def product_rate(session: Session) -> float:
+    """Return the bytes/s of weights in the output head's product, with as many rows as a block.
 
     A head that fits in a cache is copied until the copies don't.
     """
-    import torch
-    from torch.nn.functional import linear
-
-    head = bench.runner.model.lm_head.weight
-    streamed = STREAMED[bench.device.type]
-    heads = [head]
-    while len(heads) * head.nbytes < streamed // 4:
-        heads.append(head.clone())
-    n_rounds = math.ceil(streamed / (len(heads) * head.nbytes))
-    generator = torch.Generator(bench.device).manual_seed(0)
-    shape = (bench.decoder.slots * bench.width, head.shape[1])
-    x = torch.empty(shape, dtype=head.dtype, device=bench.device).normal_(generator=generator)
+    device, head = session.device, session.runner.model.lm_head.weight
+    n_heads = max(1, math.ceil(STREAMED[device.type] // 4 / head.nbytes))
+    heads = [head, *(head.clone() for _ in range(n_heads - 1))]
+    n_rounds = math.ceil(STREAMED[device.type] / (n_heads * head.nbytes))
+    x = head.new_empty(session.decoder.slots * session.width, head.shape[1])
+    x.normal_(generator=torch.Generator(device).manual_seed(0))
 
     def products() -> None:
-        for _ in range(n_rounds):
-            for weight in heads:
-                linear(x, weight)
+        for weight in heads * n_rounds:
+            functional.linear(x, weight)
 
-    times = time_steps([replayable(products, bench.device)], bench.device, bench.args.repeats)
-    return n_rounds * len(heads) * head.nbytes / (times[0]["median"] / 1e3)
+    (ms,) = time_steps([replayable(products, device)], device, session.args.repeats)
+    return float(n_rounds * n_heads * head.nbytes / (ms["median"] / 1e3))
 
 
 def replayable(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """``run`` as a CUDA graph, so that launches cost nothing; on a CPU, itself."""
-    import torch
-
+    """Return ``run`` as a CUDA graph, so that launches cost nothing; on a CPU, ``run`` itself."""
     if device.type != "cuda":
         return run
     run()  # libraries set up what a capture must not see
@@ -68,53 +54,27 @@ def replayable(run: Callable[[], None], device: torch.device) -> Callable[[], No
     return graph.replay
 
 
-def read_rates(bench: Bench) -> dict[str, float]:
-    """Bytes/s of plain reductions over a big buffer of the model's dtype."""
-    import torch
-
-    dtype = bench.runner.model.lm_head.weight.dtype
-    n_elements = STREAMED[bench.device.type] // dtype.itemsize
-    generator = torch.Generator(bench.device).manual_seed(0)
-    tile = torch.empty(2**20, dtype=dtype, device=bench.device).normal_(generator=generator)
-    buffer = tile.repeat(max(1, n_elements // 2**20))
+def read_rates(session: Session) -> dict[str, float]:
+    """Return the bytes/s of two reductions over a large buffer of the model's dtype."""
+    device, head = session.device, session.runner.model.lm_head.weight
+    tile = head.new_empty(2**20).normal_(generator=torch.Generator(device).manual_seed(0))
+    buffer = tile.repeat(max(1, STREAMED[device.type] // tile.nbytes))
     steps: dict[str, Callable[[], object]] = {"amax": buffer.amax, "sum": buffer.sum}
-    times = time_steps(list(steps.values()), bench.device, bench.args.repeats)
-    rates = [buffer.nbytes / (span["median"] / 1e3) for span in times]
+    times = time_steps(list(steps.values()), device, session.args.repeats)
+    rates = [buffer.nbytes / (ms["median"] / 1e3) for ms in times]
     return dict(zip(steps, rates, strict=True))
 
 
-def shares(bench: Bench, view: View, context: int, ms: float, rate: float) -> Result:
-    """How much of the ceiling's ``rate``, in bytes/s, a pass of ``ms`` reached."""
-    weights = streamed_bytes(bench.runner.model, view)
-    rows = cache_bytes(bench.decoder.config, context + bench.width, weights_itemsize(bench))
-    rows *= bench.decoder.slots
-    return {
-        "weights_bytes": weights,
-        "cache_bytes": rows,
-        "share_by_weights": weights / (ms / 1e3) / rate,
-        "share_by_weights_and_cache": (weights + rows) / (ms / 1e3) / rate,
-    }
+def bytes_read(session: Session, view: View, context: int) -> Result:
+    """Return the bytes of weights and of K and V that one pass of ``view`` has to read."""
+    model, n_rows = session.runner.model, session.decoder.slots * (context + session.width)
+    n_elements = n_rows * session.decoder.config.cache_elements_per_token
+    cache = n_elements * model.lm_head.weight.dtype.itemsize
+    weights = sum(linear.weight.nbytes for linear in model.linears(view))
+    return {"weights_bytes": weights, "cache_bytes": cache}
 
 
-def weights_itemsize(bench: Bench) -> int:
-    return bench.runner.model.lm_head.weight.dtype.itemsize
-
-
-def streamed_bytes(model: Transformer, view: View) -> int:
-    """Bytes of the matrices that one pass of ``view`` reads: layers and head, no embedding."""
-    from orthrus_fast.model import Layer
-    from orthrus_fast.model import View as Views
-
-    total = model.lm_head.weight.nbytes
-    for layer in model.layers:
-        assert isinstance(layer, Layer)
-        attention = layer.attention if view is Views.AUTOREGRESSIVE else layer.draft_attention
-        assert attention is not None
-        for product in (attention.qkv, attention.o, layer.gate_up, layer.down):
-            total += product.weight.nbytes
-    return int(total)
-
-
-def cache_bytes(config: ModelConfig, n_rows: int, itemsize: int) -> int:
-    """Bytes of K and V that a pass over ``n_rows`` positions, its block's own among them, reads."""
-    return config.cache_elements_per_token * n_rows * itemsize
+def shares(read: Result, ms: float, rate: float) -> Result:
+    """Return the share of ``rate``, in bytes/s, that a pass of ``ms`` reached."""
+    weights, rows = (read[name] / (ms / 1e3) / rate for name in ("weights_bytes", "cache_bytes"))
+    return {"share_by_weights": weights, "share_by_weights_and_cache": weights + rows}

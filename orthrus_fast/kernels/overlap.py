@@ -46,28 +46,24 @@ class PrefetchRegion(NamedTuple):
 
 
 def first_columns(weight: Tensor | None, limit: int, limit_of_a_row: int = 2**31) -> PrefetchRegion:
-    """Of a contiguous [N, K] what all programs of its product read first; limits in bytes.
-
-    Whole cache lines.
-    """
-    if weight is None or not _can_be_fetched(weight):
+    """What all programs of a product read first of its weight [N, K]; limits in bytes."""
+    if weight is None or not (row_bytes := _row_bytes(weight)):
         return PrefetchRegion(0, 0, 0)
-    row_bytes = weight.shape[1] * weight.itemsize
-    n_bytes = min(limit // len(weight) // 128 * 128, limit_of_a_row, row_bytes)
+    n_bytes = min(limit // len(weight) // 128 * 128, limit_of_a_row, row_bytes)  # whole cache lines
     return PrefetchRegion(len(weight), row_bytes, n_bytes)
 
 
 def first_rows(weight: Tensor | None, limit: int) -> PrefetchRegion:
-    """Of a contiguous [N, K] whole rows, ``limit`` bytes at most."""
-    if weight is None or not _can_be_fetched(weight):
+    """Whole rows of a weight [N, K], ``limit`` bytes at most."""
+    if weight is None or not (row_bytes := _row_bytes(weight)):
         return PrefetchRegion(0, 0, 0)
-    row_bytes = weight.shape[1] * weight.itemsize
     return PrefetchRegion(min(limit // row_bytes, len(weight)), row_bytes, row_bytes)
 
 
-def _can_be_fetched(weight: Tensor) -> bool:
-    """What the instruction wants: 16 bytes at a time."""
-    return weight.shape[1] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+def _row_bytes(weight: Tensor) -> int:
+    """Of a contiguous weight; 0 where the prefetch instruction's 16 bytes do not fit it."""
+    row_bytes = weight.shape[1] * weight.itemsize
+    return 0 if row_bytes % 16 or weight.data_ptr() % 16 else row_bytes
 
 
 @triton.jit

@@ -293,30 +293,30 @@ class CustomProducts:
         return tiles
 
     def partials(self, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        tiles = self.tiles(len(rows), weight)
+        tiles = self.tiles(x.shape[:-1].numel(), weight)
         if tiles is None:
             return self.cublas.partials(x, weight)
-        partials: Tensor = product_op(rows, weight, list(tiles))
+        partials: Tensor = product_op(_rows(x), weight, list(tiles))
         return partials.view(len(partials), *x.shape[:-1], -1)
 
     def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        tiles = self.tiles(len(rows), weight)
+        tiles = self.tiles(x.shape[:-1].numel(), weight)
         if tiles is None:
             return self.cublas.swiglu(x, weight, prefetch)
         tiles = tiles._replace(n_splits=1)
-        hidden: Tensor = swiglu_product_op(rows, weight, list(tiles), prefetch)
+        hidden: Tensor = swiglu_product_op(_rows(x), weight, list(tiles), prefetch)
         return hidden.view(*x.shape[:-1], -1)
 
     def lm_head_argmax(
         self, x: Tensor, weight: Tensor, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        tiles = self.tiles(len(rows), weight)
+        tiles = self.tiles(x.shape[:-1].numel(), weight)
         if tiles is None:
             return self.cublas.lm_head_argmax(x, weight, return_logits)
-        ids, product = lm_head_argmax_op(
-            rows, weight, list(tiles._replace(n_splits=1)), return_logits
-        )
-        return ids.view(x.shape[:-1]), product.view(*x.shape[:-1], product.shape[-1])
+        tiles = tiles._replace(n_splits=1)
+        ids, logits = lm_head_argmax_op(_rows(x), weight, list(tiles), return_logits)
+        return ids.view(x.shape[:-1]), logits.view(*x.shape[:-1], logits.shape[-1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

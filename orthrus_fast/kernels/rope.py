@@ -108,8 +108,7 @@ def qk_norm_rope_write(
 
     Partials are added in order, then rounded to the cache's dtype. All tensors are contiguous,
     bfloat16, float16 or float32 throughout; head_dim is a power of two; the second half of ``cos``
-    and ``sin`` repeats the first. A row's results depend on that row alone. Reads nothing on the
-    host, so CUDA graphs can capture it.
+    and ``sin`` repeats the first. A row's results depend on that row alone.
     """
     q = _empty_q(partials, q_norm, k_cache)
     n_rows, width, n_heads, head_dim = q.shape

@@ -5,16 +5,13 @@ one program for each row may search among those. Nothing is sorted, and nothing 
 thresholds are searched among the ordered ranks of the floats, by counting and by integer sums.
 
 1. ``_group_max_kernel``: the greatest logit of every group of tokens.
-2. ``_bound_kernel``: the best logit; and, for top-k, the k-th greatest of the groups' maxima. At
-   least k tokens reach it, so the k-th greatest token is not below it.
+2. ``_bound_kernel``: the best logit; for top-k, the k-th greatest of the maxima, which at least k
+   tokens reach, so that the k-th greatest token is not below it.
 3. ``_mass_above_kernel``, run twice, for top-p without top-k: the probability mass at and above
-   eight levels. The levels first go down from the best in even steps, then divide the interval
-   between the two levels where top_p is reached.
-4. ``_gather_kernel``: the tokens that may decide, from top-k's bound on or between the last two
-   levels, copied side by side.
+   eight levels, evenly below the best, then within the interval in which top_p is reached.
+4. ``_gather_kernel``: the tokens from the bound on, or within the last interval, side by side.
 5. ``_search_kernel``: the row's threshold, which all its filters together give.
-6. ``_draw_kernel``: each chunk's best score, noise included; chunks below the threshold are
-   skipped.
+6. ``_draw_kernel``: each chunk's best score, noise included, unless it is below the threshold.
 7. ``_pick_kernel``: the best of these.
 
 A row's token depends on that row, its slot's settings and its position alone: programs of a row
@@ -178,9 +175,8 @@ def _group_max_kernel(  # type: ignore[no-untyped-def]
     release(OVERLAP)
     wait(OVERLAP)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature, top_k, top_p, min_p = _settings(
-        temperatures, top_ks, top_ps, min_ps, row // width, VOCAB
-    )
+    slot = row // width
+    temperature, top_k, top_p, min_p = _settings(temperatures, top_ks, top_ps, min_ps, slot, VOCAB)
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
         group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
         token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -202,9 +198,8 @@ def _bound_kernel(  # type: ignore[no-untyped-def]
     release(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
-    temperature, top_k, top_p, min_p = _settings(
-        temperatures, top_ks, top_ps, min_ps, row // width, VOCAB
-    )
+    slot = row // width
+    temperature, top_k, top_p, min_p = _settings(temperatures, top_ks, top_ps, min_ps, slot, VOCAB)
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
         group_max += row * N_GROUPS
         group = tl.arange(0, BLOCK)
@@ -235,9 +230,8 @@ def _mass_above_kernel(  # type: ignore[no-untyped-def]
     release(OVERLAP)
     wait(OVERLAP)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature, top_k, top_p, min_p = _settings(
-        temperatures, top_ks, top_ps, min_ps, row // width, VOCAB
-    )
+    slot = row // width
+    temperature, top_k, top_p, min_p = _settings(temperatures, top_ks, top_ps, min_ps, slot, VOCAB)
     if (top_k == 0) & (top_p < 1):
         best = tl.load(bests + row)
         masses += row * (_N_PASSES * _N_LEVELS)
@@ -264,9 +258,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     release(OVERLAP)
     wait(OVERLAP)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    temperature, top_k, top_p, min_p = _settings(
-        temperatures, top_ks, top_ps, min_ps, row // width, VOCAB
-    )
+    slot = row // width
+    temperature, top_k, top_p, min_p = _settings(temperatures, top_ks, top_ps, min_ps, slot, VOCAB)
     if (top_k > 0) | (top_p < 1):
         low, high = tl.load(bounds + row), float("nan")  # at and above which there are none
         if top_k == 0:
@@ -299,9 +292,8 @@ def _search_kernel(  # type: ignore[no-untyped-def]
     release(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
-    temperature, top_k, top_p, min_p = _settings(
-        temperatures, top_ks, top_ps, min_ps, row // width, VOCAB
-    )
+    slot = row // width
+    temperature, top_k, top_p, min_p = _settings(temperatures, top_ks, top_ps, min_ps, slot, VOCAB)
     threshold = -float("inf")
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
         best = tl.load(bests + row)

@@ -1,4 +1,4 @@
-"""The model card's figures: a table made from figures.json, between two markers in README.md."""
+"""Writes the figures of the model card from figures.json, between two markers in README.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def figures_section(figures: dict[str, Any]) -> str:
-    """The card's section of figures, markers included."""
+    """Return the card's section of figures, markers included."""
     kinds: dict[str, dict[str, Any]] = figures["kinds"]
     rows: dict[str, Callable[[str, dict[str, Any]], str]] = {
         "prompts": lambda _, k: str(k["prompts"]),
@@ -25,7 +25,7 @@ def figures_section(figures: dict[str, Any]) -> str:
         ),
         "distinct trigrams": lambda _, k: _percent(k["distinct_trigram_share"]),
         "answer equals the expected JSON": lambda _, k: _exact(k),
-        "AR loss, nats a token": lambda name, _: _loss(figures["ar_loss"], name),
+        "AR loss, nats per token": lambda name, _: _loss(figures["ar_loss"], name),
     }
     lines = [f"| | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
     for label, cell in rows.items():
@@ -44,13 +44,14 @@ def figures_section(figures: dict[str, Any]) -> str:
 
 
 def _agreement_table(kinds: dict[str, dict[str, Any]]) -> list[str]:
-    """Agreement by block position, in percent of cycles."""
-    places = range(1, 1 + len(next(iter(kinds.values()))["agreement_by_position"]))
+    """Return the table of agreement by position in the block, in percent of cycles."""
+    positions = range(1, 1 + len(next(iter(kinds.values()))["agreement_by_position"]))
     lines = [
-        "Draft equals what the AR view goes on to write, by position in the block, % of cycles:",
+        "Share of cycles, in %, in which the proposal at a position of the block equals the token",
+        "that the AR view then writes there:",
         "",
-        f"| | {' | '.join(map(str, places))} |",
-        f"|---|{'---|' * len(places)}",
+        f"| | {' | '.join(map(str, positions))} |",
+        f"|---|{'---|' * len(positions)}",
     ]
     for name, kind in kinds.items():
         cells = (f"{100 * share:.0f}" for share in kind["agreement_by_position"])
@@ -59,16 +60,17 @@ def _agreement_table(kinds: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _by_source(name: str, parts: dict[str, dict[str, Any]]) -> str:
-    """A sentence on the parts of a kind."""
-    said = (
+    """Return a sentence on a kind's figures by the source of its prompts."""
+    figures = (
         f"{part['prompts']} {source}: {part['tokens_per_cycle']:.2f} tokens per cycle, "
         f"{_percent(part['distinct_trigram_share'])} distinct trigrams"
         for source, part in parts.items()
     )
-    return f"Of {name}, by where the prompts are from: {'; '.join(said)}."
+    return f"By source of the prompts, {name}: {'; '.join(figures)}."
 
 
 def _settings(figures: dict[str, Any]) -> str:
+    """Return dtype, runner and slots in words."""
     settings = figures.get("configuration")
     if settings is None:
         return ""
@@ -77,7 +79,7 @@ def _settings(figures: dict[str, Any]) -> str:
 
 
 def _speed_section(speed: dict[str, Any]) -> list[str]:
-    """Gain of diffusion over the faster AR for each demonstration, and what it is made of."""
+    """Return the speed of diffusion over the faster AR by demo, and the tokens/s behind it."""
     rows = speed["rows"]
     demos = list(dict.fromkeys(row["demo"] for row in rows))
     cells: dict[tuple[int, str], dict[str, str]] = {}
@@ -86,8 +88,9 @@ def _speed_section(speed: dict[str, Any]) -> list[str]:
         cell = f"{row['gain']:.2f} ({low:.2f} … {high:.2f})"
         cells.setdefault((row["threads"], row["runner"]), {})[row["demo"]] = cell
     lines = [
-        "Tokens/s of diffusion over the faster of AR by the same pass and AR by one row, on the",
-        f"demonstrations: median of {speed['runs']} rounds, in brackets the lowest and highest.",
+        "Speed-up by drafting on the demos: tokens/s in mode `diffusion` over those of the faster",
+        "AR, mode `ar` (AR by the same pass, as wide as a block) or AR by a pass of one row.",
+        f"Median of {speed['runs']} rounds, with the lowest and the highest in brackets.",
         "",
         f"| threads | runner | {' | '.join(demos)} |",
         f"|---|---|{'---|' * len(demos)}",
@@ -113,7 +116,7 @@ def _speed_section(speed: dict[str, Any]) -> list[str]:
         "",
         f"Measured by `{speed['command']}` (and with 2) on: {speed['machine']}; up to "
         f"{speed['max_new_tokens']} tokens; load average {min(loads):.1f} to {max(loads):.1f}, of "
-        "which the measurement itself is one for each thread.",
+        "which the measurement itself makes 1 per thread.",
     ]
     return lines
 
@@ -133,7 +136,7 @@ def _percent(share: float) -> str:
 
 
 def update_card(directory: Path) -> None:
-    """Put the section made from figures.json into README.md, in place of the old one."""
+    """Replace the section of figures in README.md by one made from figures.json."""
     figures = json.loads((directory / "figures.json").read_text(encoding="utf-8"))
     path = directory / "README.md"
     text = path.read_text(encoding="utf-8")

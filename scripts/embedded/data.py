@@ -1,8 +1,8 @@
 """Training windows: tokens packed to a fixed length, with a role for each.
 
-A window holds whole examples (chat records, or a prompt with the model's own answer), padded at
-the end, or a run of code. Roles say what a token is: PAD, PROMPT (read), ANSWER (written: trained
-on, drafted).
+A window holds whole examples (chat records, or a prompt with the model's answer), padded at the
+end, or a run of code. A role says what a token is: PAD, PROMPT (which the model reads) or ANSWER
+(which it writes, and which both phases mainly train on).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Windows:
 
 
 def pack(examples: Iterable[tuple[list[int], list[int]]], length: int) -> Windows:
-    """Pack (prompt ids, answer ids) whole into windows, first fit over a few open ones; longer
-    ones are left out.
+    """Pack whole examples (prompt ids, answer ids) into windows, first fit over a few open windows;
+    examples longer than a window are left out.
     """
     done: list[tuple[list[int], list[int]]] = []
     opened: list[tuple[list[int], list[int]]] = []
@@ -74,7 +74,7 @@ def _to_arrays(windows: Sequence[tuple[list[int], list[int]]], length: int) -> W
 
 
 def record_example(tokenizer: Tokenizer, sample: records.Sample) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids with the end token)."""
+    """Return (prompt ids, answer ids with the end token)."""
     prompt = tokenizer.encode(render_chat(sample.messages)).ids
     return prompt, tokenizer.encode(sample.answer + TURN_END).ids
 
@@ -92,8 +92,8 @@ def _record_chunk(arguments: tuple[str, int, int, int, frozenset[str]]) -> Windo
 def record_windows(
     directory: Path, first: int, last: int, length: int, skip: frozenset[str], workers: int
 ) -> Windows:
-    """Windows of samples `first` … `last - 1` of the training stream, less those whose digest is
-    in `skip`.
+    """Return windows of the samples `first` … `last - 1` of the training stream, without those
+    whose digest is in `skip`.
     """
     jobs = [
         (str(directory), start, min(start + CHUNK, last), length, skip)
@@ -107,7 +107,7 @@ def record_windows(
 
 
 def code_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Windows:
-    """Documents one after another, each ended by the end-of-text token, cut into windows."""
+    """Join documents, each ended by the end-of-text token, and cut the result into windows."""
     end = [tokenizer.token_to_id(END_OF_TEXT)]
     parts = [
         np.array(
@@ -122,13 +122,13 @@ def code_windows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Win
 
 
 def write_texts(texts: Iterable[str], path: Path) -> None:
-    """Documents in one compressed file, a NUL between them."""
+    """Write documents into one compressed file, with a NUL between them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with lzma.open(path, "wt", encoding="utf-8", newline="\n", preset=3) as file:
         file.write("\0".join(texts))
 
 
 def read_texts(path: Path) -> list[str]:
-    """What `write_texts` wrote."""
+    """Read what `write_texts` wrote."""
     with lzma.open(path, "rt", encoding="utf-8", newline="\n") as file:
         return file.read().split("\0")

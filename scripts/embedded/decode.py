@@ -1,8 +1,8 @@
-"""Batched greedy AR decoding of a network still in training, for phase 2's own answers.
+"""Batched greedy AR decoding of a network in training, which writes the answers for phase 2.
 
-The package decodes a finished checkpoint, by verify passes 16 rows wide; this takes thousands of
-prompts at one row each, in autocast, before there is a draft view to save. Nothing that the card
-says is measured with it.
+The package decodes a finished checkpoint, by verify passes 16 rows wide. This module decodes
+thousands of prompts by one row each, in autocast, before there is a draft view. No figure of the
+card is measured with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scripts.embedded.net import KeyValue, OrthrusLM, new_cache
 def greedy_batch(
     net: OrthrusLM, prompts: Sequence[list[int]], max_new: int, ends: Sequence[int]
 ) -> list[list[int]]:
-    """AR answers (end token included) of several prompts at once, one row each."""
+    """Return the AR answers to several prompts at once, one row each; end tokens are included."""
     device, n_rows = next(net.parameters()).device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = max(len(p) for p in prompts)
@@ -46,7 +46,7 @@ def _prefill_batch(
     net: OrthrusLM, tokens: Tensor, lengths: Tensor, capacity: int
 ) -> tuple[list[KeyValue], Tensor]:
     """Fill a cache from right-padded prompts; the padding's rows are overwritten before they are
-    seen.
+    read.
     """
     dtype = (
         torch.get_autocast_dtype(tokens.device.type)

@@ -1,4 +1,4 @@
-"""What the card says: the package's own decoding of the held-out prompts, in both modes."""
+"""Measures the figures of the card: the package decodes the held-out prompts in both modes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ AT_ONCE = 32  # prompts handed to the decoder in one call
 
 
 def is_exact(answer: str, expected: Any) -> bool:
-    """Whether the answer is JSON and equals what was expected, types included (1 is not true, 1.0
-    is 1).
+    """Return whether the answer is JSON and equals what was expected, types included (1 is not
+    true, 1.0 is 1).
     """
     try:
         value = json.loads(answer)
@@ -32,8 +32,8 @@ def is_exact(answer: str, expected: Any) -> bool:
 
 
 def _marked(value: Any) -> Any:
-    """Booleans made unlike numbers, numbers unlike their spelling, keys sorted: for comparison
-    alone.
+    """Return the value in a form to compare: keys sorted, numbers as floats, so that they differ
+    from booleans and not by their spelling.
     """
     if isinstance(value, dict):
         return {key: _marked(value[key]) for key in sorted(value)}
@@ -45,7 +45,7 @@ def _marked(value: Any) -> Any:
 def measure_kind(decoder: Decoder, net: OrthrusLM, entries: Sequence[Entry]) -> Entry:
     """Decode entries of one kind in both modes -> the figures of that kind.
 
-    `net` is the same checkpoint in training form: it says what each cycle drafted.
+    `net` is the same checkpoint in training form; it computes what each cycle drafted.
     """
     kind = entries[0]["kind"]
     prompts = [decoder.encode(entry.get("messages") or entry["text"]) for entry in entries]
@@ -74,7 +74,7 @@ def measure_kind(decoder: Decoder, net: OrthrusLM, entries: Sequence[Entry]) -> 
 def decode_all(
     decoder: Decoder, prompts: Sequence[list[int]], max_new: int, mode: str, what: str
 ) -> list[Generation]:
-    """The results of prompts, in their order."""
+    """Return the results of prompts, in their order."""
     results: list[Generation] = []
     for start in range(0, len(prompts), AT_ONCE):
         results += decoder.generate(list(prompts[start : start + AT_ONCE]), max_new, mode=mode)
@@ -99,8 +99,8 @@ def _figures(results: Sequence[Generation]) -> Entry:
 
 
 def agreement(net: OrthrusLM, prompts: Sequence[list[int]], results: Sequence[Generation]) -> Entry:
-    """Share of cycles whose draft at each position equals the token that the AR view went on to
-    write there; and in how many cycles the package accepted just the drafts that agree.
+    """Return the share of cycles whose proposal at each position equals the token that the AR view
+    then wrote there, and in how many cycles the package accepted exactly the prefix that agrees.
     """
     right, seen = [0] * (net.shape.block_size - 1), [0] * (net.shape.block_size - 1)
     alike = 0
@@ -129,15 +129,15 @@ def agreement(net: OrthrusLM, prompts: Sequence[list[int]], results: Sequence[Ge
 
 @torch.no_grad()
 def drafts_at(net: OrthrusLM, tokens: list[int], anchors: list[int]) -> list[list[int]]:
-    """What the draft view proposes after each anchor (an index into `tokens`), as in training: all
-    blocks in one pass.
+    """Return what the draft view proposes after each anchor (an index into `tokens`); as in
+    training, all blocks are computed in one pass.
     """
     shape, device = net.shape, next(net.parameters()).device
     ids = torch.tensor([tokens], device=device)
-    places = torch.tensor([anchors], device=device)
+    starts = torch.tensor([anchors], device=device)
     room = F.pad(ids, (0, shape.block_size))  # a block may reach past the end
-    blocks, positions = block_tokens(room, places, shape.block_size, shape.mask_token_id)
-    mask = dense_mask(places, len(tokens), shape.block_size)
+    blocks, positions = block_tokens(room, starts, shape.block_size, shape.mask_token_id)
+    mask = dense_mask(starts, len(tokens), shape.block_size)
     hidden = net.draft(blocks, positions, net.ar(ids)[1], mask)
     drafts = net.logits(hidden[0]).argmax(-1).view(len(anchors), -1)[:, :-1]
     listed: list[list[int]] = drafts.tolist()
@@ -145,14 +145,14 @@ def drafts_at(net: OrthrusLM, tokens: list[int], anchors: list[int]) -> list[lis
 
 
 def distinct_trigrams(tokens: Sequence[int]) -> float:
-    """Different trigrams over all trigrams: 1 never repeats itself."""
+    """Return the distinct trigrams over all trigrams; 1 means that none is repeated."""
     trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
     return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
 
 
 @torch.no_grad()
 def answer_loss(net: OrthrusLM, pairs: Iterable[tuple[list[int], list[int]]]) -> Entry:
-    """AR loss of (prompt, answer) pairs, nats a token of the answer."""
+    """Return the AR loss of (prompt, answer) pairs, in nats per token of the answer."""
     total, count = 0.0, 0
     for prompt, answer in pairs:
         tokens = torch.tensor(

@@ -1,4 +1,4 @@
-"""The checkpoint directory, in the Hub's own format."""
+"""Writes and reads the checkpoint directory, in the Hub's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scripts.embedded.tokens import CHAT_TEMPLATE, END_OF_TEXT, TURN_END, TURN_S
 
 
 def config_fields(shape: Shape, turn_end: int) -> dict[str, Any]:
-    """The fields of config.json."""
+    """Return the fields of config.json."""
     return {
         "architectures": ["OrthrusLM"],
         "model_type": "qwen3",
@@ -47,7 +47,7 @@ def config_fields(shape: Shape, turn_end: int) -> dict[str, Any]:
 
 
 def tokenizer_fields(shape: Shape) -> dict[str, Any]:
-    """The fields of tokenizer_config.json."""
+    """Return the fields of tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -77,7 +77,7 @@ def write_checkpoint(net: OrthrusLM, tokenizer: Tokenizer, directory: Path) -> N
 
 
 def read_checkpoint(directory: Path, shape: Shape) -> OrthrusLM:
-    """The network of a checkpoint directory, in float32."""
+    """Return the network of a checkpoint directory, in float32."""
     net = OrthrusLM(shape)
     net.load_state_dict(
         {name: w.float() for name, w in load_file(directory / "model.safetensors").items()}

@@ -1,5 +1,5 @@
-"""The held-out prompts: records by their own seed, code from packages kept out of training; prose
-from the docstrings of those packages, and some written for this.
+"""The held-out prompts: records of a separate split, code from packages kept out of training, and
+prose, some from the docstrings of those packages and some written for this purpose.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scripts.embedded import records
 
 SPLIT = "held-out"
 N_RECORDS, N_CODE, N_PROSE = 256, 128, 128  # measured
-N_RECORDS_KEPT, N_CODE_KEPT = 96, 24  # committed, the first of each; all prose is
+N_RECORDS_KEPT, N_CODE_KEPT = 96, 24  # the first of each are committed, and all of the prose
 CODE_LINES = (8, 32)
 PROSE_WORDS = (8, 16)  # of a prompt, which opens a paragraph of at least MIN_WORDS
 MIN_WORDS, SHARED_WORDS, SAME = 20, 8, 32  # SAME: letters
@@ -41,19 +41,19 @@ WRITTEN = (
 
 
 def held_out_digests() -> frozenset[str]:
-    """Digests of the held-out records: training leaves out any sample that equals one."""
+    """Return the digests of the held-out records; training leaves out samples equal to one."""
     return frozenset(sample.digest for sample in records.stream(SPLIT, 0, N_RECORDS))
 
 
 def record_prompts(count: int = N_RECORDS) -> list[dict[str, Any]]:
-    """`{"kind": "records", "messages": …, "expected": …}`, the first `count` of the split."""
+    """Return `{"kind": "records", "messages": …, "expected": …}` of the split's first samples."""
     samples = records.stream(SPLIT, 0, count)
     return [{"kind": "records", "messages": s.messages, "expected": s.expected} for s in samples]
 
 
 def code_prompts(texts: Sequence[str], count: int = N_CODE) -> list[dict[str, Any]]:
-    """`{"kind": "code", "text": …}`: openings of held-out files and of places in them, cut at the
-    end of a line.
+    """Return `{"kind": "code", "text": …}`: passages of held-out files that begin at a definition
+    or an import and are cut at the end of a line.
     """
     prompts: list[dict[str, Any]] = []
     for turn in range(count):
@@ -74,12 +74,12 @@ def code_prompts(texts: Sequence[str], count: int = N_CODE) -> list[dict[str, An
 def prose_prompts(
     texts: Sequence[str], trained: Iterable[str], count: int = N_PROSE
 ) -> list[dict[str, Any]]:
-    """`{"kind": "prose", "source": "written" or "docstrings", "text": …}`: what was written for
-    this, then openings of paragraphs of the held-out files' docstrings, none of which shares
-    SHARED_WORDS words in a row with a file that was trained on.
+    """Return `{"kind": "prose", "source": "written" or "docstrings", "text": …}`: the openings
+    written for this purpose, then openings of paragraphs in the docstrings of held-out files, none
+    of which shares SHARED_WORDS words in a row with a training file.
     """
     found = {paragraph for text in texts for paragraph in _paragraphs(text)}
-    # Of paragraphs that begin alike, one.
+    # Keep one of the paragraphs that begin alike.
     openings = {_opening(p)[:SAME]: _opening(p) for p in reversed(_unseen(found, trained))}
     written = [{"kind": "prose", "source": "written", "text": text} for text in WRITTEN]
     quoted = [
@@ -90,7 +90,7 @@ def prose_prompts(
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs of plain English in the docstrings of a Python file, each on one line."""
+    """Yield the paragraphs of plain English in a Python file's docstrings, each on one line."""
     try:
         nodes = list(ast.walk(ast.parse(text)))
     except SyntaxError:
@@ -107,7 +107,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _unseen(paragraphs: Iterable[str], trained: Iterable[str]) -> list[str]:
-    """The paragraphs that share no run of words with the trained texts, ordered by hash."""
+    """Return the paragraphs that share no run of words with training texts, ordered by hash."""
     runs: dict[str, set[str]] = {}
     for paragraph in paragraphs:
         for run in _runs(paragraph):
@@ -131,7 +131,7 @@ def _opening(paragraph: str) -> str:
 
 
 def write_held_out(texts: Sequence[str], trained: Iterable[str], path: Path) -> None:
-    """The committed part of the held-out prompts, as JSON Lines."""
+    """Write the committed part of the held-out prompts, as JSON Lines."""
     prose = prose_prompts(texts, trained)
     kept = record_prompts(N_RECORDS_KEPT) + code_prompts(texts, N_CODE_KEPT) + prose
     path.write_text(
@@ -140,6 +140,6 @@ def write_held_out(texts: Sequence[str], trained: Iterable[str], path: Path) -> 
 
 
 def read_held_out(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The prompts of one kind that `write_held_out` wrote."""
+    """Return the prompts of one kind that `write_held_out` wrote."""
     entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [entry for entry in entries if entry["kind"] == kind]

@@ -1,7 +1,7 @@
 """The network in training form: Qwen3 with a second set of attention projections for the draft
 view.
 
-Module names equal the tensor names of the checkpoint, so `state_dict()` is what is saved (less
+Module names equal the tensor names of the checkpoint, so `state_dict()` is what is saved (without
 the tied head).
 """
 
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-Mask = Tensor | BlockMask | None  # bool [R, 1, T, S], True where seen; None is causal
+Mask = Tensor | BlockMask | None  # bool [R, 1, T, S], True where a row attends; None: causal
 KeyValue = tuple[Tensor, Tensor]  # [R, n_kv_heads, S, head_dim] each
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of the network; the names of the Hub's config.json where it has one."""
+    """The sizes of the network; most names are those of the Hub's config.json."""
 
     vocab_size: int = 4096
     n_entries: int = 4080  # of the tokenizer; the mask token is the first row past them
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """cos and sin, [R, 1, T, head_dim], float32, of positions [R, T]."""
+    """Return cos and sin, [R, 1, T, head_dim] each, float32, of positions [R, T]."""
     exponent = torch.arange(0, shape.head_dim, 2, device=positions.device).float() / shape.head_dim
     angle = positions[:, None, :, None].float() / shape.rope_theta**exponent
     angle = torch.cat([angle, angle], -1)
@@ -66,7 +66,7 @@ def rope(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-rotation RoPE of x [R, H, T, head_dim]."""
+    """Apply half-rotation RoPE to x [R, H, T, head_dim]."""
     first, second = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
@@ -79,7 +79,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         return out
     groups = query.shape[1] // key.shape[1]
     if query.shape[2] == 1 and mask is not None:
-        # The heads of a group as rows: no copy of the cache.
+        # The heads of a group become rows, so that the cache is not copied.
         grouped = query.view(len(query), -1, groups, query.shape[-1])
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask)
         return out.reshape(query.shape)
@@ -88,8 +88,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Both views' projections. `view` is "" (AR) or "_diff" (draft): the suffix of the tensors'
-    names.
+    """The projections of both views. `view` is the suffix of the tensors' names: "" (AR) or "_diff"
+    (draft).
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -155,7 +155,7 @@ class Backbone(nn.Module):
 
 
 def finish_layer(layer: Layer, x: Tensor, attended: Tensor, view: str) -> Tensor:
-    """Output projection and MLP on the residual stream x [R, T, hidden]."""
+    """Apply output projection and MLP to the residual stream x [R, T, hidden]."""
     x = x + layer.self_attn.output(attended, view)
     out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
     return out
@@ -164,7 +164,7 @@ def finish_layer(layer: Layer, x: Tensor, attended: Tensor, view: str) -> Tensor
 def draft_layer(
     layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, past: KeyValue, mask: Mask
 ) -> Tensor:
-    """One layer of the draft view: x [R, T, hidden] after the cached context `past`."""
+    """Apply one layer of the draft view to x [R, T, hidden] after the cached context `past`."""
     query, key, value = layer.self_attn.project(layer.input_layernorm(x), cos, sin, "_diff")
     key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
     return finish_layer(layer, x, attend(query, key, value, mask), "_diff")
@@ -174,7 +174,7 @@ DraftLayer = Callable[[Layer, Tensor, Tensor, Tensor, KeyValue, Mask], Tensor]
 
 
 class OrthrusLM(nn.Module):
-    """Two views over one set of weights; the head is the embedding."""
+    """A model with two attention views; the output head is tied to the embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class OrthrusLM(nn.Module):
         self.model = Backbone(shape)
 
     def initialise(self, seed: int) -> None:
-        """Normal weights; those that write to the residual stream are scaled by its depth."""
+        """Draw normal weights; those that write to the residual stream are scaled by its depth."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in sorted(self.named_parameters()):
             if parameter.dim() == 2:
@@ -192,7 +192,7 @@ class OrthrusLM(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def named_view_parameters(self, draft: bool) -> list[tuple[str, nn.Parameter]]:
-        """The parameters of the draft view alone, or all the others."""
+        """Return the parameters of the draft view, or all the others."""
         return [(name, p) for name, p in self.named_parameters() if ("_diff." in name) == draft]
 
     def start_draft_from_ar(self) -> None:
@@ -203,14 +203,14 @@ class OrthrusLM(nn.Module):
                 weight.copy_(weights[name.replace("_diff", "")])
 
     def round_weights(self) -> None:
-        """Round every weight to bfloat16 in place: training goes on from what will be saved."""
+        """Round all weights to bfloat16 in place, so that training continues from what is saved."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(parameter.bfloat16().float())
 
     def ar(self, tokens: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """AR view of whole sequences [R, T] -> (hidden [R, T, hidden], keys and values of each
-        layer).
+        """Run the AR view on whole sequences [R, T] -> (hidden [R, T, hidden], keys and values of
+        each layer).
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         cos, sin = rope(positions, self.shape)
@@ -229,7 +229,7 @@ class OrthrusLM(nn.Module):
         mask: Mask,
         run_layer: DraftLayer | None = None,
     ) -> Tensor:
-        """Draft view of blocks [R, T] after cached context -> hidden [R, T, hidden].
+        """Run the draft view on blocks [R, T] after cached context -> hidden [R, T, hidden].
 
         `mask` covers the cache's S columns, then the T of the blocks themselves. `run_layer` is
         `draft_layer` or a compiled form of it.
@@ -238,7 +238,7 @@ class OrthrusLM(nn.Module):
         cos, sin = rope(positions, self.shape)
         x = self.model.embed_tokens(tokens)
         if torch.is_grad_enabled():
-            # The embedding is frozen: without this the first layer would compile apart.
+            # The embedding is frozen; without this the first layer would be compiled separately.
             x.requires_grad_()
         for layer, past in zip(self._layers(), cache, strict=True):
             x = run_layer(layer, x, cos, sin, past, mask)
@@ -248,8 +248,8 @@ class OrthrusLM(nn.Module):
     def extend(
         self, tokens: Tensor, positions: Tensor, cache: list[KeyValue], mask: Tensor
     ) -> Tensor:
-        """AR view of [R, T] tokens written into a preallocated cache at `positions` [R, T] ->
-        hidden [R, T, hidden].
+        """Run the AR view on tokens [R, T] and write them into a preallocated cache at `positions`
+        [R, T] -> hidden [R, T, hidden].
         """
         cos, sin = rope(positions, self.shape)
         rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
@@ -265,7 +265,7 @@ class OrthrusLM(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocab_size]."""
+        """Apply the output head: [..., hidden] -> [..., vocab_size]."""
         return F.linear(hidden, self.model.embed_tokens.weight)
 
     def _layers(self) -> list[Any]:
@@ -275,7 +275,7 @@ class OrthrusLM(nn.Module):
 def new_cache(
     shape: Shape, n_rows: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> list[KeyValue]:
-    """Zeroed keys and values, [n_rows, n_kv_heads, capacity, head_dim] for each layer."""
+    """Return zeroed keys and values, [n_rows, n_kv_heads, capacity, head_dim] for each layer."""
     size = (n_rows, shape.n_kv_heads, capacity, shape.head_dim)
     return [
         (

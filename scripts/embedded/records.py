@@ -2,12 +2,12 @@
 
 A sample is a chat request (an instruction and data as CSV, TSV, Markdown table, key-value lines,
 INI or log lines) with the JSON that answers it. Sample `index` of a `split` depends on these two
-alone. Nothing here needs more than the standard library.
+alone. The module needs only the standard library.
 
-Typing rule, unless all values are asked for as strings: `-12`, `0.5`, `3.10` are numbers (written
-as they stand, a leading zero or plus sign makes text), `true` and `false` in any of three cases are
-booleans, an empty value is null, all else is text. A key whose line is absent is absent from its
-object.
+The typing rule, unless a request asks for all values as strings: `-12`, `0.5`, `3.10` are numbers
+(copied as they are; a leading zero or plus sign makes text), `true` and `false` in any of three
+cases are booleans, an empty value is null, everything else is text. A key whose line is absent is
+absent from its object.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One request with its answer. `source` is the data alone, as it stands in the user message."""
+    """A request with its answer; `source` is the data alone, as the user message contains it."""
 
     messages: list[Message]
     answer: str
@@ -50,13 +50,13 @@ class Sample:
 
     @property
     def digest(self) -> str:
-        """sha256 of the messages: what tells the held-out set from the training stream."""
+        """Return the sha256 of the messages, by which training leaves out held-out samples."""
         return messages_digest(self.messages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a table. `columns` are those of the answer, in the order of the table."""
+    """A question about a table; `columns` are those of the answer, in the order of the table."""
 
     shape: str  # list, keyed, columns, values, object
     columns: tuple[str, ...]
@@ -76,7 +76,7 @@ class Table:
 
 
 def messages_digest(messages: Sequence[Message]) -> str:
-    """sha256 (hex) of chat messages."""
+    """Return the sha256 (hex) of chat messages."""
     return hashlib.sha256(json.dumps(list(messages), sort_keys=True).encode()).hexdigest()
 
 
@@ -84,7 +84,7 @@ def messages_digest(messages: Sequence[Message]) -> str:
 
 
 def _pseudo_word(rng: random.Random) -> str:
-    """A pronounceable word that is in no list, or rarely a random string: copying must not need
+    """Return a word that is in no list, or rarely a random string, because copying must not need
     the lists.
     """
     if rng.random() < 0.2:
@@ -258,7 +258,7 @@ KIND_WEIGHTS = dict(
 
 
 def _column_name(rng: random.Random, kind: str, style: int) -> str:
-    """A name from the lists, or (one in seven) an invented one, in one of five styles."""
+    """Return a name from the lists, or (one in seven) an invented one, in one of five styles."""
     roll = rng.random()
     if roll < 0.14:
         name = rng.choice(WORDS) if roll < 0.07 else _pseudo_word(rng)
@@ -275,7 +275,7 @@ def _column_name(rng: random.Random, kind: str, style: int) -> str:
 
 
 def _schema(rng: random.Random, n_columns: int) -> dict[str, str]:
-    """`n_columns` different column names with the kind of their values; the first is often an id
+    """Return `n_columns` different names with their kinds of values; the first is often an id
     or a name.
     """
     style = rng.choice((0, 0, 0, 0, 0, 0, 1, 1, 2, 3, 4))
@@ -294,8 +294,8 @@ def _schema(rng: random.Random, n_columns: int) -> dict[str, str]:
 
 
 def _fill_column(rng: random.Random, kind: str, n_rows: int) -> list[str]:
-    """Values of one column. Ids may count up, small sets may repeat, booleans keep one case in a
-    column.
+    """Return a column's values. Ids may count up, small sets may repeat, booleans keep one case in
+    a column.
     """
     if kind == "integer" and rng.random() < 0.25:
         first = rng.choice((0, 1, 1, 1, 10, 100, 101, rng.randrange(2000)))
@@ -312,7 +312,7 @@ def _fill_column(rng: random.Random, kind: str, n_rows: int) -> list[str]:
 
 
 def _dimensions(rng: random.Random) -> tuple[int, int]:
-    """(n_rows, n_columns), bounded so that an answer stays within a few hundred tokens."""
+    """Return (n_rows, n_columns), so small that an answer has at most a few hundred tokens."""
     n_columns = rng.choice((1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 7, 8))
     n_rows = min(
         rng.choice((1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10, 12)), max(1, 36 // n_columns)
@@ -333,7 +333,7 @@ def _make_table(rng: random.Random, format_name: str) -> Table:
 
 
 def _drop_some(rng: random.Random, rows: list[Row], absent: bool) -> None:
-    """Empty a few values in place, or take their keys away. A row keeps its first column."""
+    """Empty a few values in place, or remove their keys. A row keeps its first column."""
     for row in rows:
         for name in list(row)[1:]:
             if rng.random() < 0.12:
@@ -404,7 +404,7 @@ def _logfmt_log(rng: random.Random) -> tuple[Row, str]:
 
 
 def _make_log(rng: random.Random) -> tuple[Table, str, str]:
-    """A log with its text, and the clause that names its keys (none for logfmt, whose lines name
+    """Return a log, its text, and the clause that names its keys (none for logfmt, whose lines name
     them).
     """
     make = rng.choice((_plain_log, _plain_log, _bracket_log, _access_log, _logfmt_log))
@@ -431,7 +431,7 @@ def _make_log(rng: random.Random) -> tuple[Table, str, str]:
 
 
 def csv_cell(text: str, delimiter: str, always: bool) -> str:
-    """One CSV cell, quoted where it must be (RFC 4180)."""
+    """Return a CSV cell, quoted where it must be (RFC 4180)."""
     if always or delimiter in text or '"' in text or text != text.strip():
         return '"' + text.replace('"', '""') + '"'
     return text
@@ -492,7 +492,7 @@ def _render_ini(table: Table, sections: Sequence[str], rng: random.Random) -> st
 
 
 def json_literal(text: str, typed: bool) -> str:
-    """The JSON literal of a source value, by the typing rule of this module."""
+    """Return the JSON literal of a source value, by the typing rule of this module."""
     if typed:
         if text == "":
             return "null"
@@ -513,7 +513,7 @@ def _json_object(row: Row, names: Sequence[str], typed: bool) -> str:
 
 
 def write_answer(rows: Sequence[Row], request: Request) -> str:
-    """The answer text: one row a line. Shapes as in `Request`."""
+    """Return the answer's text with one row per line. Shapes are those of `Request`."""
     names, typed = request.columns, request.typed
     if request.shape == "object":
         return _json_object(rows[0], names, typed)
@@ -547,7 +547,7 @@ def _may_be_key(table: Table, name: str) -> bool:
 
 
 def _make_request(table: Table, rng: random.Random) -> Request:
-    """A request that the table can answer. Absent keys rule out shapes that need every value."""
+    """Return a request that the table can answer; absent keys exclude shapes with every value."""
     typed = rng.random() < 0.75
     full = all(len(row) == len(table.columns) for row in table.rows)
     if table.format == "lines" and len(table.rows) == 1:
@@ -566,7 +566,7 @@ def _make_request(table: Table, rng: random.Random) -> Request:
 
 
 def _select(columns: tuple[str, ...], rng: random.Random) -> tuple[str, ...]:
-    """All columns (six times in ten), or some, in the order of the table."""
+    """Return all columns (six times in ten), or some, in the order of the table."""
     if len(columns) < 2 or rng.random() < 0.6:
         return columns
     kept = rng.sample(range(len(columns)), rng.randint(1, len(columns) - 1))
@@ -741,7 +741,7 @@ def _instruction(table: Table, request: Request, extra: str, rng: random.Random)
 
 
 def _user_message(instruction: str, source: str, format_name: str, rng: random.Random) -> str:
-    """Instruction and data in one of several arrangements."""
+    """Return instruction and data in one of several arrangements."""
     roll = rng.random()
     end = rng.choice(("", "", "", "", "", "", "", "\n"))
     if roll < 0.12:
@@ -781,7 +781,7 @@ def _tabular(rng: random.Random, format_name: str) -> tuple[Table, str]:
 
 
 def _ini_sample(rng: random.Random) -> tuple[Table, str, Request, str]:
-    """INI: an object keyed by section, or a list with the section's name under `section`."""
+    """Return an INI sample: an object keyed by section, or a list with the names as `section`."""
     table = _make_table(rng, "ini")
     sections = rng.sample(WORDS, len(table.rows))
     source = _render_ini(table, sections, rng)
@@ -803,7 +803,7 @@ def _ini_sample(rng: random.Random) -> tuple[Table, str, Request, str]:
 
 
 def make_sample(split: str, index: int) -> Sample:
-    """Sample `index` of a split ("train", "held-out", or any other name): the same wherever it is
+    """Return sample `index` of a split ("train", "held-out", or any name), the same wherever it is
     called.
     """
     rng = random.Random(f"{split}/{index}")
@@ -833,7 +833,7 @@ def make_sample(split: str, index: int) -> Sample:
 def stream(
     split: str, start: int, stop: int, skip: frozenset[str] = frozenset()
 ) -> Iterator[Sample]:
-    """Samples `start` … `stop - 1` of a split, less those whose digest is in `skip`."""
+    """Yield samples `start` … `stop - 1` of a split, without those whose digest is in `skip`."""
     for index in range(start, stop):
         sample = make_sample(split, index)
         if sample.digest not in skip:

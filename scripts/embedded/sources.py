@@ -1,5 +1,5 @@
-"""The Python code that the checkpoint learnt from: pinned public packages, fetched by pip,
-checked by sha256.
+"""The Python code that the checkpoint was trained on: pinned public packages, which pip downloads
+and checks by sha256.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 MIN_BYTES, MAX_BYTES = 500, 100_000
 PACKAGE_BYTES = 12_000_000  # no package may outweigh the rest
-MAX_MEAN_LINE = 80  # longer: data tables in Python's clothes
+MAX_MEAN_LINE = 80  # longer lines: data tables written as Python
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Source:
 
 
 def read_sources(path: Path) -> list[Source]:
-    """The rows of SOURCES.tsv (its header names the fields of `Source`)."""
+    """Read the rows of SOURCES.tsv (its header names the fields of `Source`)."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Source(**row) for row in csv.DictReader(file, delimiter="\t")]
 
@@ -59,8 +59,8 @@ def fetch(sources: Sequence[Source], wheels: Path) -> None:
 
 
 def documents(sources: Sequence[Source], wheels: Path, role: str) -> Iterator[str]:
-    """Python files of the packages of a role: decoded, each once, vendored code left out, in a
-    fixed order.
+    """Yield the Python files of the packages of a role as text, each once, without vendored code,
+    in a fixed order.
     """
     by_hash = {
         hashlib.sha256(path.read_bytes()).hexdigest(): path for path in sorted(wheels.glob("*.whl"))
@@ -85,7 +85,7 @@ def documents(sources: Sequence[Source], wheels: Path, role: str) -> Iterator[st
 
 
 def _python_files(wheel: Path) -> list[bytes]:
-    """Contents of a wheel's Python files, ordered by hash, so that a budget takes a fair sample."""
+    """Return a wheel's Python files, ordered by hash, so that a budget takes a fair sample."""
     with zipfile.ZipFile(wheel) as archive:
         names = [
             n

@@ -1,4 +1,4 @@
-"""How much faster drafting is on this machine's CPU: the demonstrations, timed in both modes."""
+"""Times the demos on this machine's CPU in both modes: how much faster is drafting?"""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ COMMAND = "OMP_NUM_THREADS=1 python -m scripts.train_embedded speed"
 
 
 def measure(directory: Path, before: Figures | None) -> Iterator[Figures]:
-    """Time every demonstration with every runner, with the threads that torch has now; the figures
-    so far after each.
+    """Time every demo with every runner, with the threads that torch has now; yield the figures so
+    far after each.
 
-    `before` holds what was measured earlier, with other numbers of threads say; a row stays until
-    it is measured anew.
+    `before` holds what was measured earlier, for example with another number of threads; a row
+    stays until it is measured again.
     """
     threads = torch.get_num_threads()
     demos = json.loads((directory / "demos.json").read_text("utf-8"))
@@ -57,10 +57,10 @@ def _key(row: Figures) -> tuple[Any, ...]:
 
 
 def time_modes(decoder: Decoder, ids: list[int]) -> Figures:
-    """RUNS rounds of each way to decode, one after another: the median gain of diffusion over the
-    round's faster AR, and tokens/s; of both also the lowest and highest.
+    """Decode RUNS rounds in mode diffusion, by AR of the same pass and by AR of one row; return the
+    median speed-up of diffusion over the faster AR, and tokens/s, with the lowest and highest.
 
-    A ratio within a round: what else the machine does then slows all three.
+    The speed-up is a ratio within a round, because other work on the machine slows all three then.
     """
     rates: dict[str, list[float]] = {"diffusion": [], "ar_same_pass": [], "ar_one_row": []}
     for run in range(RUNS + 1):
@@ -92,7 +92,7 @@ def _rate(result: Generation) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """The hardware and torch, in words."""
+    """Return the hardware and torch's version in words."""
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{os.cpu_count()}-core {_cpu_name()}, torch {torch.__version__}"

@@ -1,8 +1,8 @@
 """The tokenizer of the embedded model and its chat format.
 
-Byte-level BPE, so that any input round-trips. Words never carry their space: a word has the same
-tokens after a comma, a pipe, a quote or a colon, which makes copying from a table into JSON a
-copy of tokens. Punctuation takes one space on either side instead.
+It is a byte-level BPE, so that every input can be encoded and decoded without loss. The tokens of
+a word hold no space: a word has the same tokens after a comma, a pipe, a quote or a colon, and to
+copy a value from a table into JSON is to copy tokens. Punctuation takes one space on either side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterator[str], n_entries: int) -> Tokenizer:
-    """A tokenizer of exactly `n_entries` entries, the special tokens first.
+    """Train a tokenizer of exactly `n_entries` entries, the special tokens first.
 
     Raises ValueError if the texts are too few to fill it.
     """
@@ -48,20 +48,20 @@ def train_tokenizer(texts: Iterator[str], n_entries: int) -> Tokenizer:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory."""
+    """Return the tokenizer of a checkpoint directory."""
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
 def end_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Ids that end an answer: of a turn, of a text."""
+    """Return the ids that end an answer: the end of a turn and the end of a text."""
     ids = [tokenizer.token_to_id(name) for name in (TURN_END, END_OF_TEXT)]
     assert None not in ids, "the tokenizer lacks its special tokens"
     return [i for i in ids if i is not None]
 
 
 def render_chat(messages: Sequence[dict[str, str]]) -> str:
-    """Messages as text up to where the answer starts: what CHAT_TEMPLATE renders with a
-    generation prompt.
+    """Return messages as text up to where the answer starts, which is what CHAT_TEMPLATE renders
+    with a generation prompt.
     """
     turns = "".join(f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in messages)
     return f"{turns}{TURN_START}assistant\n"

@@ -1,5 +1,5 @@
-"""Two phases of training: the AR view on the data, then the draft view against the frozen AR
-view's distribution.
+"""Trains in two phases: the AR view on the data, then the draft view on the distribution of the
+frozen AR view.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LossFunction = Callable[[int], tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One phase: `steps` in all, in parts of at most `part_seconds`; `n_rows` windows a step."""
+    """One phase: `steps` in all, in parts of at most `part_seconds`; `n_rows` windows per step."""
 
     steps: int
     n_rows: int
@@ -41,8 +41,8 @@ class Plan:
 
 
 class Feed:
-    """Rows of several sets of windows in fixed shares, each set in a new seeded order every
-    epoch.
+    """Gives each step rows of several sets of windows in fixed shares, each set in a new seeded
+    order every epoch.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Feed:
         self.orders: dict[tuple[int, int], Tensor] = {}
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
-        """(tokens [n_rows, length] int64, roles [n_rows, length] uint8) of a step."""
+        """Return a step's tokens [n_rows, length] int64 and roles [n_rows, length] uint8."""
         picks = [self._pick(which, count, step) for which, count in enumerate(self.counts)]
         tokens = [rows[pick] for rows, pick in zip(self.tokens, picks, strict=True)]
         roles = [rows[pick] for rows, pick in zip(self.roles, picks, strict=True)]
         return torch.cat(tokens).long(), torch.cat(roles)
 
     def _pick(self, which: int, count: int, step: int) -> Tensor:
-        """`count` row numbers of a set, going on where the step before stopped."""
+        """Return `count` row numbers of a set, from where the step before stopped."""
         epoch, start = divmod(step * count, len(self.tokens[which]))
         picked = self._order(which, epoch)[start : start + count]
         while len(picked) < count:
@@ -82,14 +82,14 @@ class Feed:
 
 
 def learning_rate(plan: Plan, step: int, progress: float) -> float:
-    """Linear warm-up over steps, then a cosine to a fiftieth as `progress` goes from 0 to 1."""
+    """Return the rate: linear warm-up, then a cosine to 1/50 as `progress` goes from 0 to 1."""
     warm = min(1.0, (step + 1) / plan.warmup)
     return plan.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 @dataclasses.dataclass
 class Clock:
-    """Times one part of a phase; the first steps, in which things compile, do not count for
+    """Times one part of a phase; the first steps, which include compilation, do not count for
     `progress`.
     """
 
@@ -120,9 +120,9 @@ class Clock:
 def run_phase(
     net: OrthrusLM, draft: bool, plan: Plan, loss_of_step: LossFunction, folder: Path
 ) -> bool:
-    """Train one phase, from its saved state if there is one. True when all steps are done.
+    """Train one phase, from its saved state if there is one. Return True when all steps are done.
 
-    `loss_of_step` gives (loss, numbers to log). State and a log of JSON Lines lie in `folder`.
+    `loss_of_step` returns (loss, numbers to log). `folder` holds the state and a log of JSON Lines.
     """
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(("_diff." in name) == draft)
@@ -157,7 +157,7 @@ def run_phase(
 
 
 def _optimizer(net: OrthrusLM, draft: bool, plan: Plan) -> torch.optim.AdamW:
-    """AdamW; norms are not decayed."""
+    """Return AdamW without weight decay for norms."""
     named = net.named_view_parameters(draft)
     groups = [
         {"params": [p for _, p in named if p.dim() == 2], "weight_decay": plan.weight_decay},
@@ -190,7 +190,7 @@ def _log(folder: Path, **entry: object) -> None:
 def ar_loss(
     net: OrthrusLM, tokens: Tensor, roles: Tensor, prompt_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the next token in nats: (weighted mean, [mean over answers])."""
+    """Return the next token's cross-entropy in nats: (weighted mean, [mean over answers])."""
     hidden, _ = net.ar(tokens[:, :-1])
     logits = net.logits(hidden).float()
     nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
@@ -205,7 +205,7 @@ def ar_loss(
 def train_ar(
     net: OrthrusLM, feed: Feed, plan: Plan, folder: Path, prompt_weight: float = 0.1
 ) -> bool:
-    """Phase 1, to be called until it returns True."""
+    """Train phase 1; call it until it returns True."""
     device = next(net.parameters()).device
     compiled = torch.compile(ar_loss, disable=device.type == "cpu")
 
@@ -224,8 +224,8 @@ def train_ar(
 def choose_anchors(
     roles: Tensor, n_anchors: int, block_size: int, generator: torch.Generator
 ) -> Tensor:
-    """[R, length] roles -> [R, n_anchors] positions in rising order, within answers as far as
-    there are enough.
+    """Choose anchors: roles [R, length] -> positions [R, n_anchors] in rising order, within answers
+    as long as there are enough.
     """
     usable = roles[:, : roles.shape[1] - block_size]
     inside = ((usable == ANSWER) & (roles[:, 1 : usable.shape[1] + 1] == ANSWER)).float()
@@ -236,8 +236,8 @@ def choose_anchors(
 def block_tokens(
     tokens: Tensor, anchors: Tensor, block_size: int, mask_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Draft inputs `[anchor, mask, mask, …]` and their positions, [R, n_anchors · block_size]
-    each.
+    """Return the draft inputs `[anchor, MASK, MASK, …]` and their positions, [R, n_anchors ·
+    block_size] each.
     """
     offsets = torch.arange(block_size, device=tokens.device)
     positions = (anchors[:, :, None] + offsets).flatten(1)
@@ -246,8 +246,8 @@ def block_tokens(
 
 
 def dense_mask(anchors: Tensor, length: int, block_size: int) -> Tensor:
-    """[R, 1, T, length + T] bool: a block sees the context strictly before its anchor, and all of
-    itself.
+    """Return the mask [R, 1, T, length + T]: a block attends to the context strictly before its
+    anchor, and to all of itself.
     """
     owner = torch.arange(anchors.shape[1] * block_size, device=anchors.device) // block_size
     context = torch.arange(length, device=anchors.device) < anchors[:, owner, None]
@@ -256,7 +256,7 @@ def dense_mask(anchors: Tensor, length: int, block_size: int) -> Tensor:
 
 
 def sparse_mask(anchors: Tensor, length: int, block_size: int) -> BlockMask:
-    """The same for FlexAttention."""
+    """Return the same mask for FlexAttention."""
 
     def seen(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         owner = query // block_size
@@ -270,8 +270,8 @@ def sparse_mask(anchors: Tensor, length: int, block_size: int) -> BlockMask:
 
 
 def draft_weights(roles: Tensor, positions: Tensor, block_size: int, decay: float) -> Tensor:
-    """[R, n_anchors, block_size - 1]: `exp(-i / decay)` while the answer lasts, then 0 (a block
-    ends with its answer).
+    """Return weights [R, n_anchors, block_size - 1]: `exp(-i / decay)` while the answer lasts, then
+    0 (a block ends with its answer).
     """
     blocks = roles.gather(1, positions).view(len(roles), -1, block_size)
     lasting = (blocks == ANSWER).float().cumprod(-1)
@@ -282,10 +282,10 @@ def draft_weights(roles: Tensor, positions: Tensor, block_size: int, decay: floa
 def divergence(
     net: OrthrusLM, target_hidden: Tensor, draft_hidden: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """KL(AR || draft) in nats of the next 1 … block_size - 1 tokens: (weighted mean, agreement by
-    position).
+    """Return KL(AR || draft) in nats of the next 1 … block_size - 1 tokens: (weighted mean,
+    agreement by position).
 
-    Both hiddens are [R, n_anchors · block_size, hidden], rows of the same positions.
+    Both hidden states are [R, n_anchors · block_size, hidden], rows of the same positions.
     """
     target = net.logits(_inner(target_hidden, net.shape.block_size)).float().log_softmax(-1)
     draft = net.logits(_inner(draft_hidden, net.shape.block_size)).float().log_softmax(-1)
@@ -297,8 +297,8 @@ def divergence(
 
 
 def _inner(hidden: Tensor, block_size: int) -> Tensor:
-    """[R, n_anchors · block_size, hidden] -> [R, n_anchors, block_size - 1, hidden]: the last row
-    drafts nothing.
+    """Drop each block's last row, which proposes nothing: [R, n_anchors · block_size, hidden] ->
+    [R, n_anchors, block_size - 1, hidden].
     """
     return hidden.view(len(hidden), -1, block_size, hidden.shape[-1])[:, :, :-1]
 
@@ -312,8 +312,8 @@ def train_draft(
     dense: bool = False,
     decay: float = 10.0,
 ) -> bool:
-    """Phase 2, to be called until it returns True. Layers are compiled one by one: they are
-    alike.
+    """Train phase 2; call it until it returns True. Layers are compiled one by one, and share
+    their code.
     """
     device, shape = next(net.parameters()).device, net.shape
     on_cpu = device.type == "cpu"

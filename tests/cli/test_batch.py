@@ -223,7 +223,7 @@ def test_a_bad_prompt_is_a_result_and_stays_one(run: Run, tmp_path: Path) -> Non
     got = run(prompts=prompts)
     assert got.code == 0
     assert "8 prompts · 12 tokens · " in got.err and got.err.endswith(
-        " · 7 failed, as their results say\n"
+        " · 7 failed (see their results)\n"
     )
     _, results = read_results(tmp_path / "results.jsonl")
     assert results["good"]["finish_reason"] == "length"
@@ -532,7 +532,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
         patch.setattr(batch.Results, "write", interrupted)
         got = run()
     assert got.code == 130
-    assert got.err == "interrupted: 2 of 6 prompts are done; the same command does the rest\n"
+    assert got.err == "interrupted: 2 of 6 prompts are done; the same command resumes\n"
     assert len(read_results(tmp_path / "results.jsonl")[1]) == 2
     got = run()
     assert (got.code, got.err[:9]) == (0, "4 prompts")

@@ -87,7 +87,7 @@ def test_text_goes_out_and_one_line_of_facts_to_standard_error(
         r"first token after [\d.]+ s · diffusion on cpu \(float32, eager\)",
         facts,
     )
-    assert budget == "the budget of 20 tokens ended the text; --max-new-tokens raises it"
+    assert budget == "the text ended at its limit of 20 new tokens; --max-new-tokens raises it"
 
 
 SCHEMA = {
@@ -299,7 +299,7 @@ def test_check_tells_a_difference_and_exits_1(
     assert got.code == 1
     assert re.search(
         r"check: DIFFERENT from token \d+: ar \[\d+\], diffusion \[\d+\]; "
-        r"the two best logits there are of \[\d+, \d+\], [\d.e-]+ apart",
+        r"the two best logits there belong to \[\d+, \d+\] and are [\d.e-]+ apart",
         got.err,
     )
 
@@ -359,7 +359,7 @@ def test_the_prompt_may_come_from_standard_input(
     empty = given(b"")
     assert (empty.code, empty.err.splitlines()[-1][:20]) == (2, "error: prompt: empty")
     told = given(None)
-    assert told.err.splitlines()[0].startswith("nothing comes from standard input")
+    assert told.err.splitlines()[0].startswith("no data on standard input")
     assert (told.code, "none given" in told.err) == (2, True)
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
@@ -503,7 +503,8 @@ def test_a_missing_package_is_named(raw: Path) -> None:
     line = [sys.executable, "-c", code]
     got = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert got.returncode == 2
-    assert got.stderr == "error: torch is not installed; run: pip install -e . beside generate.py\n"
+    what_to_do = "run: pip install -e . in the folder of generate.py"
+    assert got.stderr == f"error: torch is not installed; {what_to_do}\n"
 
 
 @pytest.mark.slow
@@ -708,7 +709,7 @@ def test_thinking_with_a_template_that_knows_nothing_of_it(
     directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
     line = ("--checkpoint", directory, "--prompt", "x", "--no-thinking")
-    assert_refused(run(capsys, *line), "--no-thinking", "no such mode")
+    assert_refused(run(capsys, *line), "--no-thinking", "no thinking mode")
 
 
 def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,12 +33,12 @@ def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with interpreted(backend), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "JOINED_AT_ONCE", 4)  # six splits take two rounds
+        patch.setattr(backend, "JOIN_BLOCK", 4)  # six splits take two rounds
         yield
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, causal: bool) -> Tensor:
-    return backend._attend(q, k, v, start, slot, causal, BANDS, TILES)
+    return backend.attend(q, k, v, start, slot, causal=causal, bands=BANDS, tiles=TILES)
 
 
 def make_cache(
@@ -167,7 +167,7 @@ def test_splits_that_follow_the_length_would_be_noticed() -> None:
     def halves(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, c: bool) -> Tensor:
         length = int(start[-1]) + q.shape[1]
         bands = ((-(-length // 2 // 64) * 64, None),)
-        return backend._attend(q, k, v, start, slot, c, bands, TILES)
+        return backend.attend(q, k, v, start, slot, causal=c, bands=bands, tiles=TILES)
 
     assert error(halves, [126], 6, (2, 1, 16), torch.float32) < 2e-6
     assert not all_equal(rows_at(halves, 126, 6, torch.float32))

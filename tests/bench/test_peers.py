@@ -1,4 +1,4 @@
-"""Other programs beside ours: that all do the same work on the same weights, or are left out."""
+"""Other programs beside this one: that all do the same work on the same weights, or are skipped."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import pytest
 import torch
 
 from benchmarks import peers
-from orthrus_fast import bench
+from orthrus_fast.bench.session import build_session
+from tests.bench.runs import check_times
+
+FLAGS = ("--shape", "tiny", "--device", "cpu", "--contexts", "40", "--new-tokens", "16")
+FLAGS += ("--max-seq-len", "300")
 
 
-def check_times(values: dict[str, float]) -> None:
-    assert 0 < values["p10"] <= values["median"] <= values["p90"]
-    assert values["n"] >= 1
-
-
-PEERS = ["--shape", "tiny", "--device", "cpu", "--contexts", "40", "--new-tokens", "16"]
+def run(path: Path, *flags: str) -> Any:
+    assert peers.main([*flags, "--json", str(path)]) == 0
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_peers_take_turns_on_the_same_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "peers.json"
-    assert peers.main([*PEERS, "--repeats", "2", "--json", str(path)]) == 0
-    content = json.loads(path.read_text())
-    assert content["skipped"] == {} and content["transformers"]
-    (at,) = content["at"]
+    content = run(tmp_path / "r.json", *FLAGS[:-2], "--max-seq-len", "1100", "--repeats", "2")
+    assert content["command"].startswith("OMP_NUM_THREADS=1 python benchmarks/peers.py --shape")
+    part = content["parts"]["peers"]
+    assert part["skipped"] == {} and part["transformers"]
+    (at,) = part["at"]
     names = ("dynamic cache", "static cache", "prompt lookup")
     theirs = [f"transformers, {name}" for name in names]
-    assert list(at["tokens_per_second_of"]) == [*peers.OURS, *theirs]
+    assert list(at["tokens_per_second_of"]) == [*peers.MODES, *theirs]
     for row in at["tokens_per_second_of"].values():
         check_times(row["tokens_per_second"])
         assert row["tokens_before_difference"] == [16, 16]  # float32, and no near tie on the way
@@ -41,21 +42,20 @@ def test_peers_take_turns_on_the_same_weights(
     for name, row in at["tokens_per_second_of"].items():
         assert row["over_faster_ar"] == pytest.approx(rates[name] / faster)
         assert row["texts_equal_share_by_dtype"] == {"float32": 1.0}
-    assert list(at["diffusion_over"]) == ["the faster of our ARs", *theirs]
-    (first,) = content["first_token"]
+    assert list(at["diffusion_over"]) == ["the faster AR", *theirs]
+    (first,) = part["first_token"]
     assert first["prompt_tokens"] == 1024 and list(first["ms"]) == ["orthrus_fast", *theirs]
     assert "REPLAYED ACCEPTANCE" in capsys.readouterr().out
 
 
 def test_their_model_computes_our_logits_from_shared_memory() -> None:
-    args = peers.build_parser().parse_args(PEERS)
-    built = bench.build(args)
-    theirs = peers.their_model(built)
+    session = build_session(peers.build_parser().parse_args(FLAGS))
+    theirs = peers.transformers_model(session)
     prompt = list(range(30))
     with torch.inference_mode():
         expected = theirs(torch.tensor([prompt])).logits[0, -1]
-    assert torch.allclose(built.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
-    own = built.runner.model.layers[0].attention.qkv.weight
+    assert torch.allclose(session.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
+    own = session.runner.model.layers[0].attention.qkv.weight
     assert theirs.model.layers[0].self_attn.q_proj.weight.data_ptr() == own.data_ptr()
 
 
@@ -65,18 +65,14 @@ def test_a_peer_that_is_absent_or_fails_is_skipped_by_name(
     def fail(prompt: list[int], n_tokens: int) -> peers.Run:
         raise RuntimeError("out of\nmemory")
 
-    path = tmp_path / "peers.json"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
-        assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
-    absent = json.loads(path.read_text())["skipped"]
+        absent = run(tmp_path / "a.json", *FLAGS, "--repeats", "1")["parts"]["peers"]["skipped"]
     assert len(absent) == 3 and all("transformers" in why for why in absent.values())
+    assert peers.main([*FLAGS, "--json", str(tmp_path / "a.json")]) == 2  # is there
     monkeypatch.setattr(peers, "find_peers", lambda *_: {"mine": fail})
-    assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 2  # is there
-    assert json.loads(path.read_text())["skipped"] == absent
-    path.unlink()
-    assert peers.main([*PEERS, "--repeats", "1", "--json", str(path)]) == 0
-    assert json.loads(path.read_text())["skipped"] == {"mine": "RuntimeError: out of memory"}
+    part = run(tmp_path / "r.json", *FLAGS, "--repeats", "1")["parts"]["peers"]
+    assert part["skipped"] == {"mine": "RuntimeError: out of memory"}
 
 
 def test_a_checkpoint_drafts_for_itself_and_texts_are_compared_in_each_dtype(
@@ -92,25 +88,25 @@ def test_a_checkpoint_drafts_for_itself_and_texts_are_compared_in_each_dtype(
         return decoded
 
     ours: dict[str, list[int]] = {}
-    true_runs = peers.our_runs
-    monkeypatch.setattr(peers, "our_runs", note)
+    true_runs = peers.run_modes
+    monkeypatch.setattr(peers, "run_modes", note)
     monkeypatch.setattr(peers, "find_peers", lambda *_: {"almost": almost})
     monkeypatch.setattr(peers, "first_tokens", lambda *_: [])
-    path = tmp_path / "peers.json"
-    flags = ["--device", "cpu", "--dtypes", "bfloat16,float32", "--sequences", "2"]
-    flags += ["--new-tokens", "12", "--max-seq-len", "1100", "--json", str(path)]
-    assert peers.main(flags) == 0
-    content = json.loads(path.read_text())
-    assert content["label"] == "the checkpoint's own drafts" and content["accept"] is None
-    assert list(content["by_dtype"]) == ["bfloat16", "float32"]
-    assert content["run"]["configuration"]["dtype"] == "bfloat16"
-    (at,) = content["at"]
-    assert at["prompts"] == 2 and at["tokens_per_cycle"] > 1.5  # its own drafts, on its own prompts
+    flags = ("--device", "cpu", "--dtypes", "float64,float32", "--sequences", "1")
+    content = run(
+        tmp_path / "r.json", *flags, "--new-tokens", "8", "--contexts", "64", "--max-seq-len", "400"
+    )
+    part = content["parts"]["peers"]
+    assert part["label"] == "the checkpoint's own drafts" and part["accept"] is None
+    assert list(part["by_dtype"]) == ["float64", "float32"]
+    assert content["environment"]["configuration"]["dtype"] == "float64"
+    (at,) = part["at"]
+    assert at["prompts"] == 1 and at["tokens_per_cycle"] > 1.5  # its own drafts, on its own prompts
     row = at["tokens_per_second_of"]["almost"]
-    assert row["texts_equal_share_by_dtype"] == {"bfloat16": 0.0, "float32": 0.0}
-    assert row["tokens_before_difference"] == [11, 11]
+    assert row["texts_equal_share_by_dtype"] == {"float64": 0.0, "float32": 0.0}
+    assert row["tokens_before_difference"] == [7]
     own = at["tokens_per_second_of"]["diffusion"]
-    assert own["texts_equal_share_by_dtype"] == {"bfloat16": 1.0, "float32": 1.0}
+    assert own["texts_equal_share_by_dtype"] == {"float64": 1.0, "float32": 1.0}
     assert "THE CHECKPOINT'S OWN DRAFTS" in capsys.readouterr().out
 
 
@@ -129,7 +125,7 @@ def test_a_pass_that_gives_several_tokens_is_counted_whole() -> None:
         (["--shape", "3B"], "invalid choice"),
         (["--shape", "tiny", "--checkpoint", "model"], "does not go with --checkpoint"),
         (["--dtype", "float32", "--dtypes", "bfloat16"], "--dtype does not go with --dtypes"),
-        (["--shape", "tiny", "--device", "cpu", "--dtypes", "float32,int3"], "dtype: 'int3'"),
+        (["--shape", "tiny", "--device", "cpu", "--dtypes", "float32,int3"], "--dtypes: not of"),
         (["--json", "/nowhere/r.json"], "no such directory"),
     ],
 )

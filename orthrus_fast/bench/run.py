@@ -1,0 +1,60 @@
+"""Runs the parts one after another, shows each and writes it to the JSON file."""
+
+import argparse
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from rich.console import Console
+
+from orthrus_fast.bench.acceptance import acceptance
+from orthrus_fast.bench.clocks import measuring
+from orthrus_fast.bench.common import Result, log
+from orthrus_fast.bench.cycles import cycles, slots
+from orthrus_fast.bench.flags import PROGRAM, Parser
+from orthrus_fast.bench.identity import identity
+from orthrus_fast.bench.modes import modes
+from orthrus_fast.bench.passes import passes, prefill, sampling, startup
+from orthrus_fast.bench.results import Report
+from orthrus_fast.bench.session import Session, build_session
+from orthrus_fast.bench.streaming import ceiling
+from orthrus_fast.bench.tables import show
+from orthrus_fast.errors import OrthrusError
+
+PARTS = (startup, ceiling, passes, cycles, sampling, identity, prefill, slots, acceptance)
+MEASURES: dict[str, Callable[[Session], Result]] = {part.__name__: part for part in PARTS}
+
+
+def run(parser: Parser, args: argparse.Namespace) -> int:
+    """Return 0, or 1 where a part failed; the other parts are measured all the same."""
+    if sys.stderr.isatty():
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("orthrus_fast").setLevel(logging.INFO)
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    report, session = Report(PROGRAM, parser, args), None
+    if args.parts != ["modes"]:
+        session = build_session(args)
+        report.describe(session.decoder.configuration)
+    for name in args.parts:
+        log(name)
+        begin = time.perf_counter()
+        try:
+            if session is None or name == "modes":
+                part = modes(args)
+            else:
+                with measuring(session.device):
+                    part = MEASURES[name](session)
+        except OrthrusError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            report.add("failed", name, f"{type(error).__name__}: {error}")
+            continue
+        if session is None:
+            built = (of["configuration"] for of in part["combinations"] if of["configuration"])
+            report.describe(next(built))
+        report.add("parts", name, {"part_seconds": time.perf_counter() - begin, **part})
+        show(console, name, part)
+    return 1 if report.content["failed"] else 0

@@ -1,0 +1,138 @@
+"""A benchmark session: a decoder, its prompts, and what the command line says to do with them."""
+
+import argparse
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthrus_fast.bench.common import CONTEXTS, EMBEDDED, LONGEST_PROMPT, PREFILL_LENGTHS, Result
+from orthrus_fast.bench.decoding import Replay, share_of_right_drafts
+from orthrus_fast.bench.flags import number_and_source, prompts_path
+from orthrus_fast.bench.shapes import random_model, shape_config
+from orthrus_fast.checkpoint import open_checkpoint
+from orthrus_fast.config import ModelConfig
+from orthrus_fast.decoder import Decoder
+from orthrus_fast.errors import RequestError
+from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
+from orthrus_fast.sampling import SamplingParams
+
+
+class Session:
+    """``contexts``: the numbers of committed tokens at which passes are timed."""
+
+    def __init__(
+        self, args: argparse.Namespace, options: Options, decoder: Decoder, contexts: Sequence[int]
+    ) -> None:
+        self.args, self.options, self.decoder, self.contexts = args, options, decoder, contexts
+        self.runner, self.width = decoder.runner, decoder.block_width
+        self.device, self.drafting = self.runner.device, self.runner.model.has_draft_view
+        limit = decoder.max_seq_len - args.new_tokens
+        self.contexts_with_room = [n for n in contexts if n <= limit]  # for a whole decode
+        self.sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+
+    @property
+    def acceptance(self) -> Result:
+        """What a part says about its replayed drafts: ``accept`` is the share that is right."""
+        asked, source = number_and_source(self.args.accept)
+        of = {"label": "replayed acceptance", "accept": share_of_right_drafts(asked, self.width)}
+        return {**of, "accept_asked": asked, "accept_source": source}
+
+    def seeded(self, n: int, **settings: Any) -> list[SamplingParams]:
+        """Return the settings of ``n`` sequences, each with a seed of its own."""
+        seeds = [(self.args.seed + index) % 2**64 for index in range(n)]
+        return [SamplingParams(**settings, seed=seed) for seed in seeds]
+
+    def replay(self, salt: int = 0) -> Replay:
+        """Return a replay at this acceptance; another ``salt`` draws other drafts."""
+        seed = self.args.seed + 1 + salt
+        return Replay(self.runner, self.width, self.acceptance["accept"], seed)
+
+
+def build_session(args: argparse.Namespace) -> Session:
+    """Check the arguments, load or draw the weights, build the decoder. Raises OrthrusError."""
+    SamplingParams(args.temperature, args.top_k, args.top_p)
+    if args.temperature == 0 and (args.top_k, args.top_p) != (None, None):
+        raise RequestError("--top-k and --top-p need a --temperature above 0: greedy ignores them")
+    path = args.checkpoint or EMBEDDED
+    config = shape_config(args.shape) if args.shape else open_checkpoint(path).config
+    names = ("device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size")
+    asked = {name: getattr(args, name) for name in names}
+    options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
+    settings = resolve(options, config)
+    contexts = choose_contexts(args, settings.max_seq_len)
+    if settings.config.block_size is not None:
+        share_of_right_drafts(number_and_source(args.accept)[0], settings.config.block_size)
+    if settings.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(settings.device)
+    if not args.shape:
+        return Session(args, options, load(path, **asdict(options)), contexts)
+    name = f"random weights of shape {args.shape}, seed {args.seed}"
+    decoder = build_decoder(name, config, partial(random_model, seed=args.seed), options)
+    return Session(args, options, decoder, contexts)
+
+
+def choose_contexts(args: argparse.Namespace, max_seq_len: int) -> list[int]:
+    """Return the contexts asked for, or those of CONTEXTS that fit. Raises RequestError."""
+    for context in args.contexts or ():
+        if context >= max_seq_len:
+            raise RequestError(f"contexts: {context} is not below max_seq_len {max_seq_len}")
+    return [context for context in args.contexts or CONTEXTS if context < max_seq_len]
+
+
+def choose_max_seq_len(args: argparse.Namespace, config: ModelConfig) -> int:
+    """Return what was asked for, or room for every part as far as the model's limit allows."""
+    longest = max(*(args.contexts or CONTEXTS), *PREFILL_LENGTHS)
+    room = min(longest + args.new_tokens, config.max_position_embeddings)
+    length = check_max_seq_len(args.max_seq_len or room, config)
+    if args.new_tokens >= length:
+        n = args.new_tokens
+        raise RequestError(f"new_tokens: {n} leaves no room for a prompt in max_seq_len {length}")
+    return length
+
+
+def release_memory() -> None:
+    """Free what dropped decoders held; their graphs and steps refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def choose_prompts(session: Session) -> list[list[int]]:
+    """Return the ids of ``--sequences`` prompts, spread over a file or random, of many lengths."""
+    n, path = session.args.sequences, prompts_path(session.args)
+    if path is not None:
+        lines = read_prompts(path)
+        n = min(n, len(lines))
+        return [session.decoder.encode(lines[i * len(lines) // n]) for i in range(n)]
+    longest = min(LONGEST_PROMPT, session.decoder.max_seq_len - session.args.new_tokens)
+    generator = torch.Generator().manual_seed(session.args.seed)
+    lengths = torch.randint(1, longest + 1, (n,), generator=generator).tolist()
+    return random_prompts(session, lengths)
+
+
+def random_prompts(session: Session, lengths: Sequence[int], salt: int = 0) -> list[list[int]]:
+    """Draw ids, the same for the same seed and ``salt``."""
+    generator = torch.Generator().manual_seed(session.args.seed * 1_000_003 + salt)
+    size = session.decoder.config.vocab_size
+    return [torch.randint(size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """Read a prompt a line: an object with "ids", "messages" or "text". Raises RequestError."""
+    prompts = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            prompts.append(next(fields[k] for k in ("ids", "messages", "text") if k in fields))
+    except (OSError, ValueError, TypeError, StopIteration) as error:
+        what = f'line {len(prompts) + 1}: not an object with "ids", "messages" or "text" ({error})'
+        raise RequestError(f"prompts_file: {path}: {what}") from None
+    if not prompts:
+        raise RequestError(f"prompts_file: {path}: empty")
+    return prompts
