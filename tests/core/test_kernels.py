@@ -352,7 +352,7 @@ def test_norms_of_the_public_models_are_within_rounding_of_float64(
     assert_close(normed, expected, 2.01 * rounding(torch.bfloat16) * expected.abs())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["1.7B"], MODELS))
 @pytest.mark.parametrize("n_parts", [1, 4])
 def test_ropes_of_the_public_models_are_within_rounding_of_float64(
     interpreting: None, name: str, n_parts: int
@@ -594,7 +594,7 @@ def test_a_products_row_has_the_same_bits_anywhere(
         parts, ids = launch(x, weight, tiles, swiglu=end == "swiglu", argmax=best)
         return torch.cat([*parts.double(), ids[:, None].double()][: len(parts) + bool(best)], 1)
 
-    for block, fewer in ((32, range(1, 32)), (130, (1, 17, 33, 64, 129))):
+    for block, fewer in ((32, (1, 15, 16, 17, 31)), (130, (1, 33, 64, 129))):
         whole = rows(x[:block])
         assert torch.equal(rows(x[:block]), whole)
         for n_rows in fewer:
