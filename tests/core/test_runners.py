@@ -40,6 +40,7 @@ from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.decoders import committed, rows_are_invariant
 from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
+from tests.marks import slow_but
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ENDS = [270, 271]  # ids past the tokenizer's: texts hardly ever end, but may
@@ -284,6 +285,7 @@ def test_a_second_decoder_of_the_same_shapes_compiles_nothing(
     assert n_graphs() == before
 
 
+@pytest.mark.slow
 def test_more_decoders_than_torchs_limit(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,7 +432,7 @@ def test_the_compiler_is_told_what_torchs_modes_mean(mode: str) -> None:
     assert ("max_autotune_gemm" in options) != tunes  # a False would forbid what the mode asks for
 
 
-@pytest.mark.parametrize("mode", COMPILE_MODES)
+@pytest.mark.parametrize("mode", slow_but(["max-autotune"], COMPILE_MODES))
 def test_each_compile_mode_decodes_what_eager_decodes(
     mode: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -539,8 +541,9 @@ def test_no_cpp_compiler_is_one_line(tmp_path: Path) -> None:
 # Without the draft view
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("n_shards", [1, 3])
+@pytest.mark.parametrize(
+    "tied, n_shards", slow_but([(True, 1), (False, 3)], product((True, False), (1, 3)))
+)
 def test_without_the_draft_view_its_weights_are_not_read(
     tmp_path: Path, tied: bool, n_shards: int
 ) -> None:
@@ -657,7 +660,7 @@ def in_flight(decoder: Decoder) -> int:
     return decoder.runner.in_flight
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4, 9])
+@pytest.mark.parametrize("slots", slow_but([1, 3], [1, 3, 4, 9]))
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
 def test_a_cycle_ahead_gives_the_same_results(
     tiny: Path, tmp_path: Path, slots: int, mode: str
@@ -668,7 +671,7 @@ def test_a_cycle_ahead_gives_the_same_results(
         tmp_path / "model", seed=3, block_size=16, eos_token_id=ends, tokenizer=True
     )
     plain, ahead = load(directory, slots=slots), runs_ahead(load(directory, slots=slots))
-    for budget in (1, 2, 3, 40):
+    for budget in (1, 3, 40):
         expected = [facts(result) for result in plain.generate(PROMPTS, budget, mode=mode)]
         got = [facts(result) for result in ahead.generate(PROMPTS, budget, mode=mode)]
         assert got == expected
@@ -715,8 +718,10 @@ def test_a_second_cycle_is_launched_before_the_first_is_read(
     assert events == "LR" * cycles
 
 
-@pytest.mark.parametrize("n_read", [0, 1, 2, 5])
-@pytest.mark.parametrize("leave", ["close", "del"])
+@pytest.mark.parametrize(
+    "n_read, leave",
+    slow_but([(0, "close"), (1, "del"), (5, "close")], product((0, 1, 2, 5), ("close", "del"))),
+)
 def test_a_stream_dropped_half_way_leaves_nothing_in_flight(
     tiny: Path, n_read: int, leave: str
 ) -> None:

@@ -18,7 +18,7 @@ from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge, follows
 
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ at which it would have refused a true hypothesis.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from typing import Any
@@ -112,6 +113,7 @@ def test_the_noise_is_finite_where_a_log_is_poor(monkeypatch: pytest.MonkeyPatch
     assert gumbel(torch.zeros(1).long(), torch.arange(40)[None], 100_000).max() < 16.7
 
 
+@functools.cache
 def uniforms() -> Tensor:
     """Uniform variates [seed, position, token] behind the noise: 8 × 64 × 2048."""
     seeds = torch.arange(8) * 3 + 2**40
@@ -394,6 +396,7 @@ def test_infinite_logits_and_extreme_temperatures() -> None:
         assert (mass[row == best] == 2**56).all() and (mass[row != best] == 0).all()
 
 
+@pytest.mark.slow
 def test_compiled_code_chooses_the_same_tokens() -> None:
     """In float32 a last bit of a logarithm may turn a near-tie; here none does."""
     compiled = torch.compile(sample, fullgraph=True, dynamic=False)
