@@ -175,3 +175,20 @@ def tile_boundaries(attention: str, capacity: int) -> list[int]:
     """Where the tiles and splits of a backend begin; triton's needs a GPU."""
     device = torch.device("cuda" if attention == "triton" else "cpu")
     return find_backend(attention, device, torch.float32, 64).tile_boundaries(capacity)
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON file's object."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weight_map(directory: Path, **entries: Any) -> None:
+    """Set entries of the index, "__" standing for "." in their names; None removes one."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for name, file in entries.items():
+        name = name.replace("__", ".")
+        index["weight_map"] = {**index["weight_map"], name: file}
+        if file is None:
+            del index["weight_map"][name]
+    path.write_text(json.dumps(index))

@@ -166,6 +166,19 @@ class Judge:
         return head @ self._norm(x, "model.norm")
 
 
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, start: int, causal: bool) -> Tensor:
+    """Attention of one sequence, one head at a time: q [T, H, D], k and v [KV, S, D]."""
+    width, n_heads, head_dim = q.shape
+    out = torch.empty_like(q)
+    for t in range(width):
+        n_visible = start + t + 1 if causal else start + width
+        for head in range(n_heads):
+            keys = k[head * k.shape[0] // n_heads, :n_visible]
+            values = v[head * k.shape[0] // n_heads, :n_visible]
+            out[t, head] = (keys @ q[t, head] / head_dim**0.5).softmax(0) @ values
+    return out
+
+
 def follows(tokens: list[int], expected: list[int], gaps: list[float], *, near_tie: float) -> bool:
     """Whether ``tokens`` equal the judge's, or first differ where its own choice was a near-tie.
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.marks import slow_but
+
 # Compute capability -> shared memory that one block may ask for, in bytes.
 CHIPS = {
     80: 163 * 1024,  # A100
@@ -19,6 +21,8 @@ CHIPS = {
     100: 227 * 1024,  # B200
     120: 99 * 1024,  # RTX 50
 }
+# For parametrize: compiling for one chip tells most faults, the others are left to the slow tests.
+EVERY_CHIP = slow_but([90], CHIPS)
 
 
 def compile_for(

@@ -28,9 +28,8 @@ from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.model import Transformer, View
 from orthrus_fast.runners import GraphRunner, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
-from tests.judge import Judge, follows
-from tests.test_attention import dense
-from tests.test_embedded import MODEL, differing_prompts
+from tests.embedded import HELD_OUT, MODEL, differing_prompts
+from tests.judge import Judge, dense_attention, follows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,7 +98,7 @@ def dense_on_device(q: Tensor, k: Tensor, v: Tensor, start: int, causal: bool) -
 def test_the_dense_computations_agree() -> None:
     q, k, v = (t.cpu() for t in random_inputs(torch.float64, 64, 4))
     for causal in (True, False):
-        one = dense(q[0], k[0], v[0], 30, causal)
+        one = dense_attention(q[0], k[0], v[0], 30, causal)
         assert torch.allclose(dense_on_device(q[0], k[0], v[0], 30, causal), one, atol=1e-12)
 
 
@@ -232,7 +231,7 @@ def test_greedy_slots_are_the_same_beside_sampling_ones() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_on_every_held_out_prompt(dtype: str) -> None:
     decoder = orthrus_fast.load(MODEL, dtype=dtype, slots=8)
-    assert differing_prompts(decoder, 128) == []
+    assert differing_prompts(decoder, HELD_OUT, 128) == []
 
 
 def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path: Path) -> None:

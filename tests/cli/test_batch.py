@@ -24,7 +24,7 @@ from orthrus_fast.cli import batch
 from orthrus_fast.errors import PromptError, RequestError
 from tests.checkpoints import write_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "hello"},
     {"prompt": "one two three"},
@@ -302,18 +302,14 @@ def test_a_chat_template_wraps_text_and_messages_but_not_ids(
     assert [text.endswith("[thinking False]") for text in thinking] == [True, True, True, False]
 
 
-def test_standard_output_takes_results_too(run: Run, tmp_path: Path, raw: Path) -> None:
-    line = [sys.executable, str(ROOT / "generate.py")]
-    prompts = write_prompts(tmp_path / "p.jsonl", PROMPTS[:2])
-    done = subprocess.run(
-        line + flags(raw, prompts, "-"), capture_output=True, timeout=120, check=False
-    )
-    assert done.returncode == 0
+def test_standard_output_takes_results_too(run: Run, tmp_path: Path) -> None:
+    done = run(prompts=PROMPTS[:2], output="-")
+    assert done.code == 0
     assert run(prompts=PROMPTS[:2]).code == 0
-    (tmp_path / "printed.jsonl").write_bytes(done.stdout)
+    (tmp_path / "printed.jsonl").write_text(done.out)
     printed = read_results(tmp_path / "printed.jsonl")[1]
     assert printed == read_results(tmp_path / "results.jsonl")[1]
-    assert done.stderr.startswith(b"2 prompts \xc2\xb7 24 tokens")
+    assert done.err.startswith("2 prompts \xb7 24 tokens")
 
 
 def test_the_embedded_checkpoint_converts_a_file_of_tables(run: Run, tmp_path: Path) -> None:
@@ -543,6 +539,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert got.err.endswith("2 were done before\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_is_gone_on_from(run: Run, tmp_path: Path, raw: Path, stop: int) -> None:
     prompts = [{"prompt": f"prompt {i}", "max_new_tokens": 100} for i in range(10)]
@@ -576,6 +573,68 @@ def test_a_killed_process_is_gone_on_from(run: Run, tmp_path: Path, raw: Path, s
 
 
 # The fingerprint.
+
+
+OTHER_VALUES: dict[str, Any] = {  # of a line's fields, none of them what PROMPTS[0] has
+    "id": "b",
+    "max_new_tokens": 3,
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.5,
+    "min_p": 0.25,
+    "seed": 9,
+    "stop": "end",
+    "logprobs": True,
+}
+
+
+def fingerprint(decoder: orthrus_fast.Decoder, path: Path, **line: Any) -> dict[str, str]:
+    """Of a file of one prompt with these fields."""
+    lines = batch.read_prompts(write_prompts(path, [line]))
+    assert decoder.checkpoint is not None
+    header = batch.make_header(decoder, decoder.checkpoint, lines, {}, 1)
+    return dict(header["fingerprint"])
+
+
+def test_every_field_of_a_line_counts_for_the_prompts_fingerprint(
+    raw: Path, tmp_path: Path
+) -> None:
+    assert set(OTHER_VALUES) == set(batch.FIELDS) - set(batch.KINDS)
+    decoder, path = orthrus_fast.load(raw, device="cpu"), tmp_path / "prompts.jsonl"
+    plain = fingerprint(decoder, path, prompt="hello")
+    assert fingerprint(decoder, path, prompt="hello", id=1) == plain  # the line's number
+    found = [fingerprint(decoder, path, prompt="hello", **{k: v}) for k, v in OTHER_VALUES.items()]
+    found += [
+        fingerprint(decoder, path, prompt="hello", min_p=0.5),
+        fingerprint(decoder, path, prompt="hello", min_p=0),
+        fingerprint(decoder, path, prompt="hullo"),
+        fingerprint(decoder, path, ids=[104]),
+        fingerprint(decoder, path, messages=[{"role": "user", "content": "hello"}]),
+    ]
+    assert all(one["settings"] == plain["settings"] for one in found)
+    assert all(one["weights"] == plain["weights"] for one in found)
+    prompts = {one["prompts"] for one in (plain, *found)}
+    assert len(prompts) == 1 + len(found)
+
+
+def test_every_setting_of_the_flags_counts_for_the_settings_fingerprint(
+    raw: Path, tmp_path: Path
+) -> None:
+    lines = batch.read_prompts(write_prompts(tmp_path / "prompts.jsonl", PROMPTS))
+    decoder = orthrus_fast.load(raw, device="cpu")
+    assert decoder.checkpoint is not None
+
+    def settings(params: SamplingParams, **configuration: Any) -> str:
+        asked = batch.sampling_settings(params) | configuration
+        header = batch.make_header(decoder, decoder.checkpoint, lines, asked, 1)  # type: ignore[arg-type]
+        return str(header["fingerprint"]["settings"])
+
+    names = [name for name in OTHER_VALUES if name not in ("id", "max_new_tokens", "seed")]
+    values = {**OTHER_VALUES, "stop": ("end",)}
+    changed = [settings(SamplingParams(**{name: values[name]})) for name in names]
+    changed += [settings(SamplingParams(), mode="ar"), settings(SamplingParams(), mode="diffusion")]
+    assert len({settings(SamplingParams()), *changed}) == 1 + len(changed)
+    assert settings(SamplingParams(seed=9)) == settings(SamplingParams())  # it stands apart
 
 
 def test_the_weights_digest_covers_files_headers_and_samples(

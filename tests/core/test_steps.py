@@ -76,6 +76,18 @@ def test_commit_moves_each_slot_as_a_plain_loop_does(data: st.DataObject) -> Non
         )
 
 
+def test_commit_ends_at_an_end_token_or_the_limit_within_what_was_accepted() -> None:
+    """Four tokens could be emitted: an end is the first, the second, the last of them, or none."""
+    targets = [[9, 1, 2, 3], [1, 9, 2, 9], [1, 2, 3, 9], [1, 2, 3, 4], [1, 2, 3, 4], [9, 9, 9, 9]]
+    limits = [60, 60, 60, 60, 13, 60]
+    state = make_state([10] * 6, limits, [False] * 6)
+    n_new = steps.commit(state, torch.tensor(targets), torch.tensor([3] * 6), torch.tensor([9, 8]))
+    assert n_new.tolist() == [1, 2, 4, 4, 2, 1]
+    assert state.length.tolist() == [11, 12, 14, 14, 12, 11]
+    assert state.anchor.tolist() == [9, 9, 9, 4, 2, 9]
+    assert state.done.tolist() == [True, True, True, False, True, True]
+
+
 @pytest.mark.parametrize("drafting", [True, False])
 def test_accepting_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
     """A kernel finds them; the logits beside them are for sampling alone."""

@@ -1,7 +1,8 @@
 """Runners on the CPU: the compiled one against the eager one, what they refuse, cycles in flight.
 
 torch.compile's work is shared by all decoders of the same shapes in a process, so the tests keep to
-a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the C++ compiler out.
+a few shapes. Where only what dynamo does matters, ``plain_compile`` leaves the C++ compiler out; of
+those that need it, one smoke test is not slow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,10 @@ from orthrus_fast.options import COMPILE_MODES, RUNNERS
 from orthrus_fast.results import Generation
 from orthrus_fast.runners import check_runner
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
+from tests.decoders import committed, rows_are_invariant
+from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
-from tests.test_decoder import committed, rows_are_invariant
-from tests.test_embedded import HELD_OUT, MODEL, prompt_of
+from tests.marks import slow_but
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ENDS = [270, 271]  # ids past the tokenizer's: texts hardly ever end, but may
@@ -92,8 +95,13 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 # The compiled runner decodes what the eager one does
 
 
-@pytest.mark.parametrize("dtype, slots", SHAPES)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, dtype, slots",
+    [
+        pytest.param(variant, *shape, marks=[pytest.mark.slow] if case else [])
+        for case, (variant, shape) in enumerate(product(VARIANTS, SHAPES))
+    ],
+)
 def test_compiled_decodes_what_eager_and_the_judge_decode(
     variants: dict[str, Path], variant: str, dtype: str, slots: int
 ) -> None:
@@ -110,6 +118,7 @@ def test_compiled_decodes_what_eager_and_the_judge_decode(
         assert expected == [judge.generate(p, 30, tuple(ENDS))[0] for p in PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, slots", SHAPES)
 def test_compiled_ends_where_eager_ends(tiny: Path, tmp_path: Path, dtype: str, slots: int) -> None:
     free = [result.tokens for result in load(tiny, "float64").generate(PROMPTS, 30)]
@@ -128,7 +137,7 @@ def test_compiled_ends_where_eager_ends(tiny: Path, tmp_path: Path, dtype: str, 
             ]
 
 
-def test_a_plain_qwen3_compiled(tmp_path: Path) -> None:
+def test_a_plain_qwen3_compiled(tmp_path: Path, plain_compile: None) -> None:
     """No draft view and one row a pass, so generate_one_row is what mode ar already runs."""
     directory = write_checkpoint(tmp_path / "model", draft=False, tied=False, eos_token_id=ENDS)
     compiled = load(directory, runner="compiled", slots=2)
@@ -141,6 +150,7 @@ def test_a_plain_qwen3_compiled(tmp_path: Path) -> None:
         compiled.generate([1, 2], 10)
 
 
+@pytest.mark.slow
 def test_the_embedded_checkpoint_compiled() -> None:
     eager, compiled = both(MODEL, max_seq_len=1024)
     for example in (HELD_OUT[0], HELD_OUT[-1]):
@@ -152,6 +162,7 @@ def test_the_embedded_checkpoint_compiled() -> None:
         assert expected.stats.tokens_per_cycle > 1
 
 
+@pytest.mark.slow
 def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tiny: Path) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     if not rows_are_invariant(compiled):
@@ -163,6 +174,7 @@ def test_committed_rows_of_the_compiled_runner_have_equal_bits_in_both_modes(tin
     assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, slots", SHAPES)
 def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: int) -> None:
     runner = load(tiny, dtype, slots=slots, runner="compiled").runner
@@ -174,7 +186,7 @@ def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: in
     assert found.holds, str(found)
 
 
-def test_startup_and_configuration_say_what_was_compiled(tiny: Path) -> None:
+def test_startup_and_configuration_say_what_was_compiled(tiny: Path, plain_compile: None) -> None:
     eager, compiled = both(tiny, slots=4)
     assert set(eager.startup) == {"load"}
     assert set(compiled.startup) == {"load", "compile"}
@@ -187,7 +199,7 @@ def test_startup_and_configuration_say_what_was_compiled(tiny: Path) -> None:
 # What is compiled, and when
 
 
-def test_nothing_is_compiled_after_load(tiny: Path) -> None:
+def test_nothing_is_compiled_after_load(tiny: Path, plain_compile: None) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     prompts = [[7] * n for n in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 300)]
     expected = [result.tokens for result in compiled.generate(prompts, 20, mode="ar")]
@@ -264,13 +276,16 @@ def test_one_layers_code_serves_all_layers(tmp_path: Path, plain_compile: None) 
     assert len(set(n_new)) == 1
 
 
-def test_a_second_decoder_of_the_same_shapes_compiles_nothing(variants: dict[str, Path]) -> None:
+def test_a_second_decoder_of_the_same_shapes_compiles_nothing(
+    variants: dict[str, Path], plain_compile: None
+) -> None:
     load(variants["tied"], runner="compiled", slots=4)
     before = n_graphs()
     load(variants["untied"], runner="compiled", slots=4)
     assert n_graphs() == before
 
 
+@pytest.mark.slow
 def test_more_decoders_than_torchs_limit(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +362,7 @@ def restored_precisions() -> Iterator[None]:
         backend.fp32_precision = precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switched", ["nothing", "legacy", "tf32"])
 def test_compiling_and_decoding_leave_torch_as_they_found_it(
     tmp_path: Path, switched: str, restored_precisions: None
@@ -416,7 +432,7 @@ def test_the_compiler_is_told_what_torchs_modes_mean(mode: str) -> None:
     assert ("max_autotune_gemm" in options) != tunes  # a False would forbid what the mode asks for
 
 
-@pytest.mark.parametrize("mode", COMPILE_MODES)
+@pytest.mark.parametrize("mode", slow_but(["max-autotune"], COMPILE_MODES))
 def test_each_compile_mode_decodes_what_eager_decodes(
     mode: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,8 +541,9 @@ def test_no_cpp_compiler_is_one_line(tmp_path: Path) -> None:
 # Without the draft view
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("n_shards", [1, 3])
+@pytest.mark.parametrize(
+    "tied, n_shards", slow_but([(True, 1), (False, 3)], product((True, False), (1, 3)))
+)
 def test_without_the_draft_view_its_weights_are_not_read(
     tmp_path: Path, tied: bool, n_shards: int
 ) -> None:
@@ -565,7 +582,7 @@ def test_without_the_draft_view_its_weights_are_not_read(
         assert decoders[False].generate_one_row(prompt, 20).tokens[0] == expected[0]
 
 
-def test_without_the_draft_view_no_drafting(tiny: Path, variants: dict[str, Path]) -> None:
+def test_without_the_draft_view_no_drafting(tiny: Path, plain_compile: None) -> None:
     for runner in ("eager", "compiled"):
         half = load(tiny, "float64", draft_view=False, runner=runner)
         whole = load(tiny, "float64")
@@ -643,7 +660,7 @@ def in_flight(decoder: Decoder) -> int:
     return decoder.runner.in_flight
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4, 9])
+@pytest.mark.parametrize("slots", slow_but([1, 3], [1, 3, 4, 9]))
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
 def test_a_cycle_ahead_gives_the_same_results(
     tiny: Path, tmp_path: Path, slots: int, mode: str
@@ -654,7 +671,7 @@ def test_a_cycle_ahead_gives_the_same_results(
         tmp_path / "model", seed=3, block_size=16, eos_token_id=ends, tokenizer=True
     )
     plain, ahead = load(directory, slots=slots), runs_ahead(load(directory, slots=slots))
-    for budget in (1, 2, 3, 40):
+    for budget in (1, 3, 40):
         expected = [facts(result) for result in plain.generate(PROMPTS, budget, mode=mode)]
         got = [facts(result) for result in ahead.generate(PROMPTS, budget, mode=mode)]
         assert got == expected
@@ -701,8 +718,10 @@ def test_a_second_cycle_is_launched_before_the_first_is_read(
     assert events == "LR" * cycles
 
 
-@pytest.mark.parametrize("n_read", [0, 1, 2, 5])
-@pytest.mark.parametrize("leave", ["close", "del"])
+@pytest.mark.parametrize(
+    "n_read, leave",
+    slow_but([(0, "close"), (1, "del"), (5, "close")], product((0, 1, 2, 5), ("close", "del"))),
+)
 def test_a_stream_dropped_half_way_leaves_nothing_in_flight(
     tiny: Path, n_read: int, leave: str
 ) -> None:
@@ -755,7 +774,7 @@ def contents(state: steps.State) -> list[Tensor]:
 @pytest.mark.parametrize("runner", ["eager", "compiled"])
 @pytest.mark.parametrize("drafting", [True, False])
 def test_a_cycle_past_the_end_changes_nothing(
-    tiny: Path, tmp_path: Path, runner: str, drafting: bool
+    tiny: Path, tmp_path: Path, plain_compile: None, runner: str, drafting: bool
 ) -> None:
     free = [result.tokens for result in load(tiny).generate(PROMPTS[:4], 12)]
     ends = [free[1][5], free[3][7]]

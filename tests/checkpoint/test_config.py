@@ -17,7 +17,7 @@ from orthrus_fast.files import read_json
 from orthrus_fast.model import rope_table
 from tests.checkpoints import TINY, tiny_config
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 
 
 def refusal(fields: dict[str, Any], generation: dict[str, Any] | None = None) -> str:
@@ -255,6 +255,22 @@ def test_a_refused_field_at_its_neutral_value(value: Any) -> None:
 )
 def test_rope_fields_are_refused_by_name(rope: dict[str, Any], expected: str) -> None:
     assert f"rope_parameters: {expected}" in refusal(with_rope(**rope))
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, "", [], {}])
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+def test_a_rope_field_that_is_unknown_is_refused_at_any_value(rope_type: str, value: Any) -> None:
+    rope = {"rope_type": rope_type} | ({"factor": 2.0} if rope_type == "yarn" else {})
+    assert parse_config(with_rope(**rope, of_tomorrow=None)) == parse_config(with_rope(**rope))
+    assert f"of_tomorrow: not known for rope_type '{rope_type}'" in refusal(
+        with_rope(**rope, of_tomorrow=value)
+    )
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, "", [], {}])
+def test_a_field_that_is_unknown_is_refused_at_any_value(value: Any) -> None:
+    assert parse_config(tiny_config() | {"of_tomorrow": None}) == parse_config(tiny_config())
+    assert "of_tomorrow: field not known here" in refusal(tiny_config(of_tomorrow=value))
 
 
 def test_rope_forms_that_are_no_objects_or_contradict() -> None:

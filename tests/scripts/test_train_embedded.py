@@ -38,7 +38,8 @@ from scripts.embedded import (
 from scripts.embedded import sources as package_sources
 from scripts.embedded import train as training
 
-MODEL = Path(__file__).resolve().parent.parent / "model"
+pytestmark = pytest.mark.slow  # it changes with the recipe alone
+MODEL = Path(__file__).resolve().parents[2] / "model"
 N_SAMPLES = 6000
 
 

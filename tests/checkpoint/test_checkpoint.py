@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -31,6 +25,8 @@ from orthrus_fast.config import parse_config
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
 from orthrus_fast.model import Transformer, View
 from tests.checkpoints import (
+    edit_json,
+    edit_weight_map,
     kernels_for,
     random_tensors,
     tensor_shapes,
@@ -39,7 +35,7 @@ from tests.checkpoints import (
     write_files,
 )
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 CPU = torch.device("cpu")
 KERNELS = kernels_for("sdpa", torch.device("cpu"), torch.float32, 16)
 INDEX = "model.safetensors.index.json"
@@ -56,10 +52,6 @@ def refusal(path: str | Path, kind: type[Exception] = CheckpointError, **options
     message = str(caught.value)
     assert message.isprintable(), "one line, and nothing that a terminal would act on"
     return message
-
-
-def edit_json(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -465,16 +457,6 @@ def test_a_file_that_changes_between_check_and_load(path: Path) -> None:
 # Indexes
 
 
-def edit_weight_map(path: Path, **entries: Any) -> None:
-    index = json.loads((path / INDEX).read_text())
-    for name, file in entries.items():
-        name = name.replace("__", ".")
-        index["weight_map"] = {**index["weight_map"], name: file}
-        if file is None:
-            del index["weight_map"][name]
-    (path / INDEX).write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -590,6 +572,37 @@ def test_a_link_that_leads_outside(path: Path, name: str) -> None:
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to("../outside")
     assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+
+
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_a_directory_whose_name_begins_with_the_checkpoints_is_outside(
+    path: Path, name: str
+) -> None:
+    sibling = path.with_name(path.name + "-other")
+    sibling.mkdir()
+    outside = sibling / name
+    outside.write_bytes((path / name).read_bytes() if (path / name).exists() else b"{}")
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(f"../{sibling.name}/{name}")
+    assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_directory_whose_name_begins_with_that_of_the_blobs_is_outside(
+    path: Path, tmp_path: Path, shared: bool
+) -> None:
+    cache = tmp_path / "cache"
+    snapshot = hub_snapshot(cache, path, shared=shared)
+    if shared:
+        (cache / "blobs" / ".huggingface-shared-blobs").touch()
+    assert open_checkpoint(snapshot).config.n_layers == 2
+    blobs = cache / "blobs" if shared else snapshot.parent.parent / "blobs"
+    sibling = blobs.with_name("blobs-other")
+    sibling.mkdir()
+    (snapshot / "config.json").resolve().rename(sibling / "config")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(sibling / "config")
+    assert f"leads outside the checkpoint, to {sibling / 'config'}" in refusal(snapshot)
 
 
 def test_links_that_are_broken_loop_or_stay_inside(path: Path) -> None:
@@ -805,210 +818,3 @@ def test_a_checkpoint_is_written_as_described(tmp_path: Path) -> None:
     assert not torch.equal(two[f"{name}.weight"], two[f"{name}_diff.weight"])
     write_files(tmp_path / "c", config, one)
     assert isinstance(open_checkpoint(tmp_path / "c"), Checkpoint)
-
-
-# The Hub: a small one on the loopback, in other processes, because huggingface_hub reads its
-# environment when it is imported.
-
-
-class FakeHub(ThreadingHTTPServer):
-    """Serves ``repositories``: name -> commit -> directory; ``main`` has the branch's commits."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FakeHubHandler)
-        self.repositories: dict[str, dict[str, Path]] = {}
-        self.main: dict[str, list[str]] = {}  # what each look at main finds; the last one stays
-        self.requests: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def add(self, name: str, directory: Path, commit: str = "a" * 40) -> None:
-        self.repositories.setdefault(name, {})[commit] = directory
-        self.main.setdefault(name, []).append(commit)
-
-
-class FakeHubHandler(BaseHTTPRequestHandler):
-    server: FakeHub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, body: object, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(200)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        self.server.requests.append(f"{self.command} {'/'.join(parts)}")
-        api = parts[:2] == ["api", "models"]
-        parts = parts[2:] if api else parts
-        name, verb, revision, *rest = "/".join(parts[:2]), *parts[2:], *(["", ""])
-        if name == "org/broken":
-            return self.refuse(500, "Oops")
-        if name not in self.server.repositories:
-            return self.refuse(401, "RepoNotFound")
-        if revision in ("main", ""):
-            looks = self.server.main[name]
-            revision = looks.pop(0) if len(looks) > 1 else looks[0]
-        directory = self.server.repositories[name].get(revision)
-        if directory is None:
-            return self.refuse(404, "RevisionNotFound")
-        files = {path.name: path for path in sorted(directory.iterdir())}
-        if verb == "tree":
-            return self.answer(
-                [
-                    {"type": "file", "path": n, "size": f.stat().st_size, "oid": self.etag(f)}
-                    for n, f in files.items()
-                ]
-            )
-        if api:
-            siblings = [{"rfilename": n, "size": f.stat().st_size} for n, f in files.items()]
-            return self.answer({"id": name, "sha": revision, "siblings": siblings})
-        if name == "org/gated":
-            return self.refuse(403, "GatedRepo")
-        file = files[rest[0]]
-        self.answer(file.read_bytes(), X_Repo_Commit=revision, ETag=f'"{self.etag(file)}"')
-
-    do_HEAD = do_GET
-
-    @staticmethod
-    def etag(file: Path) -> str:
-        return hashlib.sha1(file.read_bytes()).hexdigest()
-
-
-CLIENT = """
-import json, logging, sys
-from orthrus_fast.checkpoint import open_checkpoint
-from orthrus_fast.errors import CheckpointError
-lines = []
-handler = logging.Handler()
-handler.emit = lambda record: lines.append(record.getMessage())
-logging.getLogger("orthrus_fast").addHandler(handler)
-logging.getLogger("orthrus_fast").setLevel(logging.INFO)
-assert "huggingface_hub" not in sys.modules
-answers = []
-for repository, revision in json.loads(sys.argv[1]):
-    lines.clear()
-    try:
-        found = open_checkpoint(repository, revision=revision)
-        answers.append([found.commit, str(found.directory), list(lines)])
-    except CheckpointError as error:
-        answers.append(str(error))
-print(json.dumps(answers))
-"""
-
-
-def ask(
-    cache: Path, endpoint: str, *repositories: tuple[str, str | None], **environment: str
-) -> list[Any]:
-    """What ``open_checkpoint`` finds or says of each repository, in a fresh process."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    env |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.getcwd(), **environment}
-    result = subprocess.run(
-        [sys.executable, "-c", CLIENT, json.dumps(repositories)],
-        env=env,
-        cwd=cache,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    answers: list[Any] = json.loads(result.stdout)
-    assert all(answer.isprintable() for answer in answers if isinstance(answer, str))
-    return answers
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
-    root = tmp_path_factory.mktemp("hub")
-    server = FakeHub()
-    for n_shards, name in ((1, "org/single"), (3, "org/sharded"), (1, "org/gated")):
-        path = write_checkpoint(root / name, n_shards=n_shards, tokenizer=True)
-        for extra in ("README.md", "pytorch_model.bin", "other.safetensors", "modeling.py"):
-            (path / extra).write_text("not for us")
-        server.add(name, path)
-    server.add("org/sharded", write_checkpoint(root / "newer", seed=1), "b" * 40)
-    path = write_checkpoint(root / "pickled")
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    server.add("org/pickled", path)
-    path = write_checkpoint(root / "hostile", n_shards=2)
-    edit_weight_map(path, model__norm__weight="../../refs/main")
-    server.add("org/hostile", path)
-    path = write_checkpoint(root / "foreign")
-    edit_json(path / "config.json", model_type="llama")
-    server.add("org/foreign", path)
-    server.add("org/empty", write_checkpoint(root / "empty"))
-    (root / "empty" / "config.json").unlink()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_hub_then_its_cache(hub: FakeHub, tmp_path: Path) -> None:
-    """Downloads, then the same cache without network and in offline mode."""
-    single, sharded, newer = ask(
-        tmp_path, hub.url, ("org/single", None), ("org/sharded", None), ("org/sharded", "b" * 40)
-    )
-    snapshots = tmp_path / "hub" / "models--org--single" / "snapshots"
-    assert single[:2] == ["a" * 40, str(snapshots / ("a" * 40))]
-    assert single[2] == [f"downloading org/single at commit {'a' * 40}: 0.2 MB of weights"]
-    assert newer[0] == "b" * 40
-    names = sorted(path.name for path in Path(single[1]).iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
-    # main moved on after the first look at it: all files are still of that first commit.
-    assert sharded[0] == "a" * 40 and len(list(Path(sharded[1]).glob("*.safetensors"))) == 3
-    assert not [line for line in hub.requests if "modeling.py" in line or ".bin" in line]
-    load(Path(sharded[1]))
-
-    hub.requests.clear()
-    again, absent = ask(tmp_path, hub.url, ("org/single", None), ("org/single", "v9"))
-    assert again == [*single[:2], []] and "org/single: no revision 'v9'" in absent
-    assert not [line for line in hub.requests if "resolve" in line]
-
-    wanted = (("org/single", None), ("org/sharded", "b" * 40), ("org/empty", None))
-    hub.requests.clear()
-    found, pinned, absent = ask(tmp_path, "http://127.0.0.1:9", *wanted)
-    assert found == [*single[:2], []] and pinned == [*newer[:2], []]
-    assert absent.startswith("org/empty: cannot be fetched (ConnectError: [Errno 111]")
-    assert "check the network, or give a local directory" in absent
-
-    for blob in (tmp_path / "hub" / "models--org--single" / "blobs").iterdir():
-        if blob.stat().st_size > 50_000:
-            blob.unlink()  # the weights: an interrupted download leaves such a snapshot
-    partial, pinned, absent = ask(tmp_path, hub.url, *wanted, HF_HUB_OFFLINE="1")
-    assert pinned == [*newer[:2], []] and not hub.requests
-    for name, answer in (("org/single", partial), ("org/empty", absent)):
-        assert answer.startswith(f"{name}: not (wholly) in the cache {tmp_path}/hub")
-        assert "HF_HUB_OFFLINE" in answer and "give a local directory" in answer
-
-
-def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path) -> None:
-    names = ("absent", "gated", "pickled", "hostile", "foreign", "empty", "broken", "a..b")
-    answers = ask(tmp_path, hub.url, *((f"org/{name}", None) for name in names))
-    found = dict(zip(names, answers, strict=True))
-    assert found["absent"].startswith("org/absent: no such repository, or a private one")
-    assert found["gated"].startswith("org/gated: access is restricted; accept the terms at ")
-    assert "org/pickled: has only pickled weights (pytorch_model.bin)" in found["pickled"]
-    assert "weight_map: ../../refs/main is not a .safetensors file" in found["hostile"]
-    assert "config.json: model_type: 'llama' is not supported" in found["foreign"]
-    assert found["empty"].endswith("config.json: file not found")
-    assert found["broken"].startswith("org/broken: cannot be fetched (")
-    assert found["a..b"].startswith("org/a..b: not a Hub repository of the form org/name")
-    downloaded = [line for line in hub.requests if line.startswith("GET org/foreign/resolve")]
-    assert downloaded == [f"GET org/foreign/resolve/{'a' * 40}/config.json"]

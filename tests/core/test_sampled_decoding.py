@@ -18,7 +18,7 @@ from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
 from tests.judge import Judge, follows
 
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,56 @@ def test_a_stop_string_ends_the_text_before_it(
     text_before_last = "".join(map(detokenizer.push, result.tokens[:-1]))
     assert found is None or not any(stop in text_before_last for stop in stops)
     assert exact.generate([104, 105], 60, chosen, mode).tokens == whole.tokens
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_text_held_back_for_a_stop_string_comes_at_the_end(tmp_path: Path, eos: bool) -> None:
+    """The last characters of the text begin a stop string that the end leaves unfinished."""
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True, eos_token_id=[])
+    free = load(directory).generate("hi", 20)
+    if eos:
+        directory = write_checkpoint(
+            tmp_path / "ends", seed=3, tokenizer=True, eos_token_id=free.tokens[-1:]
+        )
+    decoder = load(directory)
+    whole = decoder.generate("hi", 20)
+    assert whole.finish_reason == ("eos" if eos else "length") and len(whole.text) > 2
+    stopping = SamplingParams(stop=(whole.text[-2:] + "never",))
+    for mode in ("ar", "diffusion"):
+        stream = decoder.stream("hi", 20, stopping, mode)
+        assert "".join(chunk.text for chunk in stream) == whole.text
+        assert stream.result.text == whole.text
+        assert stream.result.finish_reason == whole.finish_reason
+
+
+def test_a_stop_string_within_a_block_cuts_all_that_follows_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, log-probabilities and accepted drafts, of a block that is right to its end."""
+    decoder = load(tiny)
+    asked = SamplingParams(logprobs=True)
+    whole = decoder.generate("hi", 17, asked)
+    text = torch.tensor([*b"hi", *whole.tokens])
+    assert whole.logprobs is not None and decoder.tokenizer is not None
+    pieces = list(map(decoder.tokenizer.detokenizer().push, whole.tokens))
+    in_the_block = [n for n in range(4, 8) if pieces[n] and pieces[n] not in "".join(pieces[:n])]
+    last = in_the_block[0]  # neither the first token nor the last of the block after it
+
+    def perfect(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
+        known = text[int(state.length[0]) + 1 :][:7]
+        state.proposals[0, : len(known)] = known
+
+    monkeypatch.setattr(steps, "draft", perfect)
+    stopping = SamplingParams(logprobs=True, stop=(pieces[last],))
+    stream = decoder.stream("hi", 17, stopping)
+    chunks = list(stream)
+    result = stream.result
+    assert (result.finish_reason, result.text) == ("stop", "".join(pieces[:last]))
+    assert result.tokens == whole.tokens[: last + 1]
+    assert result.logprobs == whole.logprobs[: last + 1]
+    assert result.stats is not None and result.stats.accepted == (last,)
+    assert [chunk.n_accepted for chunk in chunks] == [0, last]
+    assert [len(chunk.tokens) for chunk in chunks] == [1, last]
 
 
 def test_a_stopped_slot_is_refilled(tiny: Path) -> None:

@@ -12,22 +12,10 @@ from torch import Tensor
 
 from orthrus_fast.attention import find_backend, flash, sdpa
 from orthrus_fast.errors import RequestError, UnsupportedError
+from tests.judge import dense_attention
 
 BACKENDS = {"sdpa": sdpa.attend}  # test_triton_attention.py has those of the Triton kernels
 CAPACITY = 1088
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, start: int, causal: bool) -> Tensor:
-    """One sequence, one head at a time: q [T, H, D], k and v [KV, S, D]."""
-    width, n_heads, head_dim = q.shape
-    out = torch.empty_like(q)
-    for t in range(width):
-        n_visible = start + t + 1 if causal else start + width
-        for head in range(n_heads):
-            keys = k[head * k.shape[0] // n_heads, :n_visible]
-            values = v[head * k.shape[0] // n_heads, :n_visible]
-            out[t, head] = (keys @ q[t, head] / head_dim**0.5).softmax(0) @ values
-    return out
 
 
 def make_inputs(
@@ -46,7 +34,7 @@ def test_matches_dense_attention(backend: str, causal: bool, start: int) -> None
     attend = BACKENDS[backend]
     q, k, v = make_inputs(1, 5, 1, torch.float64)
     got = attend(q, k, v, torch.tensor([start]), torch.tensor([0]), causal=causal)
-    assert torch.allclose(got[0], dense(q[0], k[0], v[0], start, causal), atol=1e-12)
+    assert torch.allclose(got[0], dense_attention(q[0], k[0], v[0], start, causal), atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +49,7 @@ def test_grouped_heads_and_slots_of_different_lengths(
         got = attend(q, k, v, start, slot, causal=causal)
         for r in range(3):
             s = int(slot[r])
-            expected = dense(q[r], k[s], v[s], int(start[r]), causal)
+            expected = dense_attention(q[r], k[s], v[s], int(start[r]), causal)
             assert torch.allclose(got[r], expected, atol=1e-12)
 
 
@@ -79,7 +67,7 @@ def test_rows_past_the_block_are_never_read(backend: str) -> None:
 
 
 def dense_row(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    return dense(q[0, :1].double(), k[0].double(), v[0].double(), start, True).float()
+    return dense_attention(q[0, :1].double(), k[0].double(), v[0].double(), start, True).float()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,7 +114,9 @@ class FakeFlash:
             zip(cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True)
         ):
             k, v = k_cache[s].transpose(0, 1), v_cache[s].transpose(0, 1)
-            rows = dense(q[r].double(), k.double(), v.double(), length - q.shape[1], causal)
+            rows = dense_attention(
+                q[r].double(), k.double(), v.double(), length - q.shape[1], causal
+            )
             out[r] = rows.to(q.dtype)
         return (out, torch.zeros(())) if self.as_tuple else out
 
@@ -159,7 +149,7 @@ def test_flash_gets_lengths_slots_layout_and_splits(
     assert got.dtype == torch.bfloat16 and got.is_contiguous()
     for r in range(3):
         s = int(slot[r])
-        wanted = dense(q[r].double(), k[s].double(), v[s].double(), int(start[r]), causal)
+        wanted = dense_attention(q[r].double(), k[s].double(), v[s].double(), int(start[r]), causal)
         assert torch.equal(got[r], wanted.bfloat16())
     assert fake.calls[0]["causal"] is causal
     assert fake.calls[0]["num_splits"] == (1 if causal else 0)

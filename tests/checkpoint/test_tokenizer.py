@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from orthrus_fast.errors import CheckpointError, PromptError, TemplateError
 from orthrus_fast.tokenizer import Detokenizer, Tokenizer
 
-FIXTURES = Path(__file__).parent / "fixtures" / "chat"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "chat"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -6,6 +6,7 @@ at which it would have refused a true hypothesis.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from typing import Any
@@ -112,6 +113,7 @@ def test_the_noise_is_finite_where_a_log_is_poor(monkeypatch: pytest.MonkeyPatch
     assert gumbel(torch.zeros(1).long(), torch.arange(40)[None], 100_000).max() < 16.7
 
 
+@functools.cache
 def uniforms() -> Tensor:
     """Uniform variates [seed, position, token] behind the noise: 8 × 64 × 2048."""
     seeds = torch.arange(8) * 3 + 2**40
@@ -218,6 +220,34 @@ def test_a_tie_at_a_threshold_is_kept_whole() -> None:
     ):
         settings = settings_of(SamplingParams(1.0, **fields))  # type: ignore[arg-type]
         assert keep(logits, settings)[0, 0].nonzero().flatten().tolist() == kept, fields
+
+
+def min_p_thresholds(n: int) -> tuple[list[SamplingParams], Tensor]:
+    """Settings, and logits [n, 1, 3]: a best one, the least that min_p keeps, the next below.
+
+    The threshold is worked out in float64 and rounded to float32 once; it is another number where
+    each step is rounded.
+    """
+    draw = random.Random(5)
+    params, rows = [], []
+    while len(rows) < n:
+        values = torch.tensor(
+            [draw.uniform(0.3, 3.0), draw.uniform(0.01, 0.9), draw.uniform(-20, 20)],
+            dtype=torch.float32,
+        )
+        temperature, min_p, best = values.tolist()
+        least = torch.tensor(best + temperature * math.log(min_p), dtype=torch.float32)
+        if least != values[2] + values[0] * values[1].log():
+            params.append(SamplingParams(temperature, min_p=min_p))
+            below = torch.nextafter(least, torch.tensor(-math.inf))
+            rows.append([best, float(least), float(below)])
+    return params, torch.tensor(rows)[:, None]
+
+
+def test_the_threshold_of_min_p_is_rounded_once() -> None:
+    params, logits = min_p_thresholds(50)
+    expected = torch.tensor([True, True, False]).expand(50, 1, 3)
+    assert torch.equal(keep(logits, settings_of(*params)), expected)
 
 
 def test_the_token_that_reaches_top_p_is_kept() -> None:
@@ -366,6 +396,7 @@ def test_infinite_logits_and_extreme_temperatures() -> None:
         assert (mass[row == best] == 2**56).all() and (mass[row != best] == 0).all()
 
 
+@pytest.mark.slow
 def test_compiled_code_chooses_the_same_tokens() -> None:
     """In float32 a last bit of a logarithm may turn a near-tie; here none does."""
     compiled = torch.compile(sample, fullgraph=True, dynamic=False)
