@@ -19,6 +19,7 @@ from torch import Tensor
 
 from orthrus_fast import model
 from orthrus_fast.bench.shapes import shape_config
+from orthrus_fast.invariance import rows_are_invariant
 from orthrus_fast.kernels import plain, plain_sampling
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 from tests.marks import slow_but
@@ -130,7 +131,7 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
     names = ("positions", "slot", "positions", "cos", "sin")
     places = model.PassPositions(*(inputs[name] for name in names))
     x, update = torch.randn(2, 2, 3, 64)
-    kernels = model.Kernels(attend, plain.qk_norm_rope_write, add_norm, Noting())
+    kernels = model.Kernels(attend, plain.qk_norm_rope_write, add_norm, Noting(), plain_sampling.sample)
     caches = inputs["k_cache"], inputs["v_cache"]
     layer(x, update[None], places, *caches, kernels, view)
     attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention
@@ -761,7 +762,7 @@ def test_products_whose_rows_differ_are_found_out(
         assert x.shape == (16, 100)
         return multiply(x, weight)
 
-    assert products.rows_are_invariant(linear, 16, 100, torch.float32, cpu) is alike
+    assert rows_are_invariant(linear, 16, 100, torch.float32, cpu) is alike
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -849,7 +850,7 @@ def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     signature = dict.fromkeys(["x", "weight", "out"], f"*{dtype}")
     if tiles.n_splits > 1:
         signature["out"] = "*fp32"
-    signature |= {"best": "*fp32", "tile_argmax": "*i32", "n_rows": "i32", "n_columns": "i32"}
+    signature |= {"tile_max": "*fp32", "tile_argmax": "*i32", "n_rows": "i32", "n_columns": "i32"}
     constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     constants |= {"SWIGLU": shape.end == "swiglu", "ARGMAX": "argmax" in shape.end}
@@ -932,7 +933,7 @@ def test_default_tiles_split_small_grids_and_the_order_of_summation_ignores_m() 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
 def test_search_for_the_greatest_compiles_for_every_chip(chip: int) -> None:
-    signature = {"best": "*fp32", "tile_argmax": "*i32", "out": "*i64"}
+    signature = {"tile_max": "*fp32", "tile_argmax": "*i32", "out": "*i64"}
     for block_n in (64, 128):
         n_tiles = math.ceil(151936 / block_n)
         constants = {"N_TILES": n_tiles, "BLOCK": 1 << (n_tiles - 1).bit_length()}
