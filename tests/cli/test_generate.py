@@ -107,7 +107,7 @@ SCHEMA = {
     "properties": {
         "startup": {
             "type": "object",
-            "required": ["load"],
+            "required": ["weights"],
             "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
         },
         "invariance": {"type": ["object", "null"], "required": ["holds", "replaced"]},

@@ -645,7 +645,7 @@ def test_other_bad_arguments_of_a_call(decoder: Decoder) -> None:
         ({"runner": "graph"}, "runner 'graph' needs a CUDA device"),
         ({"runner": "fast"}, "runner: 'fast'"),
         ({"attention": "triton"}, "attention 'triton': needs a CUDA device"),
-        ({"attention": "fast"}, "attention: 'fast' is not 'auto'"),
+        ({"attention": "fast"}, "attention: 'fast' is not one of 'auto'"),
         ({"compile_mode": "max-autotune"}, "compile_mode 'max-autotune': runner 'eager' has none"),
         ({"compile_mode": "fast"}, "compile_mode: 'fast'"),
     ],

@@ -116,7 +116,7 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
 
         def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
             read.append((len(told), weight))
-            told.append(ahead)
+            told.append(prefetch)
             return super().swiglu(x, weight)
 
     def attend(q: Tensor, *rest: Any, causal: bool) -> Tensor:
@@ -131,7 +131,9 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
     names = ("positions", "slot", "positions", "cos", "sin")
     places = model.PassPositions(*(inputs[name] for name in names))
     x, update = torch.randn(2, 2, 3, 64)
-    kernels = model.Kernels(attend, plain.qk_norm_rope_write, add_norm, Noting(), plain_sampling.sample)
+    kernels = model.Kernels(
+        attend, plain.qk_norm_rope_write, add_norm, Noting(), plain_sampling.sample
+    )
     caches = inputs["k_cache"], inputs["v_cache"]
     layer(x, update[None], places, *caches, kernels, view)
     attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention

@@ -188,8 +188,8 @@ def test_the_compiled_verify_pass_is_invariant(tiny: Path, dtype: str, slots: in
 
 def test_startup_and_configuration_say_what_was_compiled(tiny: Path, plain_compile: None) -> None:
     eager, compiled = both(tiny, slots=4)
-    assert set(eager.startup) == {"load"}
-    assert set(compiled.startup) == {"load", "compile"}
+    assert set(eager.startup) == {"weights"}
+    assert set(compiled.startup) == {"weights", "compile"}
     assert eager.configuration["compile_mode"] is None
     assert compiled.configuration["compile_mode"] == "default"
     assert compiled.configuration["runner"] == "compiled"
@@ -467,14 +467,16 @@ def test_torchs_own_graphs_hear_of_each_pass(
     runner._torchs_graphs = True
     with torch.inference_mode(), runners.compiler_limits():  # as ``prepare`` calls it
         runner._warm_up(16, False)
-    assert len(begun) == 2 * runners.RECORDED_AFTER
+    assert len(begun) == 2 * runners.CALLS_TO_RECORD
     runner.launch(True, 16)
-    assert len(begun) == 2 * runners.RECORDED_AFTER + 2
+    assert len(begun) == 2 * runners.CALLS_TO_RECORD + 2
 
 
 @pytest.mark.parametrize("runner", ["", "Eager", "cudagraph", None, 3])
 def test_a_runner_that_is_none(runner: Any) -> None:
-    with pytest.raises(RequestError, match="runner: .* is not 'auto', 'eager', 'compiled' or 'gr"):
+    with pytest.raises(
+        RequestError, match="runner: .* is not one of 'auto', 'eager', 'compiled', 'graph'"
+    ):
         check_runner(runner, "default", CPU)
 
 
@@ -954,8 +956,9 @@ def test_plain_kernels_are_left_for_the_compiler_to_see_through() -> None:
 def test_custom_kernels_become_custom_operators() -> None:
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
     from orthrus_fast.kernels import norm, rope
+    from orthrus_fast.kernels.products import CustomProducts
 
-    products = PlainProducts()
+    products = CustomProducts(PlainProducts(), {}, 0)
     own = Kernels(sdpa.attend, rope.qk_norm_rope_write, norm.add_norm, products, sample)
     opaque = as_custom_ops(own)
     assert opaque.products is products  # whose kernels are operators in eager code, too
