@@ -131,7 +131,9 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
     names = ("positions", "slot", "positions", "cos", "sin")
     places = model.PassPositions(*(inputs[name] for name in names))
     x, update = torch.randn(2, 2, 3, 64)
-    kernels = model.Kernels(attend, plain.qk_norm_rope_write, add_norm, Noting(), plain_sampling.sample)
+    kernels = model.Kernels(
+        attend, plain.qk_norm_rope_write, add_norm, Noting(), plain_sampling.sample
+    )
     caches = inputs["k_cache"], inputs["v_cache"]
     layer(x, update[None], places, *caches, kernels, view)
     attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention
@@ -833,7 +835,10 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
     assert [name for name in called if "orthrus_fast" in name] == [
         f"orthrus_fast.{name}.default"
         for name in (
-            "add_norm product qk_norm_rope_write product add_norm swiglu_product product".split()
+            (
+                "add_rms_norm product qk_norm_rope_write product "
+                "add_rms_norm swiglu_product product"
+            ).split()
         )
     ]
     assert not [name for name in called if "linear" in name or "mm" in name or "mul" in name]
