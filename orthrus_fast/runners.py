@@ -229,6 +229,7 @@ class CompiledRunner(EagerRunner):
         @torch.inference_mode()
         def run(job: Callable[[], object]) -> None:
             with torch.cuda.device(self.device):
+                torch.zeros(1, device=self.device)  # or cuBLAS finds no context in a new thread
                 job()
 
         with ThreadPoolExecutor(len(jobs)) as pool:

@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def backend(name: str, dtype: torch.dtype, head_dim: int) -> Any:
     try:
-        return find_backend(name, CUDA, dtype, head_dim)[1]
+        return find_backend(name, CUDA, dtype, head_dim).attend
     except UnsupportedError as error:
         pytest.skip(str(error))
 
@@ -431,7 +431,7 @@ def test_a_failing_product_is_replaced_by_ours(
     """The embedded model's shapes are in no table: the library's, as long as they do no harm."""
     with caplog.at_level(logging.INFO, "orthrus_fast"):
         plain = orthrus_fast.load(MODEL)
-    assert "at 16 rows: the library's" in caplog.text
+    assert "at 16 rows: cuBLAS" in caplog.text
     layer: Any = plain.runner.model.layers[0]
     weight = layer.mlp.down.weight
     shape = tuple(weight.shape)
@@ -442,7 +442,7 @@ def test_a_failing_product_is_replaced_by_ours(
     assert own.invariance is not None and own.invariance.holds
     assert own.invariance.replaced == (f"{shape[0]} × {shape[1]}",)
     assert own.configuration["custom_products"] == list(own.invariance.replaced)
-    assert "own kernel" in caplog.text
+    assert "custom kernels in place of cuBLAS" in caplog.text
     assert own.runner.model.kernels.products.is_custom(16, weight)
     assert own.runner.passes.kernels.products.is_custom(16, weight)
     results = both_modes(own, ["def f(n):\n"], 60)

@@ -181,18 +181,13 @@ def launch(
     tile_max = x.new_empty(n_rows if argmax else 0, n_tiles, dtype=torch.float32)
     tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
     ids = x.new_empty(len(tile_max), dtype=torch.int64)
+    region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
     start: Any = _product_kernel[triton.cdiv(n_rows, block_m), n_tiles, tiles.n_splits]
     start(
         *(x, weight, partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
         *(n_rows, n_columns),
         *(n_inner, tiles.n_splits, block_m, tiles.block_n, tiles.block_k),
-        *(
-            swiglu,
-            bool(argmax),
-            argmax != "ids",
-            tuple(first_columns(prefetch, PREFETCH_LIMIT)),
-            overlap,
-        ),
+        *(swiglu, bool(argmax), argmax != "ids", region, overlap),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         enable_fp_fusion=True,  # said, because the default differs between Triton's versions
