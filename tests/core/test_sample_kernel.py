@@ -67,10 +67,7 @@ def kept(logits: Tensor, settings: Settings) -> Tensor:
 
 @pytest.mark.parametrize(
     "dtype, vocab_size",
-    slow_but(
-        [(torch.bfloat16, 150), (torch.float32, 150), (torch.float32, 7)],
-        product(DTYPES, (7, 64, 150)),
-    ),
+    slow_but([(torch.bfloat16, 150), (torch.float32, 7)], product(DTYPES, (7, 64, 150))),
 )
 def test_the_kernels_draw_what_sample_draws(
     interpreting: None, dtype: torch.dtype, vocab_size: int
@@ -148,7 +145,7 @@ def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
     both = kernel.sample_op(logits, position, *settings_of(*params))
     for slot in range(2):
         alone = settings_of(params[slot])
-        for t in range(3):
+        for t in (0, 2):
             row = kernel.sample_op(
                 logits[slot, None, t, None], position[slot, None, t, None], *alone
             )
@@ -186,7 +183,7 @@ filters = st.builds(
 
 
 @hypothesis_settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(logits=rows_of_logits(), params=st.tuples(filters, filters))
 @example(torch.arange(150.0).expand(4, 150), (SamplingParams(1.0, 19), SamplingParams(1.0, 20)))
