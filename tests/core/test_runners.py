@@ -202,7 +202,7 @@ def test_startup_and_configuration_say_what_was_compiled(tiny: Path, plain_compi
 def test_nothing_is_compiled_after_load(tiny: Path, plain_compile: None) -> None:
     compiled = load(tiny, runner="compiled", slots=4)
     prompts = [[7] * n for n in (1, 2, 15, 16, 17, 63, 64, 65, 130, 200, 300)]
-    expected = [result.tokens for result in compiled.generate(prompts, 20, mode="ar")]
+    expected = [result.tokens for result in compiled.generate(prompts, 8, mode="ar")]
     before = n_graphs()
     surroundings: list[Callable[[], Any]] = [
         contextlib.nullcontext,
@@ -214,7 +214,7 @@ def test_nothing_is_compiled_after_load(tiny: Path, plain_compile: None) -> None
     for surrounding in surroundings:
         for mode in ("ar", "diffusion"):
             with surrounding():
-                results = compiled.generate(prompts, 20, mode=mode)
+                results = compiled.generate(prompts, 8, mode=mode)
             assert [result.tokens for result in results] == expected
     assert compiled.generate(prompts[3], 7).tokens == expected[3][:7]
     stream = compiled.stream(prompts[5], 60)
@@ -663,7 +663,7 @@ def in_flight(decoder: Decoder) -> int:
     return decoder.runner.in_flight
 
 
-@pytest.mark.parametrize("slots", slow_but([1, 3], [1, 3, 4, 9]))
+@pytest.mark.parametrize("slots", slow_but([3], [1, 3, 4, 9]))
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
 def test_a_cycle_ahead_gives_the_same_results(
     tiny: Path, tmp_path: Path, slots: int, mode: str
@@ -685,7 +685,7 @@ def test_a_cycle_ahead_gives_the_same_results(
 
 def test_a_cycle_ahead_streams_the_same_chunks(tiny: Path) -> None:
     plain, ahead = load(tiny, slots=2), runs_ahead(load(tiny, slots=2))
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:3]:
         for mode in ("ar", "diffusion"):
             expected = list(plain.stream(prompt, 25, mode=mode))
             assert list(ahead.stream(prompt, 25, mode=mode)) == expected

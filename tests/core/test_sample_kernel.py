@@ -222,9 +222,7 @@ def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
             assert mask[0, 0].nonzero().flatten().tolist() == heads[-top_k:].tolist()
 
 
-@pytest.mark.parametrize(
-    "dtype, sign", slow_but([(torch.bfloat16, 1), (torch.float32, -1)], product(DTYPES, (1, -1)))
-)
+@pytest.mark.parametrize("dtype, sign", slow_but([(torch.float32, -1)], product(DTYPES, (1, -1))))
 def test_a_threshold_tells_neighbouring_floats_apart(
     interpreting: None, one_exp: None, dtype: torch.dtype, sign: int
 ) -> None:
@@ -240,8 +238,7 @@ def test_a_threshold_tells_neighbouring_floats_apart(
 
 
 @pytest.mark.parametrize(
-    "dtype, temperature",
-    slow_but([(torch.bfloat16, 0.5), (torch.float32, 1.0)], product(DTYPES, (0.5, 1.0))),
+    "dtype, temperature", slow_but([(torch.bfloat16, 0.5)], product(DTYPES, (0.5, 1.0)))
 )
 def test_logits_on_the_edges_fall_on_their_side_of_them(
     interpreting: None, one_exp: None, dtype: torch.dtype, temperature: float

@@ -104,10 +104,10 @@ def test_a_text_does_not_depend_on_its_slot_neighbours_or_order(tiny: Path) -> N
     ]
     alone, many = load(tiny), load(tiny, slots=3)
     for mode in ("ar", "diffusion"):
-        expected = [alone.generate(p, 30, s, mode).tokens for p, s in requests]
+        expected = [alone.generate(p, 20, s, mode).tokens for p, s in requests]
         for order in ([0, 1, 2, 3, 4, 5], [5, 2, 4, 0, 3, 1]):
             got = many.generate(
-                [requests[i][0] for i in order], 30, [requests[i][1] for i in order], mode
+                [requests[i][0] for i in order], 20, [requests[i][1] for i in order], mode
             )
             assert [result.tokens for result in got] == [expected[i] for i in order]
 
@@ -180,7 +180,7 @@ def test_a_stop_string_ends_the_text_before_it(
     exact: Decoder, data: st.DataObject, mode: str, temperature: float
 ) -> None:
     chosen = SamplingParams(temperature=temperature, seed=2)
-    whole = exact.generate([104, 105], 60, chosen, mode)
+    whole = exact.generate([104, 105], 40, chosen, mode)
     assert exact.tokenizer is not None
     stops = []
     for _ in range(data.draw(st.integers(1, 3))):
@@ -188,7 +188,7 @@ def test_a_stop_string_ends_the_text_before_it(
         stops.append(whole.text[begin : begin + data.draw(st.integers(1, 9))])
     stops.append("never in a text of random bytes")
     stopping = SamplingParams(temperature=temperature, seed=2, stop=tuple(stops))
-    chunks, stream = [], exact.stream([104, 105], 60, stopping, mode)
+    chunks, stream = [], exact.stream([104, 105], 40, stopping, mode)
     for chunk in stream:
         chunks.append(chunk)
         assert all(stop not in "".join(c.text for c in chunks) for stop in stops)
@@ -202,7 +202,7 @@ def test_a_stop_string_ends_the_text_before_it(
     detokenizer = exact.tokenizer.detokenizer()
     text_before_last = "".join(map(detokenizer.push, result.tokens[:-1]))
     assert found is None or not any(stop in text_before_last for stop in stops)
-    assert exact.generate([104, 105], 60, chosen, mode).tokens == whole.tokens
+    assert exact.generate([104, 105], 40, chosen, mode).tokens == whole.tokens
 
 
 @pytest.mark.parametrize("eos", [False, True])

@@ -73,7 +73,8 @@ def error(
 @pytest.mark.parametrize(
     "starts, width, shape",
     [
-        (EDGES, 1, (2, 2, 16)),
+        ([0, 31, 64, 127, 256, 640], 1, (2, 2, 16)),
+        pytest.param(EDGES, 1, (2, 2, 16), marks=SLOW),
         ([0, 63, 127, 257, 640], 5, (3, 1, 16)),
         pytest.param(EDGES[:9], 5, (3, 1, 16), marks=SLOW),
         pytest.param(EDGES[9:], 5, (3, 1, 16), marks=SLOW),
@@ -107,7 +108,7 @@ def test_its_own_tiles_and_splits_match_too() -> None:
         return backend.attend(q, k, v, start, slot, causal=c)
 
     for dtype, bound in [(torch.float32, 2e-6), (torch.bfloat16, 0.03)]:
-        for width in (3, 90):
+        for width in (3,) if dtype == torch.float32 else (3, 90):
             assert error(attend, [127, 500], width, (3, 1, 64), dtype) < bound
 
 
@@ -136,7 +137,8 @@ def rows_at(
 ) -> list[Tensor]:
     """The same query at the same position, from ``n_rows`` rows of a block at most.
 
-    Alone and in a batch. Neighbours, batchmates, and what the cache holds past the position are different every time.
+    Alone and in a batch. Neighbours, batchmates, and what the cache holds past the position are
+    different every time.
     """
     torch.manual_seed(position)
     k, v = make_cache(dtype)
