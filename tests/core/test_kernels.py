@@ -496,7 +496,7 @@ SHAPES = {shape.key: shape for shape in tune_products.shapes()}
     "shape, tiles",
     [
         pytest.param(
-            SHAPES[key], Tiles(*tiles), id=f"{chip}-{key}", marks=[SLOW] if number % 8 else []
+            SHAPES[key], Tiles(*tiles), id=f"{chip}-{key}", marks=[SLOW] if number % 12 else []
         )
         for chip, table in TABLES.items()
         for number, (key, tiles) in enumerate(table["tiles"].items())

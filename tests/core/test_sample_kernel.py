@@ -145,7 +145,7 @@ def test_a_row_depends_on_itself_alone(interpreting: None) -> None:
     both = kernel.sample_op(logits, position, *settings_of(*params))
     for slot in range(2):
         alone = settings_of(params[slot])
-        for t in (0, 2):
+        for t in (slot, 2):  # two of the three
             row = kernel.sample_op(
                 logits[slot, None, t, None], position[slot, None, t, None], *alone
             )
@@ -202,7 +202,7 @@ def test_the_threshold_of_min_p_is_rounded_once(interpreting: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", FEW_DTYPES)
-@pytest.mark.parametrize("top_k", slow_but([1, 19, 100], [1, 2, 4, 19, 100]))
+@pytest.mark.parametrize("top_k", slow_but([19, 100], [1, 2, 4, 19, 100]))
 def test_a_bound_leaves_the_kth_where_each_of_the_first_k_is_alone_in_its_group(
     interpreting: None, dtype: torch.dtype, top_k: int
 ) -> None:
