@@ -33,8 +33,7 @@ from orthrus_fast.sampling import is_integer
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
-# Bytes of a pass's own tensors, its graphs and the libraries' workspaces; benchmarks/README.md has
-# what was seen.
+# Bytes of a pass's tensors, graphs and workspaces; benchmarks/README.md has what was seen.
 GPU_PASSES, GPU_PASSES_SLOT = 350_000_000, 160_000_000
 MakeModel = Callable[[ModelConfig, Kernels, torch.device, torch.dtype], Transformer]
 _log = logging.getLogger("orthrus_fast")

@@ -168,9 +168,8 @@ class CompiledRunner(EagerRunner):
     ) -> None:
         super().__init__(model, state, cache)
         self._options = compiler_options(compile_mode)
-        self._cudagraph_trees = (
-            bool(self._options["triton.cudagraphs"]) and self.device.type != "cpu"
-        )
+        trees = bool(self._options["triton.cudagraphs"])
+        self._cudagraph_trees = trees and self.device.type != "cpu"
         self.passes = model.compiled(kernels, self._compile)
         self._accept_and_commit = self._compile(steps.accept_and_commit)
         self._sample_block = self._compile(steps.sample_block)

@@ -1,8 +1,6 @@
-"""Attention backends: a file each, one signature (``kernels.interface.Attend``), held against
-``sdpa`` by one test.
+"""Attention backends: a file each, one signature (``kernels.interface.Attend``), one test for all.
 
-To add one: a module here with a function ``backend`` as in ``sdpa``, and its name in
-``options.ATTENTION_BACKENDS``.
+To add one: a module here with a function ``backend`` as in ``sdpa``, and its name in ``options``.
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
 Each program walks the tiles of one split with an online softmax (Milakov & Gimelshein 2018, arXiv
 1805.02867) and leaves a partial result; a second kernel joins the splits (Flash-Decoding, Dao et
-al. 2023). Query rows that share a KV head are packed into one tile.
-
-A causal row's bits depend on its query and on the keys up to its own position alone: tiles and
-splits begin at fixed positions, are joined in order, and a tile of which the row sees nothing
-leaves its maximum, sum and accumulator as they were.
+al. 2023). Query rows that share a KV head are packed into one tile. A causal row's bits depend on
+its query and on the keys up to its position alone: tiles and splits begin at fixed positions, are
+joined in order, and a tile of which the row sees nothing changes none of its sums.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""The kernels of a pass.
-
-- ``interface``: the signatures, and ``Kernels``, one implementation of each.
-- ``plain``, ``plain_sampling``: in PyTorch; ``select``: which ones a device gets.
-
-The rest is Triton, imported only where a CUDA device is used. Names that end in ``_op`` are custom
-operators, which torch.compile calls without looking inside. Kernels start on the current CUDA
-device, which must be the tensors'.
+"""The kernels of a pass: ``interface`` has the signatures, ``plain`` and ``plain_sampling`` the
+PyTorch code, ``select`` the choice. The rest is Triton, imported only for a CUDA device, which must
+be current. Names in ``_op`` are custom operators: torch.compile does not look inside.
 """

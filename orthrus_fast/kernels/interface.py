@@ -1,11 +1,8 @@
 """What of a pass has more than one implementation: the signatures, and ``Kernels``, one of each.
 
-``plain`` implements them in PyTorch, the other files of this folder and ``orthrus_fast.attention``
-in Triton; ``select`` chooses. Shapes: B slots, R sequences of a pass, T rows of each, S cache rows,
-D head_dim, P partials, V vocabulary.
-
-``prefetch``, wherever it stands, is the weight that will be read next: a kernel may ask the memory
-for its beginning while it leaves the memory idle. It never changes a result.
+Shapes: B slots, R sequences of a pass, T rows of each, S cache rows, D head_dim, P partials, V
+vocabulary. ``prefetch``, wherever it stands, is the weight that will be read next: a kernel may ask
+the memory for its beginning while it leaves the memory idle. It never changes a result.
 """
 
 from __future__ import annotations

@@ -71,6 +71,6 @@ def add_norm(
     return total, normed
 
 
-# A new name for each new signature: the compiler's cache on disk tells operators apart by name alone.
+# A new name for each new signature: the compiler's cache on disk knows operators by name alone.
 add_norm_op = torch.library.custom_op("orthrus_fast::add_rms_norm", add_norm, mutates_args=())
 add_norm_op.register_fake(lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))

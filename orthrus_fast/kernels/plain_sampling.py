@@ -6,9 +6,8 @@ top-k, top-p and min-p keep (the Gumbel-max trick: Gumbel 1954; Maddison et al.,
 belongs to the position: no generator, no state, so any mode, width or slot draws the same.
 
 Shapes: B slots, T rows, V vocabulary. A row's token depends on that row and its slot's settings
-alone: the sums are of integers, all else goes element by element. Equality holds within one
-configuration: exp and log differ in their last bits between devices, and between eager and
-compiled code.
+alone: the sums are of integers. exp and log differ in their last bits between devices, and between
+eager and compiled code, so equality holds within one configuration.
 """
 
 from __future__ import annotations

@@ -16,8 +16,6 @@ thresholds are searched among the ordered ranks of the floats, by counting and b
 
 A row's token depends on that row, its slot's settings and its position alone: programs of a row
 meet only in integer sums, which are exact in any order, and in a list whose order is not looked at.
-A filter that a slot does not use costs it little more than the launch.
-
 Every program waits for the kernel before its own, also where it has nothing to do: a later kernel
 that has waited then knows that all kernels before it are done, and scratch may be written again.
 """
