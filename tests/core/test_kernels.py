@@ -545,6 +545,13 @@ def test_the_lowest_of_equal_logits_is_the_greatest(
         assert ids.tolist() == [winner] == [int(product[0, 0].argmax())]
 
 
+def test_plain_pytorchs_argmax_is_the_lowest_of_equal_logits() -> None:
+    weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]])
+    ids, logits = plain.PlainProducts().lm_head_argmax(torch.ones(1, 2, 1), weight, True)
+    assert ids.tolist() == [[1, 1]]
+    assert logits.tolist() == [[[1.0, 3.0, 2.0, 3.0, 3.0]] * 2]
+
+
 def test_the_greatest_of_a_row_with_nans_is_a_token(interpreting: None) -> None:
     weight = torch.tensor([[1.0], [2.0], [float("nan")], *[[0.5]] * 147])
     x = torch.tensor([[1.0], [float("nan")]])
@@ -836,7 +843,11 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
         view = model.View.AUTOREGRESSIVE
         return [*forward(layer, x, update[None], places, *caches, kernels, view), *caches]
 
-    compiled = torch.compile(model.Layer.forward, fullgraph=True, backend=backend, dynamic=False)
+    def forward(*arguments: Any) -> Any:
+        """Of this test alone: what other tests have compiled is not taken for it."""
+        return model.Layer.forward(*arguments)
+
+    compiled = torch.compile(forward, fullgraph=True, backend=backend, dynamic=False)
     with torch.inference_mode():
         expected = results(model.Layer.forward, kernels)
         assert all(map(torch.equal, results(compiled, kernels), expected))
