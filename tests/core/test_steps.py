@@ -125,6 +125,16 @@ def test_accepting_with_sampling_takes_the_logits() -> None:
         assert got == pytest.approx(probabilities[slot].tolist(), abs=1e-6)
 
 
+def test_the_report_counts_the_proposals_that_were_emitted() -> None:
+    """Not those that were right past the limit, or past an end."""
+    state = make_state([10, 20], [13, 60], [False, False])
+    state.drafting.fill_(True)
+    block = torch.tensor([[100, 1, 2, 3], [101, 1, 9, 3]])
+    greedy, logits = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]]), torch.zeros(2, 4, 30)
+    report = steps.accept_and_commit(state, block, greedy, logits, torch.tensor([9]), None)
+    assert report[:, 4:].tolist() == [[2, 2, 1], [2, 2, 1]]
+
+
 @pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 2047, 2048, 2049, 4096, 4500])
 def test_prefill_chunks_cover_the_prompt_once_and_fit_the_cache(n_tokens: int) -> None:
     chunks = list(steps.prefill_chunks(n_tokens))
