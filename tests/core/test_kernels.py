@@ -882,7 +882,7 @@ def compile_product(chip: int, dtype: str, shape: Shape, tiles: Tiles) -> Any:
     constants = {"K": shape.k, "N_SPLITS": tiles.n_splits, "BLOCK_M": shape.n_rows}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     constants |= {"SWIGLU": shape.end == "swiglu", "ARGMAX": "argmax" in shape.end}
-    constants |= {"STORE": shape.end != "greatest alone"} | REGION
+    constants |= {"STORE": shape.end != "argmax alone"} | REGION
     signature["prefetch"] = f"*{dtype}"
     kernel = products._product_kernel
     return check_compiled(chip, kernel, signature, constants, tiles.num_warps, tiles.num_stages)
@@ -928,7 +928,7 @@ def test_the_tables_products_fit_their_chip(chip: str) -> None:
 def test_default_tiles_fit_every_chip(chip: int) -> None:
     cases = [("bf16", shape) for shape in SHAPES.values() if shape.n_rows in (32, 128)]
     cases += [("bf16", Shape(n_rows, 4096, 4096, "")) for n_rows in (16, 64)]
-    cases += [("bf16", Shape(32, 151936, 4096, "greatest alone"))]
+    cases += [("bf16", Shape(32, 151936, 4096, "argmax alone"))]
     for end in ("", "swiglu", "argmax"):
         cases += [("fp16", Shape(32, 2048, 2048, end)), ("fp32", Shape(32, 2048, 2048, end))]
     cases += [("fp32", Shape(128, 2048, 2048, ""))]
