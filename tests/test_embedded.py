@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import generate
 import orthrus_fast
 from orthrus_fast import Decoder
+from orthrus_fast.cli.main import main
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, follows
 from tests.marks import slow_but
@@ -29,7 +29,7 @@ def test_the_default_run_answers_with_the_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    assert generate.main(["--mode", mode, "--device", "cpu"]) == 0
+    assert main(["generate", "--mode", mode, "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     demo = json.loads((MODEL / "demos.json").read_text())["records"]
     table = demo["messages"][0]["content"].split("\n\n")[1]
@@ -50,13 +50,13 @@ def test_the_other_demonstrations_continue_a_text(
     capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     line = ["--demo", name, "--device", "cpu", "--max-new-tokens", "20"]
-    assert generate.main(line) == 0
+    assert main(["generate", *line]) == 0
     captured = capsys.readouterr()
     text = json.loads((MODEL / "demos.json").read_text())[name]["text"]
     expected = orthrus_fast.load(MODEL, device="cpu").generate(text, 20).text
     assert captured.out == expected + "\n"
     assert "the JSON" not in captured.err
-    assert generate.main([*line, "--prompt", "x"]) == 2
+    assert main(["generate", *line, "--prompt", "x"]) == 2
 
 
 @pytest.mark.parametrize("every", slow_but([8], [8, 1]))

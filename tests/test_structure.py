@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "options"],
     ["files", "results"],
     ["config", "hub", "chat_template", "sampling"],
-    ["cache", "tokenizer"],
+    ["cache", "tokenizer", "prompts"],
     ["kernels", "text"],
     ["attention"],
     ["model"],
@@ -31,6 +31,7 @@ FLOORS = [
     ["loading"],
     ["bench", "server"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

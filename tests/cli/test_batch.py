@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-import generate
 import orthrus_fast
 from orthrus_fast import SamplingParams
+from orthrus_fast import prompts as prompts_file
 from orthrus_fast.checkpoint import open_checkpoint
-from orthrus_fast.cli import batch
+from orthrus_fast.cli import batch, results_file
+from orthrus_fast.cli.main import main
 from orthrus_fast.errors import PromptError, RequestError
+from orthrus_fast.prompts import read_prompts
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +61,7 @@ def run(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         output: Path | str = tmp_path / "results.jsonl",
     ) -> SimpleNamespace:
         file = write_prompts(tmp_path / "prompts.jsonl", prompts)
-        code = generate.main(flags(checkpoint, file, output, *more))
+        code = main(["generate", *flags(checkpoint, file, output, *more)])
         captured = capsys.readouterr()
         return SimpleNamespace(code=code, out=captured.out, err=captured.err)
 
@@ -98,7 +100,7 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_bytes("".join(lines).encode())
-    first, second, third, fourth = batch.read_prompts(path)
+    first, second, third, fourth = read_prompts(path)
     assert (first.id, first.index, first.kind, first.prompt) == (1, 0, "prompt", "a")
     assert (second.id, second.kind, second.settings) == ("m", "messages", {"temperature": 1})
     assert (third.id, third.where) == (5, f"{path}, line 5")
@@ -139,7 +141,7 @@ def test_a_bad_line_is_named_in_one_line(tmp_path: Path, line: str, problem: str
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + line + "\n")
     with pytest.raises(PromptError) as error:
-        batch.read_prompts(path)
+        read_prompts(path)
     assert str(error.value).startswith(f"{path}, line 3: ")
     assert problem in str(error.value)
     assert len(str(error.value)) < 400 and str(error.value).isprintable()
@@ -152,7 +154,7 @@ def test_files_that_cannot_be_read_as_prompts(tmp_path: Path) -> None:
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(PromptError) as error:
-            batch.read_prompts(path)
+            read_prompts(path)
         return str(error.value).removeprefix(str(path))
 
     assert problem() == ": cannot be read (No such file or directory)"
@@ -166,7 +168,7 @@ def test_files_that_cannot_be_read_as_prompts(tmp_path: Path) -> None:
     )
     assert problem(b'{"prompt": "' + b"x" * 2**22 + b'"}') == ", line 1: over 4194304 bytes"
     with pytest.raises(PromptError, match="cannot be read \\(Is a directory"):
-        batch.read_prompts(tmp_path)
+        read_prompts(tmp_path)
 
 
 def test_a_seed_is_the_runs_plus_the_index_unless_the_line_has_one() -> None:
@@ -449,10 +451,10 @@ def test_a_file_of_anything_else_is_left_alone(
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
     if problem is None:
-        batch.Results(path).__exit__(None, None, None)
+        results_file.Results(path).__exit__(None, None, None)
         return
     with pytest.raises(RequestError) as error:
-        batch.Results(path)
+        results_file.Results(path)
     assert str(error.value).startswith(f"{path}: ") and problem in str(error.value)
     assert path.read_bytes() == content
 
@@ -475,7 +477,7 @@ def test_damage_within_the_results_is_named_and_left_alone(run: Run, tmp_path: P
 
 
 def test_two_runs_cannot_write_to_one_file(run: Run, tmp_path: Path) -> None:
-    with batch.Results(tmp_path / "results.jsonl"):
+    with results_file.Results(tmp_path / "results.jsonl"):
         assert_one_line(run(), "another process is writing to it")
     assert run().code == 0
 
@@ -501,11 +503,9 @@ def test_a_run_that_never_began_leaves_no_file(run: Run, tmp_path: Path) -> None
     [
         (["--prompt", "x"], "--prompts-file does not go with --prompt"),
         (["--demo", "code"], "--demo"),
-        (["--interactive"], "--interactive"),
         (["--json"], "--prompts-file does not go with --json"),
         (["--check"], "--prompts-file does not go with --check"),
         (["--show-blocks"], "--show-blocks"),
-        (["--info"], "--info"),
         (["--slots", "0"], "slots: 0"),
     ],
 )
@@ -514,22 +514,22 @@ def test_flags_that_make_no_sense_here(run: Run, more: list[str], problem: str) 
 
 
 def test_a_prompts_file_needs_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main(["--prompts-file", str(tmp_path / "x")]) == 2
+    assert main(["generate", "--prompts-file", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err == "error: --prompts-file needs --output\n"
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = batch.Results.write
+    write = results_file.Results.write
 
-    def interrupted(self: batch.Results, *rest: Any) -> None:
+    def interrupted(self: results_file.Results, *rest: Any) -> None:
         write(self, *rest)
         if len(self.done) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch.Results, "write", interrupted)
+        patch.setattr(results_file.Results, "write", interrupted)
         got = run()
     assert got.code == 130
     assert got.err == "interrupted: 2 of 6 prompts are done; the same command resumes\n"
@@ -590,16 +590,16 @@ OTHER_VALUES: dict[str, Any] = {  # of a line's fields, none of them what PROMPT
 
 def fingerprint(decoder: orthrus_fast.Decoder, path: Path, **line: Any) -> dict[str, str]:
     """Of a file of one prompt with these fields."""
-    lines = batch.read_prompts(write_prompts(path, [line]))
+    lines = read_prompts(write_prompts(path, [line]))
     assert decoder.checkpoint is not None
-    header = batch.make_header(decoder, decoder.checkpoint, lines, {}, 1)
+    header = results_file.make_header(decoder, decoder.checkpoint, lines, {}, 1)
     return dict(header["fingerprint"])
 
 
 def test_every_field_of_a_line_counts_for_the_prompts_fingerprint(
     raw: Path, tmp_path: Path
 ) -> None:
-    assert set(OTHER_VALUES) == set(batch.FIELDS) - set(batch.KINDS)
+    assert set(OTHER_VALUES) == set(prompts_file.FIELDS) - set(prompts_file.KINDS)
     decoder, path = orthrus_fast.load(raw, device="cpu"), tmp_path / "prompts.jsonl"
     plain = fingerprint(decoder, path, prompt="hello")
     assert fingerprint(decoder, path, prompt="hello", id=1) == plain  # the line's number
@@ -620,13 +620,13 @@ def test_every_field_of_a_line_counts_for_the_prompts_fingerprint(
 def test_every_setting_of_the_flags_counts_for_the_settings_fingerprint(
     raw: Path, tmp_path: Path
 ) -> None:
-    lines = batch.read_prompts(write_prompts(tmp_path / "prompts.jsonl", PROMPTS))
+    lines = read_prompts(write_prompts(tmp_path / "prompts.jsonl", PROMPTS))
     decoder = orthrus_fast.load(raw, device="cpu")
     assert decoder.checkpoint is not None
 
     def settings(params: SamplingParams, **configuration: Any) -> str:
-        asked = batch.sampling_settings(params) | configuration
-        header = batch.make_header(decoder, decoder.checkpoint, lines, asked, 1)  # type: ignore[arg-type]
+        asked = results_file.sampling_settings(params) | configuration
+        header = results_file.make_header(decoder, decoder.checkpoint, lines, asked, 1)  # type: ignore[arg-type]
         return str(header["fingerprint"]["settings"])
 
     names = [name for name in OTHER_VALUES if name not in ("id", "max_new_tokens", "seed")]
@@ -643,17 +643,17 @@ def test_the_weights_digest_covers_files_headers_and_samples(
     directory = write_checkpoint(tmp_path / "model", n_shards=2, tokenizer=True)
 
     def digest() -> str:
-        return batch.weights_digest(open_checkpoint(directory))
+        return results_file.weights_digest(open_checkpoint(directory))
 
     first = digest()
     assert digest() == first
     moved = shutil.copytree(directory, tmp_path / "moved")
-    assert batch.weights_digest(open_checkpoint(moved)) == first
+    assert results_file.weights_digest(open_checkpoint(moved)) == first
     shard = directory / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
-    monkeypatch.setattr(batch, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(batch, "SAMPLES", 5)
-    monkeypatch.setattr(batch, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(results_file, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(results_file, "SAMPLES", 5)
+    monkeypatch.setattr(results_file, "SAMPLE_BYTES", 64)
     sampled = digest()
     seen = set()
     for place in (len(content) - 1, len(content) - 64, (len(content) - 64) // 2):

@@ -20,9 +20,10 @@ import jsonschema
 import pytest
 import torch
 
-import generate
 import orthrus_fast
 from orthrus_fast import Chunk
+from orthrus_fast.cli.main import main
+from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
 
@@ -37,10 +38,12 @@ class Run(SimpleNamespace):
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Run:
-    """generate.py in this process, on the CPU."""
-    device = [] if "--info" in arguments else ["--device", "cpu"]
+    """``orthrus`` in this process, on the CPU; a command, or else generate, and its flags."""
+    words = [str(a) for a in arguments]
+    words = words if words[:1] in (["info"], ["chat"]) else ["generate", *words]
+    device = [] if words[0] == "info" else ["--device", "cpu"]
     try:
-        code = generate.main([str(a) for a in arguments] + device)
+        code = main(words + device)
     except SystemExit as exit:
         code = exit.code
     captured = capsys.readouterr()
@@ -307,27 +310,25 @@ def test_check_tells_a_difference_and_exits_1(
 def test_info_says_what_a_checkpoint_is_and_needs(
     raw: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    got = run(capsys, "--checkpoint", raw, "--info")
+    got = run(capsys, "info", "--checkpoint", raw)
     assert got.code == 0
     for fact in ("autoregressive and draft", "block size        8", "272, tied: yes", "KV cache"):
         assert fact in got.out
-    assert_refused(
-        run(capsys, "--checkpoint", raw, "--info", "--max-seq-len", 10**6), "max_seq_len"
-    )
+    assert_refused(run(capsys, "info", "--checkpoint", raw, "--max-seq-len", 10**6), "max_seq_len")
 
 
 def test_blocks_are_marked_and_joined_are_the_text() -> None:
     chunk = Chunk([1, 2, 3], ["a", "b", "c"], 2)
-    assert generate.render(chunk, False, True) == "abc"
-    assert generate.render(chunk, True, True) == "\x1b[32mab\x1b[0mc"
-    assert generate.render(chunk, True, False) == "⟨ab⟩c"
-    assert generate.render(Chunk([1], ["a"], 0), True, False) == "a"
+    assert render(chunk, False, True) == "abc"
+    assert render(chunk, True, True) == "\x1b[32mab\x1b[0mc"
+    assert render(chunk, True, False) == "⟨ab⟩c"
+    assert render(Chunk([1], ["a"], 0), True, False) == "a"
 
 
 def test_control_characters_are_escaped_on_a_terminal_only() -> None:
     text = "a\x1b[31m\x07\x9b[bold]\r\tb\nc\x7f é 👩‍👩‍👧"
-    assert generate.printable(text, False) == text
-    assert generate.printable(text, True) == ("a\\x1b[31m\\x07\\x9b[bold]\\r\tb\nc\\x7f é 👩‍👩‍👧")
+    assert printable(text, False) == text
+    assert printable(text, True) == ("a\\x1b[31m\\x07\\x9b[bold]\\r\tb\nc\\x7f é 👩‍👩‍👧")
 
 
 # As its own process.
@@ -343,7 +344,7 @@ def test_help_and_version_need_no_torch() -> None:
 def test_the_prompt_may_come_from_standard_input(
     raw: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "PATIENCE", 0.05)
+    monkeypatch.setattr("orthrus_fast.cli.generate.PATIENCE", 0.05)
 
     def given(content: bytes | None, *more: str) -> Run:
         with standard_input(content):
@@ -370,7 +371,7 @@ def test_the_prompt_may_come_from_standard_input(
 def test_interactive_remembers_turns_and_survives_a_turn_that_is_too_long(
     chat: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ("--checkpoint", chat, "--interactive", "--max-new-tokens", 8, "--max-seq-len", 120)
+    line = ("chat", "--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 120)
     with standard_input(f"one\n\n{'x' * 200}\ntwo\n".encode()):
         got = run(capsys, *line)
     assert got.code == 0
@@ -488,7 +489,7 @@ def test_without_the_embedded_checkpoint_the_default_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr(generate, "EMBEDDED", tmp_path)
+    monkeypatch.setattr("orthrus_fast.cli.generate.EMBEDDED", tmp_path)
     assert_refused(run(capsys), "demos.json", "file not found")
     (tmp_path / "demos.json").write_text("[1]")
     assert_refused(run(capsys), "demos.json", "no demonstration 'records'")
@@ -497,13 +498,13 @@ def test_without_the_embedded_checkpoint_the_default_run_says_so(
 
 def test_a_missing_package_is_named(raw: Path) -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; import generate;"
-        f"sys.exit(generate.main(['--checkpoint', {str(raw)!r}, '--prompt', 'x']))"
+        "import sys; sys.modules['torch'] = None; from orthrus_fast.cli.main import main;"
+        f"sys.exit(main(['generate', '--checkpoint', {str(raw)!r}, '--prompt', 'x']))"
     )
     line = [sys.executable, "-c", code]
     got = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert got.returncode == 2
-    what_to_do = "run: pip install -e . in the folder of generate.py"
+    what_to_do = "run: pip install -e . in the repository"
     assert got.stderr == f"error: torch is not installed; {what_to_do}\n"
 
 
@@ -523,7 +524,7 @@ def test_on_a_terminal_blocks_are_coloured_and_controls_escaped(raw: Path) -> No
     decoder = orthrus_fast.load(raw, device="cpu")
     chunks = list(decoder.stream("hello", 40))
     assert any(chunk.n_accepted for chunk in chunks)
-    expected = "".join(generate.render(chunk, True, True) for chunk in chunks) + "\n"
+    expected = "".join(render(chunk, True, True) for chunk in chunks) + "\n"
     assert written.decode() == expected.replace("\n", "\r\n")
 
 
@@ -586,9 +587,6 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--system", "x", "--raw"], ["--raw does not go with --system"]),
         (["--no-thinking", "--raw"], ["--raw does not go with --no-thinking"]),
         (["--demo", "code"], ["--demo does not go with --checkpoint"]),
-        (["--info", "--json"], ["--info does not go with --"]),
-        (["--info", "--max-seq-len", 10**6], ["--info does not go with --prompt"]),
-        (["--interactive"], ["--interactive does not go with --prompt"]),
         (["--json", "--show-blocks"], ["--json does not go with --show-blocks"]),
     ],
 )
@@ -713,4 +711,4 @@ def test_thinking_with_a_template_that_knows_nothing_of_it(
 
 
 def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(run(capsys, "--checkpoint", raw, "--interactive"), "no chat template")
+    assert_refused(run(capsys, "chat", "--checkpoint", raw), "no chat template")

@@ -1,0 +1,47 @@
+"""orthrus info: what a checkpoint is, and the memory that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orthrus_fast.cli.flags import build_info_parser
+from orthrus_fast.cli.session import EMBEDDED
+from orthrus_fast.cli.terminal import printable
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Print what the checkpoint is and needs; return the exit code."""
+    args = build_info_parser(prog).parse_args(arguments)
+    import torch
+
+    from orthrus_fast.checkpoint import count_weights, open_checkpoint
+    from orthrus_fast.loading import check_max_seq_len, memory_needed
+
+    path = args.checkpoint if args.checkpoint is not None else EMBEDDED
+    checkpoint = open_checkpoint(path, revision=args.revision)
+    config = checkpoint.config
+    length = check_max_seq_len(args.max_seq_len, config)
+    views = "autoregressive and draft" if config.has_draft_view else "autoregressive only"
+    facts = {
+        "checkpoint": f"{checkpoint.name}"
+        + (f" at {checkpoint.commit}" if checkpoint.commit else ""),
+        "directory": checkpoint.directory,
+        "views": views,
+        "block size": config.block_size or "none",
+        "parameters": f"{count_weights(config) / 1e6:.1f} million",
+        "layers": f"{config.n_layers}, hidden size {config.hidden_size}",
+        "heads": f"{config.n_heads}, KV heads {config.n_kv_heads}, head size {config.head_dim}",
+        "vocabulary": f"{config.vocab_size}, tied: {'yes' if config.tie_word_embeddings else 'no'}",
+        "positions": f"{config.max_position_embeddings}, RoPE {config.rope.type}",
+        "end tokens": ", ".join(map(str, config.eos_token_ids)) or "none",
+        "on disk": f"{checkpoint.weight_bytes / 1e9:.3f} GB of weights",
+    }
+    cpu = torch.device("cpu")
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        facts[f"needs in {name}"] = (
+            f"{memory_needed(config, dtype, cpu, length, 1)} at {length} tokens"
+        )
+    for name, fact in facts.items():
+        print(f"{name:18}{printable(str(fact), True)}")
+    return 0

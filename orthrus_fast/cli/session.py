@@ -1,0 +1,155 @@
+"""From flags to a decoder, settings and ids: what generate, chat and the batch share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthrus_fast.cli.flags import spelled
+from orthrus_fast.cli.terminal import progress_bar, render
+from orthrus_fast.errors import RequestError
+
+if TYPE_CHECKING:
+    from orthrus_fast import Decoder, Generation, SamplingParams
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "model"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
+
+
+def load_decoder(args: argparse.Namespace) -> Decoder:
+    """Load the checkpoint as the flags say."""
+    from orthrus_fast import load
+
+    with progress_bar("loading") as progress:
+        return load(
+            args.checkpoint if args.checkpoint is not None else EMBEDDED,
+            device=args.device,
+            dtype=args.dtype,
+            max_seq_len=args.max_seq_len,
+            runner=args.runner,
+            attention=args.attention,
+            slots=args.slots,
+            block_size=args.block_size,
+            revision=args.revision,
+            draft_view=args.mode == "diffusion" or args.check,
+            progress=progress,
+        )
+
+
+def has_template(decoder: Decoder) -> bool:
+    """Return whether the checkpoint has a chat template."""
+    return decoder.tokenizer is not None and decoder.tokenizer.has_chat_template
+
+
+def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
+    """Refuse flags that the chat template does not support; warn of greedy thinking."""
+    for flag in ("system", "thinking"):
+        if getattr(args, flag) is not None and not has_template(decoder):
+            raise RequestError(f"{spelled(flag, args)}: {decoder.name} has no chat template")
+    if args.thinking is None:
+        return
+    assert decoder.tokenizer is not None
+    if not decoder.tokenizer.chat_template.mentions("enable_thinking"):
+        flag = spelled("thinking", args)
+        raise RequestError(f"{flag}: the template of {decoder.name} has no thinking mode")
+    if args.thinking and resolved(decoder, sampling(args)).temperature == 0:
+        print(
+            "warning: Qwen advises against greedy decoding in thinking mode; "
+            "--sampling checkpoint takes the checkpoint's own settings",
+            file=sys.stderr,
+        )
+
+
+def message(role: str, content: str) -> dict[str, Any]:
+    """Return a chat message."""
+    return {"role": role, "content": content}
+
+
+def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the message of --system, or nothing."""
+    return [] if args.system is None else [message("system", args.system)]
+
+
+def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -> list[int]:
+    """Return the ids of a prompt.
+
+    "messages" are chat messages. "text" is a user message where there is a chat template; with
+    ``--raw``, and in a demo, the model continues the text as it is.
+    """
+    if "messages" in prompt:
+        return encode_chat(decoder, args, prompt["messages"])
+    if has_template(decoder) and not args.raw and not args.demo:
+        return encode_chat(decoder, args, [message("user", prompt["text"])])
+    return decoder.encode(prompt["text"])
+
+
+def encode_chat(
+    decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
+) -> list[int]:
+    """Return the ids of a chat; --system's message comes first where the chat has none."""
+    if decoder.tokenizer is None:
+        return decoder.encode(messages)  # which says what is missing
+    if messages and messages[0].get("role") != "system":
+        messages = [*system_message(args), *messages]
+    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+
+
+def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
+    """Return the sampling settings of the flags, overridden by those of ``instead``."""
+    from orthrus_fast import SamplingParams
+
+    given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    given |= {"stop": tuple(given.get("stop", ()))} | instead
+    if args.sampling == "checkpoint":
+        return SamplingParams.from_checkpoint(**given)
+    return SamplingParams(**given)
+
+
+def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
+    """Return the settings with the checkpoint's values filled in, for --sampling checkpoint."""
+    return params.resolved(dict(decoder.config.sampling_defaults))
+
+
+def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
+    """Stream the answer to the terminal; Ctrl-C ends it and keeps what was written so far."""
+    stream = decoder.stream(ids, args.max_new_tokens, sampling(args), args.mode)
+    interrupted = False
+    try:
+        for chunk in stream:
+            if not args.json:
+                sys.stdout.write(render(chunk, args.show_blocks, sys.stdout.isatty()))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+        stream.close()
+    if not args.json:
+        print(flush=True)
+    return stream.result, interrupted
+
+
+def report(
+    decoder: Decoder, args: argparse.Namespace, result: Generation, interrupted: bool
+) -> None:
+    """Print a line on standard error, and another if Ctrl-C or the token limit ended the text."""
+    stats = result.stats
+    if stats is None:
+        print("interrupted before the first token", file=sys.stderr)
+        return
+    parts = [f"{len(result.tokens)} tokens"]
+    if stats.tokens_per_cycle is not None:
+        parts.append(f"{stats.tokens_per_cycle:.2f} tokens per cycle in {stats.cycles} cycles")
+    if stats.tokens_per_second is not None:
+        parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+    parts.append(f"first token after {stats.time_to_first_token:.3f} s")
+    settings = decoder.configuration
+    parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
+    if result.seed is not None:
+        parts.append(f"seed {result.seed}")
+    print(" · ".join(parts), file=sys.stderr)
+    if interrupted:
+        print("interrupted: the text above is what was written so far", file=sys.stderr)
+    elif result.finish_reason == "length":
+        ended = f"the text ended at its limit of {args.max_new_tokens} new tokens"
+        print(f"{ended}; --max-new-tokens raises it", file=sys.stderr)
