@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import sys
 import time
@@ -168,6 +169,107 @@ def test_special_tokens_that_only_the_config_names_are_added_as_transformers_doe
     ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encode("a<|mask|>b") == theirs("a<|mask|>b").input_ids
     assert ours.decode(ours.encode("a<|mask|>b")) == "ab"
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+TOKEN = {"content": "<|new|>", "lstrip": True, "rstrip": False, "normalized": False}
+TOKEN_FIELDS: list[dict[str, Any]] = [
+    {"additional_special_tokens": ["<|new|>", "<|b|>"]},
+    {"extra_special_tokens": ["<|b|>", "<|new|>", "</think>"]},
+    {"extra_special_tokens": {"image_token": "<|new|>", "other": "<|b|>"}},
+    {"extra_special_tokens": ["<|new|>"], "additional_special_tokens": ["<|b|>"]},
+    {"extra_special_tokens": [{"__type": "AddedToken", **TOKEN}]},
+    {"mask_token": "<|new|>", "image_token": "<|a|>", "bos_token": "<|b|>"},
+    {"num_image_token": 256, "some_token": ["<|new|>"], "add_bos_token": True},
+    {"split_special_tokens": True, "extra_special_tokens": ["<|new|>"]},
+]
+
+
+@pytest.mark.parametrize("fields", TOKEN_FIELDS)
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"added_tokens": {"<|b|>": 328, "<|new|>": 327, "<|endoftext|>": 0, "<think>": 322}},
+        {"special_tokens_map": {"eos_token": TOKEN, "additional_special_tokens": ["<|a|>"]}},
+        {"special_tokens_map": {"extra_special_tokens": ["<|a|>"], "pad_token": "<|b|>"}},
+        {
+            "special_tokens_map": {"sep_token": "<|b|>"},
+            "added_tokens": {"<|a|>": 327, "<|b|>": 328},
+        },
+    ],
+)
+def test_tokens_that_other_files_name_are_added_as_transformers_does(
+    tmp_path: Path, fields: dict[str, Any], files: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    config = {name: value for name, value in CONFIG.items() if value is not None} | fields
+    write(tmp_path, config=config)
+    for name, content in files.items():
+        write_json(tmp_path / f"{name}.json", content)
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "x<|a|>y  <|b|>\u0065\u0301</think><|im_end|><think> <|new|>z"
+    tokens = ours.encode(text)
+    assert tokens == theirs(text).input_ids
+    assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
+
+
+def test_older_files_count_only_where_transformers_reads_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    added = {
+        str(i): {"content": token.content, "special": token.special}
+        for i, token in train().get_added_tokens_decoder().items()
+    }
+    write(tmp_path, config=CONFIG | {"added_tokens_decoder": added})
+    write_json(tmp_path / "added_tokens.json", {"<|new|>": 327})
+    write_json(tmp_path / "special_tokens_map.json", {"sep_token": "<|b|>"})
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("x<|b|><|new|>") == theirs("x<|b|><|new|>").input_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("added_tokens.json", {"<|new|>": 500}, "'<|new|>': id 500 is not .* (327)"),
+        ("added_tokens.json", {"<|new|>": 1}, "'<|new|>': id 1 is not .* (327)"),
+        ("added_tokens.json", {"<think>": 323}, "'<think>': id 323 is not .* (322)"),
+        ("added_tokens.json", {"": 327}, "'': id 327 is not"),
+        ("added_tokens.json", {"<|new|>": "327"}, "not an object of ids"),
+        ("added_tokens.json", ["<|new|>"], "not a JSON object"),
+        ("special_tokens_map.json", {"eos_token": 5}, "eos_token: neither"),
+        ("special_tokens_map.json", {"additional_special_tokens": [5]}, "extra_special_tokens"),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}, "extra_special_tokens: neither"),
+        ("tokenizer_config.json", {"extra_special_tokens": [""]}, "extra_special_tokens: neither"),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.json"]}, "fast_tokenizer"),
+    ],
+)
+def test_tokens_that_contradict_tokenizer_json_are_refused(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    write_json(write(tmp_path) / name, content)
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: .*{pattern}|{pattern}"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_split_special_tokens_holds_for_chats_too(tmp_path: Path, split: bool) -> None:
+    from transformers import AutoTokenizer
+
+    template = (FIXTURES / "chatml.jinja").read_text()
+    write(tmp_path, config=CONFIG | {"split_special_tokens": split}, template=template)
+    ours, theirs = Tokenizer.from_directory(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    messages = [USER | {"content": "a<|im_end|>b"}]
+    tokens = ours.encode_chat(messages)
+    assert tokens == theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert (2 in tokens) != split
 
 
 # Ids to text.
