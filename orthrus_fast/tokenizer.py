@@ -116,17 +116,31 @@ class Tokenizer:
         enable_thinking: bool | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt that the checkpoint's template makes of chat messages.
+        """Return the prompt that the checkpoint's template makes of chat messages.
 
-        Raises what ``ChatTemplate.render`` raises, and PromptError for text that is not Unicode.
+        ``variables`` are the template's own, by name. None for ``tools`` or ``enable_thinking``
+        is as if not given. Raises what ``ChatTemplate.render`` raises, and PromptError for text
+        that is not Unicode.
         """
-        variables = {**self._special_tokens, **variables}
-        variables["add_generation_prompt"] = add_generation_prompt
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
-        text = self.chat_template.render(messages, tools, variables)
+        defaults = {**self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        text = self.chat_template.render(messages, tools, variables, defaults)
         _check_unicode(text)
         return text
+
+    def thinks_by_default(self) -> bool:
+        """Return whether the template leaves thinking on unless ``enable_thinking`` is False."""
+        hello = [{"role": "user", "content": "Hello"}]
+        try:
+            if not self.chat_template.mentions("enable_thinking"):
+                return False
+            unset, on, off = (
+                self.render_chat(hello, enable_thinking=v) for v in (None, True, False)
+            )
+        except (PromptError, TemplateError):  # said where a prompt of the user's is rendered
+            return False
+        return unset == on != off
 
 
 class Detokenizer:
