@@ -13,12 +13,19 @@ from orthrus_fast.errors import CheckpointError, ConfigError, list_some
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPLATE_FILES = (  # by name, a later one before an earlier; transformers knows more by request
+    ("default", "chat_template.jinja"),
+    ("default", "additional_chat_templates/default.jinja"),
+    ("tool_use", "additional_chat_templates/tool_use.jinja"),
+)
 TEXT_FILES = (  # all but the weights and their index
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *(file for _, file in TEMPLATE_FILES),
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 64 * 2**20  # a Qwen3 tokenizer.json has 11 MB; the largest honest file we know

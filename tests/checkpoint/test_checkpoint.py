@@ -587,6 +587,19 @@ def test_a_directory_whose_name_begins_with_the_checkpoints_is_outside(
     assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
 
 
+def test_additional_templates_are_checked_like_every_file(path: Path) -> None:
+    outside, folder = path.parent / "outside", path / "additional_chat_templates"
+    outside.mkdir()
+    (outside / "tool_use.jinja").write_text("")
+    folder.symlink_to("../outside")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+    folder.unlink()
+    folder.mkdir()
+    os.mkfifo(path / name)
+    assert f"{path}/{name}: not a regular file" in refusal(path)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_directory_whose_name_begins_with_that_of_the_blobs_is_outside(
     path: Path, tmp_path: Path, shared: bool

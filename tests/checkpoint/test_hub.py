@@ -81,7 +81,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         directory = self.server.repositories[name].get(revision)
         if directory is None:
             return self.refuse(404, "RevisionNotFound")
-        files = {path.name: path for path in sorted(directory.iterdir())}
+        found = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+        files = {path.relative_to(directory).as_posix(): path for path in found}
         if verb == "tree":
             return self.answer(
                 [
@@ -94,7 +95,7 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             return self.answer({"id": name, "sha": revision, "siblings": siblings})
         if name == "org/gated":
             return self.refuse(403, "GatedRepo")
-        file = files[rest[0]]
+        file = files["/".join(rest).strip("/")]
         self.answer(file.read_bytes(), X_Repo_Commit=revision, ETag=f'"{self.etag(file)}"')
 
     do_HEAD = do_GET
@@ -155,6 +156,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         path = write_checkpoint(root / name, n_shards=n_shards, tokenizer=True)
         for extra in ("README.md", "pytorch_model.bin", "other.safetensors", "modeling.py"):
             (path / extra).write_text("not for us")
+        (path / "additional_chat_templates").mkdir()
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
         server.add(name, path)
     server.add("org/sharded", write_checkpoint(root / "newer", seed=1), "b" * 40)
     path = write_checkpoint(root / "pickled")
@@ -197,8 +200,10 @@ def test_the_hub_then_its_cache(hub: FakeHub, tmp_path: Path, whole: bool) -> No
     assert single[:2] == ["a" * 40, str(snapshots / ("a" * 40))]
     assert single[2] == [f"downloading org/single at commit {'a' * 40}: 0.2 MB of weights"]
     assert newer[0] == "b" * 40
-    names = sorted(path.name for path in Path(single[1]).iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    found = (path for path in Path(single[1]).rglob("*") if path.is_file())
+    names = sorted(path.relative_to(single[1]).as_posix() for path in found)
+    texts = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert names == ["additional_chat_templates/tool_use.jinja", *texts]
     # main moved on after the first look at it: all files are still of that first commit.
     assert sharded[0] == "a" * 40 and len(list(Path(sharded[1]).glob("*.safetensors"))) == 3
     assert not [line for line in hub.requests if "modeling.py" in line or ".bin" in line]
