@@ -230,11 +230,12 @@ class Decoder:
             if isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
                 raise PromptError(f"prompt: {token!r} is no id below {self.config.vocab_size}")
         if len(ids) + max_new_tokens > self.max_seq_len:
+            limit = self.config.max_position_embeddings
             raise PromptError(
                 f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
                 f"{len(ids) + max_new_tokens}, over max_seq_len {self.max_seq_len} "
-                f"(the model's own limit is {self.config.max_position_embeddings}); shorten the "
-                "prompt, lower max_new_tokens or raise max_seq_len"
+                f"(the model's own limit is {limit}); shorten the prompt or lower max_new_tokens"
+                + (", or raise max_seq_len" if self.max_seq_len < limit else "")
             )
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
         params = (sampling or SamplingParams()).resolved(dict(self.config.sampling_defaults))
