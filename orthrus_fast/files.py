@@ -76,6 +76,8 @@ def local_directory(name: str) -> Path:
     if not os.path.lexists(directory):
         raise CheckpointError(f"{name}: no such directory")
     if not directory.is_dir():
+        if other := other_format(name, [name]):
+            raise other
         raise CheckpointError(f"{name}: not a directory; give the one that holds config.json")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise CheckpointError(f"{name}: cannot be read (permission denied)")
@@ -109,7 +111,35 @@ def check_file(directory: Path, name: str) -> Path:
     return path
 
 
+def embedded_checkpoint() -> Path:
+    """The directory of the checkpoint that comes with the package. Raises CheckpointError."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "embedded", package.parent / "model"):
+        if (directory / "config.json").is_file():
+            return directory
+    raise CheckpointError(f"{package}: came without its embedded checkpoint; name another one")
+
+
+def other_format(place: Path | str, names: Iterable[str]) -> CheckpointError | None:
+    """What the files ``names`` are where they are known to be no checkpoint of this format."""
+    names = sorted(names)
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(
+            f"{place}: GGUF ({list_some(ggufs)}) is llama.cpp's format and not supported; use the "
+            "checkpoint that it was made from, with safetensors files"
+        )
+    if "adapter_config.json" in names:
+        return CheckpointError(
+            f"{place}: an adapter (adapter_config.json) without the model that it belongs to; "
+            "merge the two with peft's merge_and_unload, and save the result"
+        )
+    return None
+
+
 def no_weights(place: Path | str, names: Iterable[str]) -> CheckpointError:
+    names = list(names)
+    if other := other_format(place, names):
+        return other
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if not pickles:
         return CheckpointError(f"{place}: has neither {WEIGHTS} nor {INDEX}")

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants, errors
 
 from orthrus_fast.checkpoint import load_model, open_checkpoint
+from orthrus_fast.errors import CheckpointError
 from tests.checkpoints import edit_json, edit_weight_map, kernels_for, write_checkpoint
 from tests.marks import slow_but
 
@@ -171,6 +174,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     server.add("org/foreign", path)
     server.add("org/empty", write_checkpoint(root / "empty"))
     (root / "empty" / "config.json").unlink()
+    for name in ("org/gguf", "org/gguf-with-config"):
+        (root / name).mkdir(parents=True)
+        (root / name / "model-Q8_0.gguf").write_text("GGUF")
+        server.add(name, root / name)
+    (root / name / "config.json").write_text((root / "hostile" / "config.json").read_text())
     yield server
     server.shutdown()
     server.server_close()
@@ -227,6 +235,7 @@ def test_the_hub_then_its_cache(hub: FakeHub, tmp_path: Path, whole: bool) -> No
 
 def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path) -> None:
     names = ("absent", "gated", "pickled", "hostile", "foreign", "empty", "broken", "a..b")
+    names += ("gguf", "gguf-with-config")
     answers = ask(tmp_path, hub.url, *((f"org/{name}", None) for name in names))
     found = dict(zip(names, answers, strict=True))
     assert found["absent"].startswith("org/absent: no such repository, or a private one")
@@ -237,5 +246,30 @@ def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path) -> None:
     assert found["empty"].endswith("config.json: file not found")
     assert found["broken"].startswith("org/broken: cannot be fetched (")
     assert found["a..b"].startswith("org/a..b: not a Hub repository of the form org/name")
+    for name in ("gguf", "gguf-with-config"):
+        assert found[name].startswith(f"org/{name}: GGUF (model-Q8_0.gguf) is llama.cpp's format")
     downloaded = [line for line in hub.requests if line.startswith("GET org/foreign/resolve")]
     assert downloaded == [f"GET org/foreign/resolve/{'a' * 40}/config.json"]
+
+
+@pytest.mark.parametrize("asks_the_hub", [False, True])
+def test_a_commit_in_the_cache_of_an_older_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks_the_hub: bool
+) -> None:
+    """No refs, no listing of the commit's files; huggingface_hub 2.0 looks for that one first."""
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    write_checkpoint(snapshot, tokenizer=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if asks_the_hub:
+
+        def ask_the_hub(*_: Any, **__: Any) -> str:
+            raise errors.OfflineModeIsEnabled("offline mode is enabled")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", ask_the_hub)
+    found = open_checkpoint("org/name", revision=commit)
+    assert (found.directory, found.commit) == (snapshot, commit)
+    for repository, revision in (("org/name", "9" * 40), ("org/other", commit)):
+        with pytest.raises(CheckpointError, match=r"not \(wholly\) in the cache .* HF_HUB_OFFLINE"):
+            open_checkpoint(repository, revision=revision)
