@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import generate
-import orthrus_fast
+import orthrus_fast.steps
 from orthrus_fast import Chunk
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
