@@ -20,7 +20,7 @@ import jsonschema
 import pytest
 import torch
 
-import orthrus_fast
+import orthrus_fast.steps
 from orthrus_fast import Chunk
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render

@@ -415,6 +415,7 @@ def test_a_mode_that_is_not_named_drafts_where_it_can(tiny: Path, decoder: Decod
         ([1.0, 2.0], "list of float is not"),
         ([1, "a"], "list of int, str is not"),
         ([-1], "-1 is no id below"),
+        ([272], "272 is no id below"),
         ([10**9], "1000000000 is no id below"),
         ([True], "True is no id below"),
         ("text", "no tokenizer.json"),
