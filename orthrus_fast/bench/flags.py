@@ -78,9 +78,9 @@ def names(*known: str) -> Callable[[str], list[str]]:
     return parse
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = PROGRAM) -> Parser:
     description = "Time a decoder, pass by pass and end to end, and compare its modes to the bit."
-    parser = Parser(prog=PROGRAM, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add_decoder_flags(parser)
     add = parser.add_argument
     add("--compile-mode", choices=COMPILE_MODES, default="default", help="of the runner compiled")

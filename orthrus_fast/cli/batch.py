@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from orthrus_fast.cli.results_file import Results, make_header, sampling_settings
-from orthrus_fast.cli.session import check_template_flags, encode, load_decoder, resolved, sampling
+from orthrus_fast.cli.session import (
+    NEW_TOKENS,
+    check_template_flags,
+    encode,
+    load_decoder,
+    resolved,
+    sampling,
+)
 from orthrus_fast.cli.terminal import batch_bar
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import PromptError, RequestError, TemplateError
@@ -39,7 +46,7 @@ def run_batch(args: argparse.Namespace) -> int:
             todo,
             [params[line.index] for line in todo],
             lambda line: encode_line(decoder, args, line),
-            args.max_new_tokens,
+            args.max_new_tokens or NEW_TOKENS,
             args.mode,
         )
         return write_results(results, done, len(lines), seed)

@@ -8,6 +8,7 @@ from typing import Any
 
 from orthrus_fast.cli.flags import build_chat_parser, check_flags
 from orthrus_fast.cli.session import (
+    announce_loading,
     check_template_flags,
     decode,
     encode_chat,
@@ -25,6 +26,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     parser = build_chat_parser(prog)
     args = parser.parse_args(arguments)
     check_flags(parser, args)
+    announce_loading(args)
     if sys.stdin is None:
         raise RequestError("standard input: closed; a chat reads it")
     decoder = load_decoder(args)
