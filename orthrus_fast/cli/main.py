@@ -36,8 +36,8 @@ USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: --check found a difference; 2: bad input; 130: interrupted; 141: the reader of the
-    output closed it.
+    0: done; 1: --check found a difference; 2: bad input; 3: a prompt of a file failed; 130:
+    interrupted; 141: the reader of the output closed it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     prepare_streams()
