@@ -5,7 +5,7 @@ What they mean for the logits: ``kernels.plain_sampling``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeGuard
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orthrus_fast.errors import RequestError
 
+NO_TOKEN = -1  # what a row gives whose logits are not finite
 _MAX_TEMPERATURE = 1e30  # temperature times noise stays finite in float32
 _CHECKPOINT_DECIDES = ("temperature", "top_k", "top_p", "min_p")
 
@@ -23,11 +24,11 @@ class SamplingParams:
     """How a request's tokens are chosen; greedy by default. Raises RequestError naming the field.
 
     ``temperature`` 0 is greedy, whatever the filters. The filters act in this order: ``top_k``
-    keeps the k highest logits; ``top_p`` the fewest highest whose probability, among those, reaches
-    p; ``min_p`` those at least that fraction as probable as the best. Ties at a threshold are all
-    kept; None is off. ``seed`` (0 … 2**64 - 1) keys the noise; None draws one. Text ends before
-    the first of the ``stop`` strings. ``logprobs`` asks for each token's log-probability under the
-    model itself, before temperature and filters.
+    keeps the k highest logits (0 or -1: all); ``top_p`` the fewest highest whose probability, among
+    those, reaches p; ``min_p`` those at least that fraction as probable as the best. Ties at a
+    threshold are all kept; None is off. ``seed`` (0 … 2**64 - 1) keys the noise; None draws one.
+    Text ends before the first of the ``stop`` strings, one or a list. ``logprobs`` asks for each
+    token's log-probability under the model itself, before temperature and filters.
     """
 
     temperature: float = 0.0
@@ -35,16 +36,21 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()  # kept as a tuple
     logprobs: bool = False
     _of_checkpoint: tuple[str, ...] = field(default=(), repr=False)  # fields yet to be resolved
 
     def __post_init__(self) -> None:
+        if is_integer(self.top_k) and self.top_k in (0, -1):
+            object.__setattr__(self, "top_k", None)
+        if isinstance(self.stop, (str, list)):
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            object.__setattr__(self, "stop", stop)
         temperature, top_p, min_p = self.temperature, self.top_p, self.min_p
         if not _is_number(temperature) or not 0 <= temperature <= _MAX_TEMPERATURE:
             self._refuse("temperature", f"a number from 0 to {_MAX_TEMPERATURE:g}")
         if self.top_k is not None and not (is_integer(self.top_k) and 1 <= self.top_k < 2**63):
-            self._refuse("top_k", "None or an integer of at least 1")
+            self._refuse("top_k", "None, 0, -1 or an integer of at least 1")
         if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
             self._refuse("top_p", "None or a number above 0 and at most 1")
         if min_p is not None and not (_is_number(min_p) and 0 <= min_p <= 1):
@@ -52,9 +58,14 @@ class SamplingParams:
         if self.seed is not None and not (is_integer(self.seed) and 0 <= self.seed < 2**64):
             self._refuse("seed", "None or an integer from 0 to 2**64 - 1")
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            self._refuse("stop", "a tuple of non-empty strings")
+            self._refuse("stop", "a string or a list of strings, none of them empty")
         if not isinstance(self.logprobs, bool):
             self._refuse("logprobs", "True or False")
+
+    @property
+    def samples(self) -> bool:
+        """Whether a cycle must do more than take the greatest logit."""
+        return self.temperature > 0 or self.logprobs
 
     def _refuse(self, name: str, wanted: str) -> None:
         raise RequestError(f"sampling: {name}={getattr(self, name)!r} is not {wanted}")
@@ -77,8 +88,7 @@ class SamplingParams:
 
         ``defaults`` holds generation_config.json's fields. ``do_sample`` false is greedy, true
         without a temperature is temperature 1; without ``do_sample``, a temperature decides. A
-        filter that is absent, or spelled as off (top_k 0 or -1), is off. Raises RequestError for a
-        value out of range.
+        filter that is absent is off. Raises RequestError for a value out of range.
         """
         values: dict[str, Any] = {name: defaults.get(name) for name in _CHECKPOINT_DECIDES}
         if not defaults.get("do_sample", values["temperature"] is not None):
@@ -86,9 +96,7 @@ class SamplingParams:
         elif values["temperature"] is None:
             values["temperature"] = 1.0
         top_k = values["top_k"]
-        if _is_number(top_k) and top_k <= 0:
-            values["top_k"] = None
-        elif isinstance(top_k, float) and top_k.is_integer():  # the config's parser made it one
+        if isinstance(top_k, float) and top_k.is_integer():  # the config's parser made it one
             values["top_k"] = int(top_k)
         chosen: dict[str, Any] = {name: values[name] for name in self._of_checkpoint}
         return replace(self, **chosen, _of_checkpoint=())
@@ -141,8 +149,8 @@ class Settings(NamedTuple):
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """logits [..., V], tokens [...] -> float32 [...]: the tokens' log-probabilities.
 
-    Under the model itself: before temperature and filters.
+    Under the model itself: before temperature and filters. NO_TOKEN's is of no use.
     """
     logits = logits.float()
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
     return chosen - logits.logsumexp(dim=-1)

@@ -17,7 +17,7 @@ from orthrus_fast.cache import KVCache
 from orthrus_fast.kernels.interface import Sample
 from orthrus_fast.kernels.plain_sampling import choose
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.sampling import SamplingParams, Settings, logprobs
+from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings, logprobs
 
 PREFILL_CHUNK = 2048  # rows of one prefill pass
 PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
@@ -95,25 +95,30 @@ def prefill(model: Transformer, cache: KVCache, prompt: Tensor, slot: Tensor) ->
 def start_sequence(
     state: State, slot: int, prompt: Tensor, first: Tensor, max_length: int, eos: Tensor
 ) -> None:
-    """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place."""
+    """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place.
+
+    NO_TOKEN ends the slot at once; the model is never given it.
+    """
     n_tokens = len(prompt)
     state.tokens[slot, :n_tokens] = prompt
-    state.tokens[slot, n_tokens] = first
+    state.tokens[slot, n_tokens] = state.anchor[slot] = first.clamp(min=0)
     state.length[slot] = n_tokens
-    state.anchor[slot] = first
     state.max_length[slot] = max_length
-    state.done[slot] = torch.isin(first, eos) | (n_tokens + 1 >= max_length)
+    state.done[slot] = _is_end(first, eos) | (n_tokens + 1 >= max_length)
 
 
 def first_token(
     state: State, slot: int, logits: Tensor, position: int, sample: Sample | None
 ) -> Tensor:
-    """logits [V] after a prompt of ``position`` tokens -> the token [] that follows it."""
-    if sample is None:
-        return choose(logits)
-    at = torch.full((1, 1), position, device=logits.device)
-    settings = state.settings.of(state.slots[slot, None])
-    return sample(logits[None, None], at, settings)[0, 0]
+    """logits [V] after a prompt of ``position`` tokens -> the token [] that follows it.
+
+    NO_TOKEN where the greatest logit is not finite, or any is NaN.
+    """
+    token = greedy = choose(logits)
+    if sample is not None:
+        at = torch.full((1, 1), position, device=logits.device)
+        token = sample(logits[None, None], at, state.settings.of(state.slots[slot, None]))[0, 0]
+    return _where_finite(token, logits, greedy)
 
 
 def sample_block(state: State, logits: Tensor, sample: Sample) -> Tensor:
@@ -175,9 +180,11 @@ def accept_and_commit(
 
     A row holds the target tokens [K], how many of them were emitted, how many of these were
     proposed, and whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i +
-    1]``. With ``sample`` K more columns have the bits of the targets' float32 log-probabilities.
+    1]``, or NO_TOKEN, which ends the slot, where the greatest logit is not finite or any is NaN.
+    With ``sample`` K more columns have the bits of the targets' float32 log-probabilities.
     """
     target = greedy if sample is None else sample_block(state, logits, sample)
+    target = _where_finite(target, logits, greedy)
     n_accepted = accept(block, target) * state.drafting
     n_new = commit(state, target, n_accepted, eos)
     columns = (n_new, torch.minimum(n_accepted, n_new), state.done)
@@ -188,6 +195,20 @@ def accept_and_commit(
     return report
 
 
+def _where_finite(tokens: Tensor, logits: Tensor, greedy: Tensor) -> Tensor:
+    """tokens [...] chosen by logits [..., V] -> NO_TOKEN in place of those whose row overflowed.
+
+    ``greedy`` [...] are the rows' argmax, which is the id of a NaN where there is one.
+    """
+    best = logits.gather(-1, greedy[..., None])[..., 0]
+    return torch.where(best.isfinite(), tokens, NO_TOKEN)
+
+
+def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
+    """Whether no token may follow these: an end-of-sequence id, ``eos`` [E], or NO_TOKEN."""
+    return torch.isin(tokens, eos) | (tokens == NO_TOKEN)
+
+
 def accept(block: Tensor, target: Tensor) -> Tensor:
     """block and target [B, K] -> n_accepted [B], 0 … K-1: the length of the agreeing prefix."""
     return (block[:, 1:] == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
@@ -196,24 +217,25 @@ def accept(block: Tensor, target: Tensor) -> Tensor:
 def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Tensor:
     """Emit the accepted proposals and the token after them, in place -> n_new [B].
 
-    What is emitted ends at the first end-of-sequence id, ``eos`` [E], and at ``max_length``. The
-    emitted tokens are ``target[:, :n_new]``; as many cache rows become committed, all of them
-    written by verification from tokens that were accepted.
+    What is emitted ends at the first end-of-sequence id, ``eos`` [E], or NO_TOKEN, and at
+    ``max_length``. The emitted tokens are ``target[:, :n_new]``; as many cache rows become
+    committed, all of them written by verification from tokens that were accepted.
     """
     offset = torch.arange(target.shape[1], device=target.device)
-    is_end = torch.isin(target, eos).long()
+    is_end = _is_end(target, eos).long()
     no_end_before = (is_end.cumsum(dim=-1) - is_end) == 0
     room = (state.max_length - state.length - 1)[:, None]
     keep = (offset <= n_accepted[:, None]) & no_end_before & (offset < room) & ~state.done[:, None]
     n_new = keep.sum(dim=-1)
 
     positions = state.length[:, None].long() + 1 + offset
-    kept = torch.where(keep, target, state.tokens.gather(1, positions))
+    tokens = target.clamp(min=0)  # the model is never given NO_TOKEN
+    kept = torch.where(keep, tokens, state.tokens.gather(1, positions))
     state.tokens.scatter_(1, positions, kept)
 
     last = (n_new - 1).clamp(min=0)[:, None]
     moved = n_new > 0
-    state.anchor.copy_(torch.where(moved, target.gather(1, last)[:, 0], state.anchor))
+    state.anchor.copy_(torch.where(moved, tokens.gather(1, last)[:, 0], state.anchor))
     ended = moved & is_end.gather(1, last)[:, 0].bool()
     state.length.add_(n_new)
     state.done.logical_or_(ended | (state.length + 1 >= state.max_length))

@@ -101,6 +101,7 @@ class Products(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Token ids [...] of each row's greatest logit, the lowest at a tie, and logits [..., N].
 
+        A NaN or +inf is greater than all else, so that the chosen logit tells of either.
         Without ``return_logits`` the second value is of no use.
         """
         ...

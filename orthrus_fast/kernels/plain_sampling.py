@@ -40,7 +40,10 @@ def sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
 
 
 def choose(logits: Tensor) -> Tensor:
-    """logits [..., V] -> token ids [...]: the greatest logit, the lowest id where several tie."""
+    """logits [..., V] -> token ids [...]: the greatest logit, the lowest id where several tie.
+
+    A NaN counts as the greatest.
+    """
     return logits.argmax(dim=-1)
 
 

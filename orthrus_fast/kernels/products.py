@@ -130,9 +130,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if STORE:
         tl.store(out + at, result, mask=inside)
     if ARGMAX:
-        # Without NaNs, which are neither greater nor less, so that the id is one of the vocabulary.
+        # A NaN is neither greater nor less; it must win, so that the chosen logit tells of it.
         value = result.to(tl.float32)
-        value = tl.where((column < n_columns) & (value == value), value, -float("inf"))
+        value = tl.where(value == value, value, float("inf"))
+        value = tl.where(column < n_columns, value, -float("inf"))
         greatest, winner = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(tile_max + tile, greatest, mask=row < n_rows)

@@ -552,11 +552,22 @@ def test_plain_pytorchs_argmax_is_the_lowest_of_equal_logits() -> None:
     assert logits.tolist() == [[[1.0, 3.0, 2.0, 3.0, 3.0]] * 2]
 
 
-def test_the_greatest_of_a_row_with_nans_is_a_token(interpreting: None) -> None:
-    weight = torch.tensor([[1.0], [2.0], [float("nan")], *[[0.5]] * 147])
+@pytest.mark.parametrize("custom", [True, False])
+def test_what_overflows_is_the_greatest_of_its_row(interpreting: None, custom: bool) -> None:
+    """A NaN in the last tile, of columns that it has and lacks; nothing but NaNs, and -inf."""
+    weight = torch.tensor([[1.0], [2.0], *[[0.5]] * 146, [float("nan")], [0.5]])
     x = torch.tensor([[1.0], [float("nan")]])
-    _, ids = launch(x, weight, Tiles(64, 32, 1, 4, 2), argmax="both")
-    assert ids.tolist() == [1, 0]
+    tall = torch.tensor([[1.0], [-float("inf")], [2.0], [float("inf")], *[[0.5]] * 66])
+    low = torch.full((70, 1), -float("inf"))
+
+    def ids(x: Tensor, weight: Tensor) -> list[int]:
+        if not custom:
+            return plain.PlainProducts().lm_head_argmax(x, weight, True)[0].tolist()
+        return launch(x, weight, Tiles(64, 32, 1, 4, 2), argmax="both")[1].tolist()
+
+    assert ids(x, weight) == [148, 0]
+    assert ids(x[:1], tall) == [3]
+    assert ids(x[:1], low) == [0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -445,11 +445,11 @@ def test_logprobs_are_of_the_model_itself() -> None:
     ("name", "wrong"),
     [
         ("temperature", [-0.1, math.nan, math.inf, 1e31, True, "1", None, 10**400]),
-        ("top_k", [0, -1, 1.5, 20.0, True, "2", 2**63]),
+        ("top_k", [-2, 1.5, 0.0, False, 20.0, True, "2", 2**63]),
         ("top_p", [0, -0.5, 1.01, math.nan, True, "0.9"]),
         ("min_p", [-0.01, 1.01, math.nan, False, "0"]),
         ("seed", [-1, 2**64, 1.0, True, "7"]),
-        ("stop", ["x", ["x"], ("",), (1,), None]),
+        ("stop", ["", ["x", ""], ("",), (1,), [1], {"x"}, 1, None]),
         ("logprobs", [1, None, "yes"]),
     ],
 )
@@ -463,6 +463,13 @@ def test_settings_out_of_range_are_refused_by_name(name: str, wrong: list[Any]) 
 def test_settings_at_the_ends_of_their_ranges() -> None:
     SamplingParams(0, 1, 1, 0, 0, (), False)
     SamplingParams(1e30, 2**63 - 1, 1e-300, 1, 2**64 - 1, ("x", "\n"), True)
+
+
+def test_settings_spelled_in_other_ways() -> None:
+    assert SamplingParams(top_k=0) == SamplingParams(top_k=-1) == SamplingParams()
+    one, two = SamplingParams(stop="ab"), SamplingParams(stop=["ab", "c"])
+    assert (one, two) == (SamplingParams(stop=("ab",)), SamplingParams(stop=("ab", "c")))
+    assert len({one, two, SamplingParams(stop="ab"), SamplingParams(stop=[])}) == 3
 
 
 def test_settings_of_the_checkpoint() -> None:

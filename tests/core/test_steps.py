@@ -95,7 +95,7 @@ def test_accepting_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None
     state.drafting.fill_(drafting)
     block = torch.tensor([[100, 7, 8, 9], [101, 7, 8, 9]])
     greedy = torch.tensor([[7, 8, 1, 9], [1, 8, 9, 2]])
-    nothing, eos = torch.full((2, 4, 30), torch.nan), torch.tensor([29])
+    nothing, eos = torch.zeros(2, 4, 30), torch.tensor([29])
     report = steps.accept_and_commit(state, block, greedy, nothing, eos, None)
     n_accepted = [2, 0] if drafting else [0, 0]
     assert report.tolist() == [
@@ -133,6 +133,50 @@ def test_the_report_counts_the_proposals_that_were_emitted() -> None:
     greedy, logits = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]]), torch.zeros(2, 4, 30)
     report = steps.accept_and_commit(state, block, greedy, logits, torch.tensor([9]), None)
     assert report[:, 4:].tolist() == [[2, 2, 1], [2, 2, 1]]
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_end_a_slot(sampling: bool, what: float) -> None:
+    """The first slot at the bonus token, the second within what was proposed, the third nowhere.
+
+    A lone NaN counts, however likely the others are; what is -inf does not.
+    """
+    state = make_state([10, 20, 30], [60] * 3, [False] * 3)
+    state.drafting.fill_(True)
+    for slot in range(3):
+        state.settings.put(slot, SamplingParams(1e-3 * sampling, seed=5))
+    logits = torch.zeros(3, 4, 30)
+    target = torch.tensor([[1, 2, 3, 4]] * 3)
+    logits.scatter_(2, target[..., None], 9.0)
+    logits[0, 2, 29] = logits[1, 1, 29] = what
+    logits[2, :, 29] = -torch.inf
+    block = torch.tensor([[100, 1, 2, 9], [101, 1, 2, 3], [102, 1, 9, 9]])
+    greedy, no_end = logits.argmax(-1), torch.tensor([28])
+    kernel = sample if sampling else None
+    report = steps.accept_and_commit(state, block, greedy, logits, no_end, kernel)
+    assert report[0, :3].tolist() == [1, 2, -1] and report[1, :2].tolist() == [1, -1]
+    assert report[2, :2].tolist() == [1, 2]
+    assert report[:, 4:7].tolist() == [[3, 2, 1], [2, 1, 1], [2, 1, 0]]
+    assert state.anchor.tolist() == [0, 0, 2]  # which the model embeds, of a done slot too
+    assert state.length.tolist() == [13, 22, 32]
+    assert state.tokens[0, 11:14].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_first_token_of_logits_that_are_not_finite(sampling: bool) -> None:
+    state = make_state([0], [1], [True])
+    state.settings.put(0, SamplingParams(0.5 * sampling, seed=5))
+    kernel, no_end = sample if sampling else None, torch.tensor([9])
+    for what, overflows in ((torch.nan, True), (torch.inf, True), (-torch.inf, False)):
+        logits = torch.zeros(30)
+        logits[17] = what
+        first = steps.first_token(state, 0, logits, 2, kernel)
+        assert (int(first) == -1) == overflows
+        steps.start_sequence(state, 0, torch.tensor([5, 6]), first, 60, no_end)
+        assert bool(state.done[0]) == overflows
+        assert int(state.anchor[0]) == int(state.tokens[0, 2]) == max(int(first), 0)
+    assert int(steps.first_token(state, 0, torch.full((30,), -torch.inf), 2, kernel)) == -1
 
 
 @pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 2047, 2048, 2049, 4096, 4500])
