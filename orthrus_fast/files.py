@@ -102,6 +102,15 @@ def check_file(directory: Path, name: str) -> Path:
     return path
 
 
+def embedded_checkpoint() -> Path:
+    """The directory of the checkpoint that comes with the package. Raises CheckpointError."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "embedded", package.parent / "model"):
+        if (directory / "config.json").is_file():
+            return directory
+    raise CheckpointError(f"{package}: came without its embedded checkpoint; name another one")
+
+
 def no_weights(place: Path | str, names: Iterable[str]) -> CheckpointError:
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if not pickles:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import build_generate_parser, check_flags
 from orthrus_fast.cli.session import (
-    EMBEDDED,
     check_template_flags,
     decode,
     encode,
@@ -24,7 +23,7 @@ from orthrus_fast.cli.session import (
     sampling,
 )
 from orthrus_fast.errors import CheckpointError, PromptError, RequestError
-from orthrus_fast.files import read_json
+from orthrus_fast.files import embedded_checkpoint, read_json
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation
@@ -76,7 +75,7 @@ def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     if args.raw:
         raise RequestError("--raw: there is no prompt to complete; use --prompt TEXT or a pipe")
-    path, name = EMBEDDED / "demos.json", args.demo or "records"
+    path, name = embedded_checkpoint() / "demos.json", args.demo or "records"
     demos = read_json(path)
     if not isinstance(demos, dict) or not isinstance(demos.get(name), dict):
         raise CheckpointError(f"{path}: has no demonstration {name!r}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orthrus_fast.cli.flags import build_info_parser
-from orthrus_fast.cli.session import EMBEDDED
 from orthrus_fast.cli.terminal import printable
+from orthrus_fast.files import embedded_checkpoint
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -17,7 +17,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from orthrus_fast.checkpoint import count_weights, open_checkpoint
     from orthrus_fast.loading import check_max_seq_len, memory_needed
 
-    path = args.checkpoint if args.checkpoint is not None else EMBEDDED
+    path = args.checkpoint if args.checkpoint is not None else embedded_checkpoint()
     checkpoint = open_checkpoint(path, revision=args.revision)
     config = checkpoint.config
     length = check_max_seq_len(args.max_seq_len, config)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import spelled
 from orthrus_fast.cli.terminal import progress_bar, render
 from orthrus_fast.errors import RequestError
+from orthrus_fast.files import embedded_checkpoint
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation, SamplingParams
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "model"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
@@ -24,7 +23,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
 
     with progress_bar("loading") as progress:
         return load(
-            args.checkpoint if args.checkpoint is not None else EMBEDDED,
+            args.checkpoint if args.checkpoint is not None else embedded_checkpoint(),
             device=args.device,
             dtype=args.dtype,
             max_seq_len=args.max_seq_len,
