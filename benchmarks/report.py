@@ -7,8 +7,6 @@ A page says what it wants between two markers, and what stands between them is r
     <!-- table: passes h100 -->    of the files in benchmarks/results/h100/ with the part passes
     …
     <!-- end -->
-
-A picture's file carries a digest of the data that it shows, and is drawn only where that changed.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from orthrus_fast.bench.common import REPOSITORY, Result
+from orthrus_fast.bench.flags import PUBLISHED
 from orthrus_fast.bench.tables import short, spread
 
 PAGES = ("README.md", "benchmarks/README.md")
@@ -289,8 +288,8 @@ def peers(part: Result) -> Iterator[Row]:
 def first_token(part: Result) -> Iterator[Row]:
     for at in part["first_token"]:
         for name, ms in at["ms"].items():
-            program = "orthrus-fast, any mode" if name == "orthrus_fast" else name
-            yield {"prompt": str(at["prompt_tokens"]), "program": program, "ms": spread(ms)}
+            name = "orthrus-fast, any mode" if name == "orthrus_fast" else name
+            yield {"prompt": str(at["prompt_tokens"]), "program": name, "ms": spread(ms)}
 
 
 def headline(file: ResultFile) -> tuple[str, Row]:
@@ -301,7 +300,7 @@ def headline(file: ResultFile) -> tuple[str, Row]:
     (timed,) = (row for row in passes(file.parts["passes"]) if row["context"] == str(CONTEXT))
     same, start = file.parts["identity"], file.parts["startup"]
     rates = {mode: median(values) for mode, values in at["tokens_per_second"].items()}
-    rows, differing, ties = (same[n] for n in ("rows", "rows_differing", "ties_for_first_place"))
+    rows = {n: f"{same[n]} of {same['rows']}" for n in ("rows_differing", "ties_for_first_place")}
     return file.label, {
         "tokens per cycle (REPLAYED ACCEPTANCE)": f"{at['tokens_per_cycle']:.2f}",
         "tokens/s: drafting": rates["diffusion"],
@@ -310,8 +309,8 @@ def headline(file: ResultFile) -> tuple[str, Row]:
         "verify pass, ms": timed["verify"].split()[0],
         "its weights over its time, of the output head's rate": timed["w/product"],
         "its weights over its time, of the best rate seen": timed["w/best"],
-        "AR against drafting: logit rows that differ in a bit": f"{differing} of {rows}",
-        "logit rows with an exact tie for first place": f"{ties} of {rows}",
+        "AR against drafting: logit rows that differ in a bit": rows["rows_differing"],
+        "logit rows with an exact tie for first place": rows["ties_for_first_place"],
         "compile, capture, check": f"{to_start(start['seconds'])} s",
         "memory beyond weights and cache": gigabytes(start["memory"]["over_allocated_bytes"]),
     }
@@ -347,18 +346,14 @@ def as_columns(make: Callable[[ResultFile], tuple[str, Row]], heading: str = "")
 
     def join(files: Sequence[ResultFile]) -> Joined:
         columns = {label: (file, row) for file in files for label, row in [make(file)] if row}
-        rows = transposed(heading, {label: row for label, (_, row) in columns.items()})
+        fields = dict.fromkeys(field for _, row in columns.values() for field in row)
+        rows = [
+            {heading: field} | {label: row.get(field, "–") for label, (_, row) in columns.items()}
+            for field in fields
+        ]
         return rows, [file for file, _ in columns.values()]
 
     return join
-
-
-def transposed(heading: str, columns: dict[str, Row]) -> list[Row]:
-    fields = dict.fromkeys(field for column in columns.values() for field in column)
-    return [
-        {heading: field} | {label: column.get(field, "–") for label, column in columns.items()}
-        for field in fields
-    ]
 
 
 TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the table
@@ -377,26 +372,31 @@ TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the t
     "peers": ("peers", as_rows("peers", peers, 2, as_filed=True)),
     "first-token": ("peers", as_rows("peers", first_token, 2, as_filed=True)),
 }
-DEMOS = {"records": "records to JSON", "code": "Python code", "prose": "prose"}
 
 
-def demos(root: Path) -> list[Row]:
-    """Return the README's table of the embedded checkpoint, from model/figures.json."""
-    figures = json.loads((root / "model/figures.json").read_text(encoding="utf-8"))
-    speeds = {(r["threads"], r["runner"], r["demo"]): r for r in figures["speed"]["rows"]}
-    source, columns = "([figures.json](model/figures.json))", {}
-    for demo, heading in DEMOS.items():
-        kind, eager = figures["kinds"][demo], speeds[1, "eager", demo]
-        distinct = f"{kind['distinct_trigram_share']:.1%}"
-        columns[heading] = {
-            f"tokens per cycle, held-out prompts {source}": f"{kind['tokens_per_cycle']:.2f}",
-            "distinct trigrams in those texts (loops are easy to draft)": distinct,
-            "tokens per cycle, `--demo …`": f"{eager['tokens_per_cycle']:.2f}",
-            "tokens/s over the faster AR, `--demo …`, one thread, eager": f"{eager['gain']:.2f}",
-            "the same, runner compiled": f"{speeds[1, 'compiled', demo]['gain']:.2f}",
-            "the same, two threads, eager": f"{speeds[2, 'eager', demo]['gain']:.2f}",
-        }
-    return transposed("greedy", columns)
+def domains(root: Path) -> Iterator[Row]:
+    """Yield how many tokens a cycle must give for drafting to pay, and how many texts give."""
+    found: list[tuple[str, str, float, str, float]] = []
+    for file in read_folder(root, "h100", "passes"):
+        where, known = f"{file.label}, {file.machine.split()[1]}", PUBLISHED.items()
+        for at in (at for at in file.parts["passes"]["at"] if at["context"] == CONTEXT):
+            passes = at["ar"]["padded_ms"]["median"], at["ar"]["one_row_ms"]["median"]
+            pays, head = at["cycle"]["ms"]["median"] / min(passes), f"{file.label}/"
+            reported = [(n.removeprefix(head), *of) for n, of in known if n.startswith(head)]
+            found += [(where, text, of, f"reported: {by}", pays) for text, of, by in reported]
+    figures = json.loads((root / "model/figures.json").read_text("utf-8"))
+    for row in figures["speed"]["rows"]:
+        if (row["runner"], row["demo"]) == ("eager", "records"):
+            where, pays = f"embedded, CPU ({row['threads']})", row["tokens_per_cycle"] / row["gain"]
+            for text in ("records", "code", "prose"):
+                of = figures["kinds"][text]
+                said = f"measured, distinct trigrams {of['distinct_trigram_share']:.1%}"
+                found.append((where, text, of["tokens_per_cycle"], said, pays))
+    heads = "model, hardware|text|tokens per cycle|drafting pays from|over the faster AR".split("|")
+    for where, text, n, said, pays in found:
+        gain = f"{n / pays:.2f}" + " (slower)" * (n < pays)
+        cells = (where, text, f"{n:.2f} ({said})", f"{pays:.2f}", gain)
+        yield dict(zip(heads, cells, strict=True))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -560,7 +560,7 @@ def render(root: Path, page: str) -> str:
     def fill(found: re.Match[str]) -> str:
         begin, kind, name, device, end = found.groups()
         if device == "model":
-            return f"{begin}{markdown(demos(root))}\n{end}"
+            return f"{begin}{markdown(list(domains(root)))}\n{end}"
         known = TABLES if kind == "table" else PICTURES
         if name not in known:
             raise SystemExit(f"error: {page}: {kind} {name}: is not one of {', '.join(known)}")

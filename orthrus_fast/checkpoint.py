@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthrus_fast.config import ModelConfig, read_config
 from orthrus_fast.errors import (
@@ -39,6 +39,7 @@ from orthrus_fast.files import (
     check_file,
     local_directory,
     no_weights,
+    other_format,
     read_json,
 )
 from orthrus_fast.hub import fetch_text_files, fetch_weights
@@ -51,6 +52,17 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _DRAFT = "_diff.weight"  # how the names of the draft view's tensors end
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names; no other type is read
+_KINDS = {  # names of tensors -> what a checkpoint with such names is
+    r".+\.(qweight|scales|weight_packed|weight_scale|weight_scale_inv|weight\.absmax)": (
+        "quantized checkpoints are not supported; use the bf16 one"
+    ),
+    r"base_model\..+|.+\.lora_[AB]\..+": "an adapter; merge it with the model it belongs to first",
+    r"embed_tokens\.weight": (
+        "a Qwen3 without its output head ('model.' is missing from the names), as embedding models "
+        "are; it generates no text"
+    ),
+    r"score\.weight": "a classifier or reranker; it generates no text",
+}
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # no separators: it stays in place
 
 
@@ -75,12 +87,18 @@ class _Stored(NamedTuple):
     dtype: str
 
 
-def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    ignore_config_fields: Collection[str] = (),
+) -> Checkpoint:
     """Find a checkpoint and check it against its config, reading headers only.
 
     A Path, and a string that begins with '.', '/' or '~' or exists, is a local directory and never
     reaches the Hub; any other string is a Hub repository 'org/name' at ``revision`` (a branch, tag
-    or commit). Raises CheckpointError; RequestError for a revision of a local directory.
+    or commit). ``ignore_config_fields`` are let through in config.json though nothing is known of
+    them. Raises CheckpointError; RequestError for a revision of a local directory.
     """
     name = str(path_or_repo)
     local = isinstance(path_or_repo, Path) or name.startswith((".", "/", "~"))
@@ -91,7 +109,10 @@ def open_checkpoint(path_or_repo: str | Path, *, revision: str | None = None) ->
     for file in (*TEXT_FILES, INDEX):  # before anything opens them: a FIFO would wait for ever
         if os.path.lexists(directory / file):
             check_file(directory, file)
-    config = read_config(directory)
+    names = os.listdir(directory) if directory.exists() else []
+    if "config.json" not in names and (other := other_format(name, names)):
+        raise other
+    config = read_config(directory, ignore_config_fields)
     weight_map = _read_index(directory)
     shards = sorted(set(weight_map.values())) if weight_map else [WEIGHTS]
     if not local:
@@ -120,34 +141,25 @@ def load_model(
     ``draft_view`` False leaves that view's tensors unread. ``progress`` is called after each
     tensor, with bytes as stored. torch's default dtype, flags and random state stay as they are.
     Raises CheckpointError: a file that changed since it was opened, a value that is not finite in
-    ``dtype``, an ``lm_head`` that differs from the embedding it is tied to, a device without room.
+    ``dtype``, an ``lm_head`` that differs from the embedding it is tied to. Where the device has no
+    room, torch's error stays as it is.
     """
     done = 0
-    try:
-        model = allocate(checkpoint.config, kernels, device, dtype, draft_view)
-        views = model.tensors()
-        total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
-        for name, tensor in _read_tensors(checkpoint, device, draft_view):
-            if name in views:
-                _fill(views[name], tensor, name, checkpoint.tensor_files[name])
-            elif not torch.equal(tensor.to(dtype), views[_EMBEDDING]):
-                file = checkpoint.tensor_files[name]
-                raise CheckpointError(
-                    f"{file}: {name} differs from {_EMBEDDING}, but config.json ties the two; "
-                    "set tie_word_embeddings to false, or remove the tensor"
-                )
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a fault of ours
-        n_weights = count_weights(checkpoint.config, draft_view)
-        size = f"{n_weights * dtype.itemsize / 1e9:.2f} GB"
-        raise CheckpointError(
-            f"{checkpoint.name}: {size} of weights do not fit into the memory of {device}; "
-            "use a smaller dtype, a smaller checkpoint, or another device"
-        ) from None
+    model = allocate(checkpoint.config, kernels, device, dtype, draft_view)
+    views = model.tensors()
+    total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
+    for name, tensor in _read_tensors(checkpoint, device, draft_view):
+        if name in views:
+            _fill(views[name], tensor, name, checkpoint.tensor_files[name])
+        elif not torch.equal(tensor.to(dtype), views[_EMBEDDING]):
+            file = checkpoint.tensor_files[name]
+            raise CheckpointError(
+                f"{file}: {name} differs from {_EMBEDDING}, but config.json ties the two; "
+                "set tie_word_embeddings to false, or remove the tensor"
+            )
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
     return model
 
 
@@ -177,11 +189,16 @@ def allocate(
     dtype: torch.dtype,
     draft_view: bool,
 ) -> Transformer:
-    """A model on the device, its weights uninitialised, the output head tied as config says."""
+    """A model on the device, its weights uninitialised, the output head tied as config says.
+
+    ``to_empty`` would do, but from the meta device it imports a part of the compiler.
+    """
     model = _build(config, kernels, draft_view)
-    if config.tie_word_embeddings:
-        model.lm_head.register_parameter("weight", None)  # to_empty would give it its own memory
-    model.to(dtype).to_empty(device=device)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if module is not model.lm_head or not config.tie_word_embeddings:
+                empty = torch.empty(weight.shape, dtype=dtype, device=device)
+                module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     return model
@@ -256,6 +273,8 @@ def _safetensors(path: Path, device: str) -> Iterator[Any]:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise CheckpointError(f"{path}: there is no memory left to open it") from None
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({shown(one_line(str(error)))}); "
             "fetch or export it again"
@@ -277,6 +296,15 @@ def _read_tensors(
 
 def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> None:
     """Names, shapes and types against the config. Raises CheckpointError, listing what is wrong."""
+    for pattern, kind in _KINDS.items():
+        if of_kind := next(filter(re.compile(pattern).fullmatch, stored), None):
+            raise CheckpointError(f"{directory}: {kind} (tensor {shown(of_kind)})")
+    norm = stored.get("model.layers.0.self_attn.q_norm.weight")
+    if norm is not None and len(norm.shape) == 1 and norm.shape != (config.head_dim,):
+        raise ConfigError(
+            f"{directory / 'config.json'}: head_dim: {config.head_dim} (where absent, hidden_size "
+            f"/ num_attention_heads), but the weights say {norm.shape[0]}; set it to that"
+        )
     has_draft_view = any(name.endswith(_DRAFT) for name in stored)
     if has_draft_view and not config.has_draft_view:
         raise ConfigError(

@@ -270,11 +270,12 @@ class Decoder:
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.max_seq_len - len(ids)))
         if len(ids) + max_new_tokens > self.max_seq_len:
+            limit = self.config.max_position_embeddings
             raise PromptError(
                 f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
                 f"{len(ids) + max_new_tokens}, over max_seq_len {self.max_seq_len} "
-                f"(the model's own limit is {self.config.max_position_embeddings}); shorten the "
-                "prompt, lower max_new_tokens or raise max_seq_len"
+                f"(the model's own limit is {limit}); shorten the prompt or lower max_new_tokens"
+                + (", or raise max_seq_len" if self.max_seq_len < limit else "")
             )
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
         dtype = str(self.runner.model.embed_tokens.weight.dtype).removeprefix("torch.")

@@ -20,8 +20,14 @@ def list_some(parts: list[str]) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a lack of memory caused it, by its words; "illegal memory access" did not."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(said in str(error) for said in words)
+    words = (
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+    )
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(said in text for said in words)
 
 
 class OrthrusError(Exception):

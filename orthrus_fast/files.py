@@ -13,12 +13,19 @@ from orthrus_fast.errors import CheckpointError, ConfigError, list_some
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPLATE_FILES = (  # by name, a later one before an earlier; transformers knows more by request
+    ("default", "chat_template.jinja"),
+    ("default", "additional_chat_templates/default.jinja"),
+    ("tool_use", "additional_chat_templates/tool_use.jinja"),
+)
 TEXT_FILES = (  # all but the weights and their index
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *(file for _, file in TEMPLATE_FILES),
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_JSON_BYTES = 64 * 2**20  # a Qwen3 tokenizer.json has 11 MB; the largest honest file we know
@@ -69,6 +76,8 @@ def local_directory(name: str) -> Path:
     if not os.path.lexists(directory):
         raise CheckpointError(f"{name}: no such directory")
     if not directory.is_dir():
+        if other := other_format(name, [name]):
+            raise other
         raise CheckpointError(f"{name}: not a directory; give the one that holds config.json")
     if not os.access(directory, os.R_OK | os.X_OK):
         raise CheckpointError(f"{name}: cannot be read (permission denied)")
@@ -111,7 +120,26 @@ def embedded_checkpoint() -> Path:
     raise CheckpointError(f"{package}: came without its embedded checkpoint; name another one")
 
 
+def other_format(place: Path | str, names: Iterable[str]) -> CheckpointError | None:
+    """What the files ``names`` are where they are known to be no checkpoint of this format."""
+    names = sorted(names)
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(
+            f"{place}: GGUF ({list_some(ggufs)}) is llama.cpp's format and not supported; use the "
+            "checkpoint that it was made from, with safetensors files"
+        )
+    if "adapter_config.json" in names:
+        return CheckpointError(
+            f"{place}: an adapter (adapter_config.json) without the model that it belongs to; "
+            "merge the two with peft's merge_and_unload, and save the result"
+        )
+    return None
+
+
 def no_weights(place: Path | str, names: Iterable[str]) -> CheckpointError:
+    names = list(names)
+    if other := other_format(place, names):
+        return other
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if not pickles:
         return CheckpointError(f"{place}: has neither {WEIGHTS} nor {INDEX}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orthrus_fast.errors import CheckpointError, list_some, one_line, shown
-from orthrus_fast.files import INDEX, TEXT_FILES, WEIGHTS, no_weights
+from orthrus_fast.files import INDEX, TEXT_FILES, WEIGHTS, no_weights, other_format
 
 _log = logging.getLogger("orthrus_fast")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -27,17 +27,30 @@ def fetch_text_files(repo: str, revision: str | None) -> Path:
         )
     with _hub_errors(repo, revision):
         import huggingface_hub
+        from huggingface_hub import errors
         from huggingface_hub.utils.tqdm import tqdm
 
         class Silent(tqdm):  # no bar for a few small files, on every start
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-        return Path(
-            huggingface_hub.snapshot_download(
+        try:
+            snapshot = huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=[*TEXT_FILES, INDEX], tqdm_class=Silent
             )
-        )
+        except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError):
+            raise
+        except Exception:  # huggingface_hub 2.0 asks the Hub for a commit that its cache has
+            config = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+            if not isinstance(config, str):
+                raise
+            return Path(config).parent
+        directory = Path(snapshot)
+        if not (directory / "config.json").exists():
+            names = huggingface_hub.HfApi().list_repo_files(repo, revision=directory.name)
+            if other := other_format(repo, names):
+                raise other
+        return directory
 
 
 def fetch_weights(repo: str, snapshot: Path, shards: list[str]) -> None:

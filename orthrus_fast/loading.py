@@ -9,7 +9,8 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,13 @@ from orthrus_fast.cache import KVCache
 from orthrus_fast.checkpoint import Checkpoint, Progress, count_weights, load_model, open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.errors import RequestError, UnsupportedError
+from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory
+from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.invariance import Invariance, custom_products, ensure_row_invariance
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.select import select_kernels
 from orthrus_fast.model import Transformer
-from orthrus_fast.options import DTYPES
+from orthrus_fast.options import DTYPES, dtype_name
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
 from orthrus_fast.sampling import is_integer
 from orthrus_fast.tokenizer import Tokenizer
@@ -55,7 +57,7 @@ class Options:
 
 
 def load(
-    path_or_repo: str | Path,
+    path_or_repo: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     max_seq_len: int | None = None,
@@ -67,35 +69,32 @@ def load(
     *,
     block_size: int | None = None,
     draft_view: bool = True,
+    ignore_config_fields: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Decoder:
     """Load a checkpoint from a directory or the Hugging Face Hub, ready to decode.
 
-    ``device`` defaults to CUDA where there is one; ``dtype`` to float32 on CPU and the config's own
-    on CUDA; ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
+    Without ``path_or_repo`` it is the small one that comes with the package. ``device`` defaults to
+    CUDA where there is one; ``dtype`` to float32 on CPU and the config's own on CUDA;
+    ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
     ``runner`` to graph on CUDA and eager on CPU; ``block_size`` to the checkpoint's own: a smaller
     one proposes less and computes less, for many slots or a slow processor. ``compile_mode`` is
     torch.compile's, for runner compiled; max-autotune picks tiles by timing, so with it the texts
     of two starts may differ, those of one start's two modes may not. ``draft_view`` False leaves
-    that view's weights on disk, for mode ar alone. ``progress`` is called with bytes loaded and
-    bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's global settings
-    and random state stay as they were.
+    that view's weights on disk, for mode ar alone. ``ignore_config_fields`` names fields of
+    config.json that are not known here and, as the caller knows, change nothing. ``progress`` is
+    called with bytes loaded and bytes in all. Raises CheckpointError, RequestError or
+    UnsupportedError; torch's global settings and random state stay as they were. A process forked
+    after this may hang in torch's threads: start others by multiprocessing's "spawn".
     """
     options = Options(
-        *(
-            device,
-            dtype,
-            max_seq_len,
-            slots,
-            runner,
-            attention,
-            compile_mode,
-            block_size,
-            draft_view,
-        )
+        device, dtype, max_seq_len, slots, runner, attention, compile_mode, block_size, draft_view
     )
     check_options(options)
-    checkpoint = open_checkpoint(path_or_repo, revision=revision)
+    where = embedded_checkpoint() if path_or_repo is None else path_or_repo
+    checkpoint = open_checkpoint(
+        where, revision=revision, ignore_config_fields=ignore_config_fields
+    )
 
     def make_model(config: ModelConfig, kernels: Kernels, *where: Any) -> Transformer:
         narrower = replace(checkpoint, config=config)
@@ -170,17 +169,19 @@ def build_decoder(
     settings = resolve(options, config)
     config, device, dtype, max_seq_len, slots, *_ = settings
     memory = memory_needed(config, dtype, device, max_seq_len, slots, options.draft_view)
-    check_memory(memory._replace(weights=0) if weights_present else memory, device)
+    memory = memory._replace(weights=0) if weights_present else memory
+    check_memory(memory, device)
     tokenizer = None
     if checkpoint is not None and (checkpoint.directory / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_directory(checkpoint.directory)
     begin = time.perf_counter()
     kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
-    model = make_model(config, kernels, device, dtype)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    startup = {"weights": time.perf_counter() - begin}
-    runner, invariance = prepare_runner(model, settings)
+    with _room_for(memory, device):
+        model = make_model(config, kernels, device, dtype)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        startup = {"weights": time.perf_counter() - begin}
+        runner, invariance = prepare_runner(model, settings)
     startup |= runner.seconds | ({"check": invariance.seconds} if invariance else {})
     if settings.runner != "eager":
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
@@ -270,13 +271,30 @@ def check_memory(memory: Memory, device: torch.device) -> None:
         available, where = torch.cuda.mem_get_info(device)[0], f"free on {device}"
         # What torch keeps for tensors to come can be used, too.
         available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
+    elif hasattr(os, "sysconf"):
         available, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory"
+    else:  # Windows: it grants no more than there is, which ``_room_for`` reports
+        return
     if sum(memory) > available:
-        raise RequestError(
-            f"needs {memory}, but there are {available / 1e9:.2f} GB {where}; "
-            "lower max_seq_len or slots, take a smaller dtype, or another device"
-        )
+        raise _no_room(memory, f"there are {available / 1e9:.2f} GB {where}")
+
+
+def _no_room(memory: Memory, why: str) -> RequestError:
+    return RequestError(
+        f"needs {memory}, but {why}; "
+        "lower max_seq_len or slots, take a smaller dtype, a smaller checkpoint, or another device"
+    )
+
+
+@contextmanager
+def _room_for(memory: Memory, device: torch.device) -> Iterator[None]:
+    """Turn any allocation within that fails into one line of what ``memory`` was needed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise  # a fault of ours
+        raise _no_room(memory, f"{device} has no room for it") from None
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
@@ -304,12 +322,11 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of that name. Raises RequestError."""
-    known: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
-    if isinstance(dtype, torch.dtype) and dtype in known.values():
-        return dtype
-    if not isinstance(dtype, str) or dtype not in known:
-        raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(known)}")
-    return known[dtype]
+    name = dtype_name(dtype)
+    if name is None:
+        raise RequestError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    parsed: torch.dtype = getattr(torch, name)
+    return parsed
 
 
 def check_max_seq_len(max_seq_len: int | None, config: ModelConfig) -> int:

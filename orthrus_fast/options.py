@@ -8,8 +8,17 @@ ATTENTION_BACKENDS = ("sdpa", "triton", "flash")  # each is a module of orthrus_
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_NEW_TOKENS = 256  # of a request that asks for no number, as far as they fit
+_SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_SPELLINGS |= {"half": "float16", "float": "float32", "double": "float64"}  # torch's own
 
 
 def listed(names: tuple[str, ...], *more: str) -> str:
     """The names quoted, as an error message lists them."""
     return ", ".join(repr(name) for name in (*more, *names))
+
+
+def dtype_name(dtype: object) -> str | None:
+    """Return the one of DTYPES that a name or a torch.dtype means, None where it means none."""
+    name = str(dtype).removeprefix("torch.")
+    name = _SPELLINGS.get(name, name)
+    return name if name in DTYPES else None

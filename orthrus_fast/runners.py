@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import struct
 import threading
 import time
@@ -191,18 +192,13 @@ class CompiledRunner(EagerRunner):
 
     def _warm_up(self, width: int, sampling: bool) -> None:
         """Run each step once, so that torch.compile does its work."""
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
-                self._compile_kernels(width)
-                for _ in range(CALLS_TO_RECORD if self._cudagraph_trees else 1):
-                    if self._drafts_at(width):
-                        CompiledRunner.draft(self, sampling)
-                    CompiledRunner.verify(self, width, sampling)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            raise UnsupportedError(
-                f"runner: torch.compile failed ({one_line(str(error))}); use runner 'eager'"
-            ) from error
+        with _compiler_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
+            self._compile_kernels(width)
+            for _ in range(CALLS_TO_RECORD if self._cudagraph_trees else 1):
+                if self._drafts_at(width):
+                    CompiledRunner.draft(self, sampling)
+                CompiledRunner.verify(self, width, sampling)
 
     def _compile_kernels(self, width: int) -> None:
         """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
@@ -357,6 +353,24 @@ class _Mailbox:
         return self._ring[self._n_sent % 2]
 
 
+@contextlib.contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Turn what torch.compile raises within into UnsupportedError."""
+    remedy = "use runner 'eager'"
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "inner_exception", error), OSError):  # its cache, importing it
+            remedy = f"set TORCHINDUCTOR_CACHE_DIR to a directory that can be written, or {remedy}"
+        elif not isinstance(
+            error, (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+        ):
+            raise
+        raise UnsupportedError(
+            f"runner: torch.compile failed ({one_line(str(error))}); {remedy}"
+        ) from error
+
+
 def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:
     """The runner's name, with ``auto`` resolved. Raises RequestError, UnsupportedError."""
     if runner not in ("auto", *RUNNERS):
@@ -373,6 +387,14 @@ def check_runner(runner: str, compile_mode: str, device: torch.device) -> str:
         raise UnsupportedError(
             f"compile_mode {compile_mode!r}: runner {runner!r} has none; use runner 'compiled'"
         )
+    if runner != "eager":
+        with _compiler_errors():
+            switched_off = torch._dynamo.config.disable
+        if switched_off or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            raise UnsupportedError(
+                f"runner {runner!r}: torch.compile is switched off; unset TORCHDYNAMO_DISABLE and "
+                "TORCH_COMPILE_DISABLE, or use runner 'eager'"
+            )
     return runner
 
 

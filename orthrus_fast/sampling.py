@@ -88,8 +88,14 @@ class SamplingParams:
 
         ``defaults`` holds generation_config.json's fields. ``do_sample`` false is greedy, true
         without a temperature is temperature 1; without ``do_sample``, a temperature decides. A
-        filter that is absent is off. Raises RequestError for a value out of range.
+        filter that is absent is off. Raises RequestError for a value out of range, and for
+        ``unserved`` settings, which are not implemented.
         """
+        if self._of_checkpoint and defaults.get("unserved"):
+            raise RequestError(
+                f"sampling: the checkpoint's own has {defaults['unserved']}, which is not "
+                "implemented; give temperature, top_k, top_p and min_p instead of the checkpoint's"
+            )
         values: dict[str, Any] = {name: defaults.get(name) for name in _CHECKPOINT_DECIDES}
         if not defaults.get("do_sample", values["temperature"] is not None):
             values["temperature"] = 0.0

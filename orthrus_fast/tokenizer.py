@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 import tokenizers
 
 from orthrus_fast.chat_template import ChatTemplate
-from orthrus_fast.errors import CheckpointError, PromptError, one_line
+from orthrus_fast.errors import CheckpointError, PromptError, TemplateError, one_line, shown
 from orthrus_fast.files import MAX_JSON_BYTES, read_bytes, read_object
 
 _T = TypeVar("_T")
+_NAMES = [  # of special tokens, in the order in which transformers adds those that are missing
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+]
 
 
 class Tokenizer:
@@ -28,33 +31,40 @@ class Tokenizer:
         path: Path,
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
+        special: frozenset[str],
         chat_template: ChatTemplate,
     ) -> None:
         self._path, self._backend, self._special_tokens = path, backend, special_tokens
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder().values()
-        self._skipped = frozenset(token.content for token in added if token.special)
+        self._skipped = frozenset(token.content for token in added if token.special) | special
         self._byte_of = _byte_of()
 
     @classmethod
     def from_directory(cls, directory: Path) -> Tokenizer:
-        """Read tokenizer.json and, where they exist, tokenizer_config.json and chat_template.jinja.
+        """Read tokenizer.json and, where they exist, the other files that transformers heeds.
 
-        Raises CheckpointError for a file that is missing, too large, or damaged, for a decoder or
-        normalizer not supported, and where the two JSON files contradict each other.
+        These are tokenizer_config.json, the templates and, unless tokenizer_config.json has
+        ``added_tokens_decoder``, special_tokens_map.json and added_tokens.json. Tokens that
+        tokenizer.json lacks are added as transformers adds them, with the same ids. Raises
+        CheckpointError for a file that is missing, too large, or damaged, for a decoder or
+        normalizer not supported, and where the files contradict each other.
         ``clean_up_tokenization_spaces`` is ignored, as transformers 5 ignores it for BPE: removing
         spaces before punctuation corrupts the text, and would contradict pieces already streamed.
         """
         path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
         config = read_object(config_path) if config_path.exists() else {}
+        if config.get("fast_tokenizer_files"):
+            raise CheckpointError(f"{config_path}: fast_tokenizer_files: only {path.name} is read")
         backend = _load_backend(path)
-        special_tokens = _special_tokens(config, config_path)
         _check_added_tokens(config, config_path, backend)
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        missing = [text for text in special_tokens.values() if text not in known]
-        backend.add_special_tokens(list(dict.fromkeys(missing)))  # as transformers does
+        named, special = _special_tokens(directory, config)
+        if _is_legacy(config) and (directory / "added_tokens.json").exists():
+            _add_tokens(backend, directory / "added_tokens.json", special)
+        backend.add_special_tokens(special)
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         chat_template = ChatTemplate.from_directory(directory, config)
-        return cls(path, backend, special_tokens, chat_template)
+        return cls(path, backend, named, frozenset(special), chat_template)
 
     @property
     def has_chat_template(self) -> bool:
@@ -106,17 +116,31 @@ class Tokenizer:
         enable_thinking: bool | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt that the checkpoint's template makes of chat messages.
+        """Return the prompt that the checkpoint's template makes of chat messages.
 
-        Raises what ``ChatTemplate.render`` raises, and PromptError for text that is not Unicode.
+        ``variables`` are the template's own, by name. None for ``tools`` or ``enable_thinking``
+        is as if not given. Raises what ``ChatTemplate.render`` raises, and PromptError for text
+        that is not Unicode.
         """
-        variables = {**self._special_tokens, **variables}
-        variables["add_generation_prompt"] = add_generation_prompt
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
-        text = self.chat_template.render(messages, tools, variables)
+        defaults = {**self._special_tokens, "add_generation_prompt": add_generation_prompt}
+        text = self.chat_template.render(messages, tools, variables, defaults)
         _check_unicode(text)
         return text
+
+    def thinks_by_default(self) -> bool:
+        """Return whether the template leaves thinking on unless ``enable_thinking`` is False."""
+        hello = [{"role": "user", "content": "Hello"}]
+        try:
+            if not self.chat_template.mentions("enable_thinking"):
+                return False
+            unset, on, off = (
+                self.render_chat(hello, enable_thinking=v) for v in (None, True, False)
+            )
+        except (PromptError, TemplateError):  # said where a prompt of the user's is rendered
+            return False
+        return unset == on != off
 
 
 class Detokenizer:
@@ -177,16 +201,72 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
-def _special_tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
-    """bos_token, eos_token and so on: strings, or AddedToken objects with a content."""
-    found = {}
-    for name, value in config.items():
-        if name.endswith("_token") and value is not None and not isinstance(value, bool):
-            content = value.get("content") if isinstance(value, dict) else value
-            if not isinstance(content, str):
-                raise CheckpointError(f"{path}: {name}: neither text nor an object with content")
-            found[name] = content
-    return found
+def _is_legacy(config: dict[str, Any]) -> bool:
+    """Return whether transformers heeds the older files beside tokenizer_config.json."""
+    return "added_tokens_decoder" not in config
+
+
+def _special_tokens(directory: Path, config: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return the named special tokens, and the texts of all in transformers' order."""
+    named, extra = _read_special_tokens(config, directory / "tokenizer_config.json")
+    path = directory / "special_tokens_map.json"
+    if _is_legacy(config) and path.exists():
+        fields = read_object(path)
+        if extra:  # transformers adds to extra_special_tokens, and passes over its older name
+            fields.pop("additional_special_tokens", None)
+        more_named, more_extra = _read_special_tokens(fields, path)
+        named, extra = named | more_named, extra + more_extra
+    present = {name: token for name, token in named.items() if token is not None}
+    ranks = {name: i for i, name in enumerate(_NAMES)}
+    ordered = sorted(present, key=lambda name: ranks.get(name, len(ranks)))
+    return present, list(dict.fromkeys([*(present[name] for name in ordered), *extra]))
+
+
+def _read_special_tokens(
+    fields: dict[str, Any], path: Path
+) -> tuple[dict[str, str | None], list[str]]:
+    """Return the special tokens of one file: bos_token, eos_token and so on by name, and a list.
+
+    A field that only looks like one by its name, such as ``num_image_token: 256``, has no effect.
+    """
+    own = {name: value for name, value in fields.items() if name.endswith("_token")}
+    extra = fields.get("extra_special_tokens") or fields.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        own, extra = own | extra, []
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{path}: extra_special_tokens: neither a list nor an object")
+    named: dict[str, str | None] = {}
+    for name, value in own.items():
+        if name in _NAMES and value is None:
+            named[name] = None
+        elif name in _NAMES or isinstance(value, (str, dict)):
+            named[name] = _content(value, f"{path}: {name}")
+    return named, [_content(token, f"{path}: extra_special_tokens") for token in extra]
+
+
+def _content(token: Any, name: str) -> str:
+    """Return the text of a token: a string, or an object with a content."""
+    fields = token if isinstance(token, dict) else {"content": token}
+    if not isinstance(fields.get("content"), str) or not fields["content"]:
+        raise CheckpointError(f"{name}: neither text nor an object with content")
+    return str(fields["content"])
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, path: Path, special: Sequence[str]) -> None:
+    """Add the tokens of added_tokens.json that tokenizer.json lacks, in the order of their ids."""
+    declared = read_object(path)
+    if not all(type(index) is int for index in declared.values()):
+        raise CheckpointError(f"{path}: not an object of ids by token")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for text, index in sorted(declared.items(), key=lambda item: item[1]):
+        if text and text not in known:
+            plain = tokenizers.AddedToken(text, normalized=text not in special, special=False)
+            backend.add_tokens([plain])
+        if backend.token_to_id(text) != index:
+            raise CheckpointError(
+                f"{path}: {shown(text)!r}: id {index} is not the one that follows from "
+                f"tokenizer.json ({backend.token_to_id(text)}); correct one of the two files"
+            )
 
 
 def _check_added_tokens(config: dict[str, Any], path: Path, backend: tokenizers.Tokenizer) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from orthrus_fast.cli.flags import spelled
 from orthrus_fast.cli.terminal import progress_bar, render
 from orthrus_fast.errors import RequestError
-from orthrus_fast.files import embedded_checkpoint
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation, SamplingParams
@@ -23,7 +22,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
 
     with progress_bar("loading") as progress:
         return load(
-            args.checkpoint if args.checkpoint is not None else embedded_checkpoint(),
+            args.checkpoint,  # None: the embedded one
             device=args.device,
             dtype=args.dtype,
             max_seq_len=args.max_seq_len,
@@ -125,6 +124,8 @@ def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[
         stream.close()
     if not args.json:
         print(flush=True)
+    if stream.result.error is not None:
+        raise RequestError(stream.result.error)
     return stream.result, interrupted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from orthrus_fast import files
 from orthrus_fast.cache import KVCache
 from orthrus_fast.checkpoint import Checkpoint, count_weights, load_model, open_checkpoint
 from orthrus_fast.config import parse_config
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
+from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.model import Transformer, View
 from tests.checkpoints import (
     edit_json,
@@ -125,14 +128,15 @@ def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
 def test_memory_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied lm_head never gets memory of its own, not even for a moment."""
     taken: list[int] = []
-    empty_like = torch.empty_like
+    empty = torch.empty
 
-    def counting(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-        taken.append(tensor.numel() if options.get("device") == CPU else 0)
-        return empty_like(tensor, **options)
+    def counting(*size: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*size, **options)
+        taken.append(0 if tensor.is_meta else tensor.numel())
+        return tensor
 
     path = write_checkpoint(tmp_path / "c")
-    monkeypatch.setattr(torch, "empty_like", counting)
+    monkeypatch.setattr(torch, "empty", counting)
     assert sum(taken) == 0 and count_weights(load(path).config) == sum(taken)
 
 
@@ -165,25 +169,14 @@ def test_a_relative_path_and_the_home_directory(
         assert open_checkpoint(name).commit is None
 
 
-def test_no_room_on_the_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_checkpoint(tmp_path / "c")
+def test_a_lack_of_memory_is_not_the_files_fault(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    def fail_with(error: Exception) -> None:
-        def fail(*_: object, **__: object) -> None:
-            raise error
-
-        monkeypatch.setattr(Transformer, "to_empty", fail)
-
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("not enough memory")):
-        fail_with(error)
-        message = refusal(path)
-        assert message.startswith(f"{path}: 0.00 GB of weights do not fit into the memory of cpu")
-    fail_with(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        load(path)
-    fail_with(RuntimeError("a fault of ours"))
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        load(path)
+    monkeypatch.setattr("orthrus_fast.checkpoint.safe_open", full)
+    assert refusal(path) == f"{path}/model.safetensors: there is no memory left to open it"
 
 
 # Against transformers
@@ -329,7 +322,8 @@ def test_at_most_ten_are_listed(path: Path) -> None:
         ("num_hidden_layers", 3, "model.layers.2.input_layernorm.weight is missing"),
         ("vocab_size", 2**24, "[272, 32] instead of [16777216, 32]"),
         ("hidden_size", 2**17, "[272, 32] instead of [272, 131072]"),
-        ("head_dim", 8, "[64, 32] instead of [32, 32]"),
+        ("head_dim", 8, "config.json: head_dim: 8 (where absent, hidden_size / num_attention_"),
+        ("head_dim", None, "heads), but the weights say 16; set it to that"),
         ("num_key_value_heads", 4, "[32, 32] instead of [64, 32]"),
         ("tie_word_embeddings", False, "lm_head.weight is missing"),
     ],
@@ -349,7 +343,6 @@ def test_a_config_that_asks_for_petabytes_is_refused_at_once(path: Path) -> None
         intermediate_size=2**20,
         vocab_size=2**24,
         num_attention_heads=4096,
-        head_dim=1024,
     )
     begin = time.monotonic()
     assert "model.layers.2.input_layernorm.weight is missing" in refusal(path)
@@ -386,7 +379,8 @@ def test_a_tensor_name_cannot_reach_the_terminal(path: Path) -> None:
 
 def test_a_tied_lm_head_must_be_the_embedding(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Memory that was just given back may hold the right values: no comparison with that passes.
-    monkeypatch.setattr(torch, "empty_like", lambda t, **o: torch.full_like(t, math.nan, **o))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **o: empty(*size, **o).fill_(math.nan))
 
     def copy(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -452,6 +446,82 @@ def test_a_file_that_changes_between_check_and_load(path: Path) -> None:
     (path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors: "):
         load_model(checkpoint, KERNELS, device=CPU, dtype=torch.float32)
+
+
+# Checkpoints of other kinds
+
+
+@pytest.mark.parametrize("field", ["of_tomorrow", "lora_r"])
+def test_config_fields_to_be_ignored(path: Path, field: str) -> None:
+    plain = open_checkpoint(path).config
+    edit_json(path / "config.json", **{field: 7})
+    if field == "of_tomorrow":
+        assert "config.json: of_tomorrow: not known here" in refusal(path, ConfigError)
+    assert open_checkpoint(path, ignore_config_fields=("of_tomorrow",)).config == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "quantized checkpoints are not supported; use the"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "quantized checkpoints are not"),
+        ("model.layers.0.mlp.up_proj.scales", "quantized checkpoints are not supported"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "quantized checkpoints are not supported"),
+        ("base_model.model.model.layers.0.mlp.up_proj.weight", "an adapter; merge it"),
+        ("model.layers.0.mlp.up_proj.lora_A.weight", "an adapter; merge it"),
+        ("score.weight", "a classifier or reranker; it generates no text"),
+    ],
+)
+def test_tensors_that_tell_another_kind(path: Path, name: str, expected: str) -> None:
+    edit_tensors(path / "model.safetensors", lambda t: t.update({name: torch.ones(1)}))
+    assert refusal(path).startswith(f"{path}: {expected}")
+    assert f"(tensor {name})" in refusal(path)
+
+
+def test_an_embedding_model(tmp_path: Path) -> None:
+    """As Qwen3-Embedding has them: the names without the model's."""
+    path = write_checkpoint(tmp_path / "c", draft=False)
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit_tensors(path / "model.safetensors", edit)
+    message = refusal(path)
+    assert "a Qwen3 without its output head" in message and "as embedding models are" in message
+    assert "missing;" not in message
+
+
+def test_a_gguf_file_and_directory(path: Path) -> None:
+    file = path / "model-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    assert open_checkpoint(path).config.n_layers == 2, "beside safetensors it does no harm"
+    (path / "model.safetensors").unlink()
+    for place, names in ((path, file.name), (file, str(file))):
+        assert refusal(place).startswith(f"{place}: GGUF ({names}) is llama.cpp's format")
+    (path / "config.json").unlink()
+    assert refusal(path).startswith(f"{path}: GGUF (model-Q4_K_M.gguf) is llama.cpp's format")
+
+
+def test_an_adapter(path: Path) -> None:
+    (path / "adapter_config.json").write_text("{}")
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    assert refusal(path).startswith(f"{path}: an adapter (adapter_config.json)")
+    (path / "config.json").unlink()
+    assert refusal(path).startswith(f"{path}: an adapter (adapter_config.json)")
+
+
+def test_the_embedded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the repository model/, in a wheel the package's own directory."""
+    assert embedded_checkpoint() == Path(__file__).parents[2] / "model"
+    package = tmp_path / "site-packages" / "orthrus_fast"
+    monkeypatch.setattr(files, "__file__", str(package / "files.py"))
+    with pytest.raises(CheckpointError, match="orthrus_fast: came without its embedded checkpoint"):
+        embedded_checkpoint()
+    for directory in (package.parent / "model", package / "embedded"):
+        directory.mkdir(parents=True)
+        (directory / "config.json").touch()
+        assert embedded_checkpoint() == directory
 
 
 # Indexes
@@ -585,6 +655,19 @@ def test_a_directory_whose_name_begins_with_the_checkpoints_is_outside(
     (path / name).unlink(missing_ok=True)
     (path / name).symlink_to(f"../{sibling.name}/{name}")
     assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+
+
+def test_additional_templates_are_checked_like_every_file(path: Path) -> None:
+    outside, folder = path.parent / "outside", path / "additional_chat_templates"
+    outside.mkdir()
+    (outside / "tool_use.jinja").write_text("")
+    folder.symlink_to("../outside")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert f"{path}/{name}: leads outside the checkpoint, to {outside}" in refusal(path)
+    folder.unlink()
+    folder.mkdir()
+    os.mkfifo(path / name)
+    assert f"{path}/{name}: not a regular file" in refusal(path)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthrus_fast.config import ModelConfig, RopeConfig, parse_config, read_config
-from orthrus_fast.errors import CheckpointError, ConfigError
+from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
 from orthrus_fast.files import read_json
 from orthrus_fast.model import rope_table
+from orthrus_fast.sampling import SamplingParams
 from tests.checkpoints import TINY, tiny_config
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
@@ -104,14 +106,129 @@ def test_generation_config_decides_the_end_of_sequence() -> None:
 
 
 def test_older_dtype_field() -> None:
-    assert parse_config(tiny_config(torch_dtype="float16")).dtype == "float16"
+    for name in ("float16", "torch.float16", "half"):
+        assert parse_config(tiny_config(torch_dtype=name)).dtype == "float16"
 
 
 @pytest.mark.parametrize(
-    "name", ["r", "lora_alpha", "use_cache", "transformers_version", "auto_map"]
+    "name", ["use_cache", "transformers_version", "auto_map", "max_length", "early_stopping"]
 )
 def test_fields_without_effect_are_accepted(name: str) -> None:
     assert parse_config(tiny_config(**{name: 1})) == parse_config(tiny_config())
+
+
+def test_what_training_left_behind_is_ignored_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "orthrus_fast")
+    fields = tiny_config(r=8, lora_r=8, lora_alpha=1, num_anchors=4, base_params={"a": 1})
+    assert parse_config(fields) == parse_config(tiny_config())
+    assert caplog.messages == [
+        "config.json: base_params, lora_alpha, lora_r, num_anchors, r: of training alone, ignored"
+    ]
+
+
+# What transformers 4.51 writes for PretrainedConfig(), to_json_string(use_diff=False).
+DUMPED: dict[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "torchscript": False,
+    "torch_dtype": None,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "tokenizer_class": None,
+    "prefix": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+    "sep_token_id": None,
+    "decoder_start_token_id": None,
+    "task_specific_params": None,
+    "problem_type": None,
+    "_name_or_path": "",
+    "_attn_implementation_autoset": False,
+    "transformers_version": "4.51.0",
+}
+
+
+@pytest.mark.parametrize("generation", [None, {}])
+def test_a_config_dumped_whole(generation: dict[str, Any] | None) -> None:
+    found = parse_config(tiny_config() | DUMPED, generation)
+    expected = parse_config(tiny_config(), generation)
+    assert replace(found, sampling_defaults=()) == expected
+    params = SamplingParams.from_checkpoint().resolved(dict(found.sampling_defaults))
+    assert params.temperature == 0, "do_sample is false, or generation_config.json has nothing"
+
+
+def test_what_the_installed_transformers_dumps_whole() -> None:
+    from transformers import PretrainedConfig, Qwen3Config
+
+    for theirs in (PretrainedConfig(), Qwen3Config()):
+        dumped = {k: v for k, v in theirs.to_dict().items() if k not in tiny_config()}
+        dumped.pop("layer_types", None)
+        assert parse_config(tiny_config() | dumped) == parse_config(tiny_config())
+
+
+def test_generations_settings_of_config_json_count_where_there_is_no_other_file() -> None:
+    fields = tiny_config(do_sample=True, temperature=0.5, repetition_penalty=1.1)
+    defaults = dict(parse_config(fields).sampling_defaults)
+    assert defaults == {"do_sample": True, "temperature": 0.5, "unserved": "repetition_penalty 1.1"}
+    assert parse_config(fields, {}).sampling_defaults == ()
+
+
+def test_yarn_stretches_the_limit() -> None:
+    """As Qwen's card advises: factor 4 of 32768, while max_position_embeddings stays 40960."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for stated, limit in ((40960, 131072), (131072, 131072), (200000, 200000)):
+        fields = with_rope(**rope) | {"max_position_embeddings": stated}
+        assert parse_config(fields).max_position_embeddings == limit
+    plain = tiny_config(max_position_embeddings=40960)
+    assert parse_config(plain).max_position_embeddings == 40960
+    rope |= {"factor": 9e3, "original_max_position_embeddings": 2**31 - 1}
+    assert parse_config(with_rope(**rope)).max_position_embeddings == 2**31 - 1
+
+
+def test_attn_factor_is_ignored_as_in_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    expected = parse_config(with_rope(**rope))
+    assert caplog.messages == []
+    assert parse_config(with_rope(**rope, attn_factor=0.8782488562869419)) == expected
+    assert caplog.messages == [
+        "config.json: rope_parameters: attn_factor: ignored, as transformers does"
+    ]
 
 
 # What is refused
@@ -199,13 +316,137 @@ def test_an_orthrus_without_both_draft_fields(names: tuple[str, Any]) -> None:
         ("use_sliding_window", True),
         ("hidden_act", "gelu"),
         ("partial_rotary_factor", 0.5),
-        ("quantization_config", {"bits": 4}),
         ("rope_local_base_freq", 1e4),
         ("some_field_of_tomorrow", 0),
     ],
 )
 def test_a_field_out_of_range_is_named(name: str, value: Any) -> None:
     assert f"{name}: " in refusal(tiny_config(**{name: value}))
+
+
+def test_all_fields_that_are_refused_are_listed_at_once() -> None:
+    fields = tiny_config(mlp_bias=True, hidden_act="gelu", of_tomorrow=0, of_next_week={})
+    message = refusal(fields)
+    assert message.startswith(
+        "somewhere/config.json: hidden_act: 'gelu' changes the computation and is not implemented; "
+        "mlp_bias: True changes the computation and is not implemented; "
+        "of_next_week: not known here, and may change the computation; of_tomorrow: not known here"
+    )
+    rope = with_rope(rope_type="yarn", factor=2.0, one=1, two=2)
+    message = refusal(rope)
+    assert "one: not known for rope_type 'yarn'" in message and "two: not known" in message
+
+
+def test_fields_to_be_ignored() -> None:
+    fields = tiny_config(draft=False, of_tomorrow=0, of_next_week={}, auto_map={"A": "m.B"})
+    fields["rope_parameters"] = {"rope_theta": 1e4, "of_yesterday": 1}
+    message = refusal(fields)
+    assert "ignore_config_fields" in message and "--ignore-config-field" in message
+    names = ["of_tomorrow", "of_next_week", "of_yesterday", "auto_map"]
+    assert parse_config(fields, ignore_fields=names) == parse_config(tiny_config(draft=False))
+    for name in names:
+        with pytest.raises(ConfigError, match=f"{name}: "):
+            parse_config(fields, ignore_fields=set(names) - {name})
+    with pytest.raises(ConfigError, match="mlp_bias: True changes the computation"):
+        parse_config(tiny_config(mlp_bias=True), ignore_fields=["mlp_bias"])
+
+
+def test_a_qwen3_with_modelling_code_of_its_own() -> None:
+    code = {"AutoModelForCausalLM": "modeling_mine.Qwen3ForCausalLM"}
+    assert "auto_map: {'AutoModelForCausalLM': 'modeling_mine.Qwen3ForCausalLM'}" in refusal(
+        tiny_config(draft=False, auto_map=code)
+    )
+    assert parse_config(tiny_config(auto_map=code)) == parse_config(tiny_config())
+    assert parse_config(tiny_config(draft=False, auto_map={})).block_size is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "method"),
+    [
+        ({"quantization_config": {"quant_method": m}}, "quantization_config", m)
+        for m in ("fp8", "awq", "gptq", "bitsandbytes")
+    ]
+    + [
+        ({"quantization": {"bits": 4}}, "quantization", "MLX"),
+        ({n: {"bits": 4} for n in ("quantization", "quantization_config")}, "", "MLX"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config", "of an unknown method"),
+        ({"quantization_config": 4}, "quantization_config", "of an unknown method"),
+    ],
+)
+def test_quantized_checkpoints(fields: dict[str, Any], name: str, method: str) -> None:
+    message = refusal(tiny_config(of_tomorrow=1, **fields))
+    assert f"{name}: quantized checkpoints are not supported ({method}); use the bf16" in message
+    with pytest.raises(ConfigError, match="quantized"):
+        parse_config(tiny_config(**fields), ignore_fields=fields.keys() | {"of_tomorrow"})
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "active"),
+    [
+        ("repetition_penalty", 1.0, 1.3),
+        ("encoder_repetition_penalty", 1.0, 1.3),
+        ("typical_p", 1.0, 0.9),
+        ("guidance_scale", 1, 2.0),
+        ("num_beams", 1, 4),
+        ("num_beam_groups", 1, 2),
+        ("no_repeat_ngram_size", 0, 3),
+        ("encoder_no_repeat_ngram_size", 0, 3),
+        ("epsilon_cutoff", 0.0, 3e-4),
+        ("eta_cutoff", 0.0, 3e-4),
+        ("diversity_penalty", 0.0, 1.0),
+        ("penalty_alpha", 0, 0.6),
+        ("min_length", 0, 5),
+        ("min_new_tokens", 0, 5),
+        ("bad_words_ids", [], [[3]]),
+        ("suppress_tokens", [], [3]),
+        ("begin_suppress_tokens", [], [3]),
+        ("sequence_bias", {}, [[[3], 2.0]]),
+        ("forced_bos_token_id", None, 3),
+        ("forced_eos_token_id", None, 3),
+        ("exponential_decay_length_penalty", None, [3, 1.1]),
+        ("watermarking_config", None, {"bias": 2.0}),
+        ("dola_layers", None, "high"),
+        ("constraints", None, [1]),
+        ("force_words_ids", None, [[3]]),
+        ("stop_strings", [], ["\n"]),
+        ("token_healing", False, True),
+        ("top_h", None, 0.4),
+    ],
+)
+def test_sampling_that_is_not_implemented(name: str, neutral: Any, active: Any) -> None:
+    base = {"temperature": 0.6}
+    for value in (neutral, None):
+        assert parse_config(tiny_config(), base | {name: value}) == parse_config(
+            tiny_config(), base
+        )
+    defaults = dict(parse_config(tiny_config(), base | {name: active}).sampling_defaults)
+    for params in (SamplingParams(), SamplingParams(0.6, 20)):
+        assert params.resolved(defaults) == params, "who does not ask for it, does not care"
+    for params in (SamplingParams.from_checkpoint(), SamplingParams.from_checkpoint(seed=3)):
+        with pytest.raises(RequestError) as caught:
+            params.resolved(defaults)
+        assert f"{name} {active!r}, which is not implemented" in str(caught.value)
+
+
+def test_every_field_of_transformers_generation_is_thought_of() -> None:
+    """What is neither sampled with nor refused concerns lengths, speed, or what is returned."""
+    from transformers import GenerationConfig
+
+    harmless = set(
+        "max_length max_new_tokens early_stopping max_time use_mtp use_cache cache_implementation "
+        "cache_config max_cache_len length_penalty renormalize_logits remove_invalid_values "
+        "num_return_sequences output_attentions output_hidden_states output_scores output_logits "
+        "return_dict_in_generate pad_token_id bos_token_id decoder_start_token_id is_assistant "
+        "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+        "prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit target_lookbehind "
+        "assistant_lookbehind assistant_ensemble_weight speculation_type compile_config "
+        "disable_compile continuous_batching_config low_memory prefill_chunk_size "
+        "_from_model_config transformers_version".split()
+    )
+    served = {"do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id"}
+    for name in GenerationConfig().to_dict().keys() - harmless - served:
+        defaults = dict(parse_config(tiny_config(), {name: [7]}).sampling_defaults)
+        assert "unserved" in defaults, name
 
 
 def test_a_field_name_cannot_reach_the_terminal() -> None:
@@ -270,7 +511,7 @@ def test_a_rope_field_that_is_unknown_is_refused_at_any_value(rope_type: str, va
 @pytest.mark.parametrize("value", [0, 0.0, False, "", [], {}])
 def test_a_field_that_is_unknown_is_refused_at_any_value(value: Any) -> None:
     assert parse_config(tiny_config() | {"of_tomorrow": None}) == parse_config(tiny_config())
-    assert "of_tomorrow: field not known here" in refusal(tiny_config(of_tomorrow=value))
+    assert "of_tomorrow: not known here" in refusal(tiny_config(of_tomorrow=value))
 
 
 def test_rope_forms_that_are_no_objects_or_contradict() -> None:
@@ -381,6 +622,7 @@ YARN: list[dict[str, Any]] = [
     {"factor": 2.0, "attention_factor": 0.7, "truncate": False},
     {"factor": 3.0, "mscale": 0.7, "mscale_all_dim": 1.3},
     {"factor": 3.0, "mscale": 0.7},
+    {"factor": 4.0, "original_max_position_embeddings": 128, "attn_factor": 0.6},
     {"factor": 0.5},
 ]
 

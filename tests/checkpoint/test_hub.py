@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants, errors
 
 from orthrus_fast.checkpoint import load_model, open_checkpoint
+from orthrus_fast.errors import CheckpointError
 from tests.checkpoints import edit_json, edit_weight_map, kernels_for, write_checkpoint
 from tests.marks import slow_but
 
@@ -81,7 +84,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         directory = self.server.repositories[name].get(revision)
         if directory is None:
             return self.refuse(404, "RevisionNotFound")
-        files = {path.name: path for path in sorted(directory.iterdir())}
+        found = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+        files = {path.relative_to(directory).as_posix(): path for path in found}
         if verb == "tree":
             return self.answer(
                 [
@@ -94,7 +98,7 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             return self.answer({"id": name, "sha": revision, "siblings": siblings})
         if name == "org/gated":
             return self.refuse(403, "GatedRepo")
-        file = files[rest[0]]
+        file = files["/".join(rest).strip("/")]
         self.answer(file.read_bytes(), X_Repo_Commit=revision, ETag=f'"{self.etag(file)}"')
 
     do_HEAD = do_GET
@@ -155,6 +159,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
         path = write_checkpoint(root / name, n_shards=n_shards, tokenizer=True)
         for extra in ("README.md", "pytorch_model.bin", "other.safetensors", "modeling.py"):
             (path / extra).write_text("not for us")
+        (path / "additional_chat_templates").mkdir()
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
         server.add(name, path)
     server.add("org/sharded", write_checkpoint(root / "newer", seed=1), "b" * 40)
     path = write_checkpoint(root / "pickled")
@@ -168,6 +174,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     server.add("org/foreign", path)
     server.add("org/empty", write_checkpoint(root / "empty"))
     (root / "empty" / "config.json").unlink()
+    for name in ("org/gguf", "org/gguf-with-config"):
+        (root / name).mkdir(parents=True)
+        (root / name / "model-Q8_0.gguf").write_text("GGUF")
+        server.add(name, root / name)
+    (root / name / "config.json").write_text((root / "hostile" / "config.json").read_text())
     yield server
     server.shutdown()
     server.server_close()
@@ -197,8 +208,10 @@ def test_the_hub_then_its_cache(hub: FakeHub, tmp_path: Path, whole: bool) -> No
     assert single[:2] == ["a" * 40, str(snapshots / ("a" * 40))]
     assert single[2] == [f"downloading org/single at commit {'a' * 40}: 0.2 MB of weights"]
     assert newer[0] == "b" * 40
-    names = sorted(path.name for path in Path(single[1]).iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    found = (path for path in Path(single[1]).rglob("*") if path.is_file())
+    names = sorted(path.relative_to(single[1]).as_posix() for path in found)
+    texts = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert names == ["additional_chat_templates/tool_use.jinja", *texts]
     # main moved on after the first look at it: all files are still of that first commit.
     assert sharded[0] == "a" * 40 and len(list(Path(sharded[1]).glob("*.safetensors"))) == 3
     assert not [line for line in hub.requests if "modeling.py" in line or ".bin" in line]
@@ -222,6 +235,7 @@ def test_the_hub_then_its_cache(hub: FakeHub, tmp_path: Path, whole: bool) -> No
 
 def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path) -> None:
     names = ("absent", "gated", "pickled", "hostile", "foreign", "empty", "broken", "a..b")
+    names += ("gguf", "gguf-with-config")
     answers = ask(tmp_path, hub.url, *((f"org/{name}", None) for name in names))
     found = dict(zip(names, answers, strict=True))
     assert found["absent"].startswith("org/absent: no such repository, or a private one")
@@ -232,5 +246,30 @@ def test_what_the_hub_refuses(hub: FakeHub, tmp_path: Path) -> None:
     assert found["empty"].endswith("config.json: file not found")
     assert found["broken"].startswith("org/broken: cannot be fetched (")
     assert found["a..b"].startswith("org/a..b: not a Hub repository of the form org/name")
+    for name in ("gguf", "gguf-with-config"):
+        assert found[name].startswith(f"org/{name}: GGUF (model-Q8_0.gguf) is llama.cpp's format")
     downloaded = [line for line in hub.requests if line.startswith("GET org/foreign/resolve")]
     assert downloaded == [f"GET org/foreign/resolve/{'a' * 40}/config.json"]
+
+
+@pytest.mark.parametrize("asks_the_hub", [False, True])
+def test_a_commit_in_the_cache_of_an_older_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks_the_hub: bool
+) -> None:
+    """No refs, no listing of the commit's files; huggingface_hub 2.0 looks for that one first."""
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    write_checkpoint(snapshot, tokenizer=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if asks_the_hub:
+
+        def ask_the_hub(*_: Any, **__: Any) -> str:
+            raise errors.OfflineModeIsEnabled("offline mode is enabled")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", ask_the_hub)
+    found = open_checkpoint("org/name", revision=commit)
+    assert (found.directory, found.commit) == (snapshot, commit)
+    for repository, revision in (("org/name", "9" * 40), ("org/other", commit)):
+        with pytest.raises(CheckpointError, match=r"not \(wholly\) in the cache .* HF_HUB_OFFLINE"):
+            open_checkpoint(repository, revision=revision)

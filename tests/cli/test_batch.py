@@ -787,8 +787,10 @@ def test_the_weights_digest_covers_files_headers_and_samples(
         seen.add(digest())
     shard.write_bytes(content)
     assert digest() == sampled
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+    (directory / "additional_chat_templates").mkdir()
+    tools = "additional_chat_templates/tool_use.jinja"
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", tools):
         with open(directory / name, "a") as file:
             file.write(" ")
         seen.add(digest())
-    assert len(seen | {sampled, first}) == 8
+    assert len(seen | {sampled, first}) == 9
