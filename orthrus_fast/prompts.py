@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from orthrus_fast.errors import PromptError, one_line
 from orthrus_fast.sampling import is_integer
 
+_log = logging.getLogger("orthrus_fast")
 MAX_LINE_BYTES = 4 * 2**20  # of a prompt; some hundred times what fits into a context
 KINDS = ("prompt", "messages", "ids")
+OTHER_NAMES = {"text": "prompt", "max_tokens": "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -25,38 +32,55 @@ class PromptLine:
     kind: str  # prompt, messages or ids
     prompt: Any  # str, list of dicts, or list of ints
     settings: Mapping[str, Any]  # the line's own: SamplingParams' names, and a budget
+    extra: Mapping[str, Any]  # all its other fields, which the result repeats
 
 
 def read_prompts(path: str | Path) -> list[PromptLine]:
-    """The prompts of a JSON Lines file, one object a line; blank lines are ignored.
+    """Return the prompts of a JSON Lines file, one object a line; "-" reads standard input.
 
-    A line has exactly one of "prompt" (text), "messages" (objects) and "ids" (integers), and may
-    have "id" and settings of its own. Whether a prompt can be decoded shows later, in its result.
-    Raises PromptError, naming file and line, for a file that cannot be read as that.
+    A line has exactly one of "prompt" (or "text"), "messages" (objects) and "ids" (integers), and
+    may have "id", settings of its own, and other fields, which are its ``extra``: a log line warns
+    of those that look like a setting. Blank lines are ignored. Whether a prompt can be decoded
+    shows later, in its result. Raises PromptError, naming file and line, for what cannot be read.
     """
+    name = "standard input" if str(path) == "-" else str(path)
     lines: list[PromptLine] = []
-    seen: dict[str | int, str] = {}
+    seen: dict[str | int, int] = {}
+    suspects: dict[str, str] = {}  # an extra field that looks like a setting -> where it first is
     try:
-        with open(path, "rb") as file:
-            for number, content in _numbered_lines(file, path):
-                line = _parse_line(content, f"{path}, line {number}", number, len(lines))
+        with _opened(path) as file:
+            for number, content in _numbered_lines(file, name):
+                line = _parse_line(content, f"{name}, line {number}", number, len(lines))
                 if line.id in seen:
-                    raise PromptError(f"{line.where}: id {as_shown(line.id)}: also {seen[line.id]}")
-                seen[line.id] = f"line {number}'s"
+                    also = f"also line {seen[line.id]}'s"
+                    raise PromptError(f"{line.where}: id {as_shown(line.id)}: {also}")
+                seen[line.id] = number
                 lines.append(line)
+                for field in line.extra:
+                    suspects.setdefault(field, line.where)
     except OSError as error:
-        raise PromptError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise PromptError(f"{name}: cannot be read ({error.strerror or error})") from None
     if not lines:
-        raise PromptError(f"{path}: has no prompts; each line is an object with a prompt")
+        raise PromptError(f"{name}: has no prompts; each line is an object with a prompt")
+    for field, where in suspects.items():
+        _warn_of_misspelling(field, where)
     return lines
 
 
-def _numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, bytes]]:
+def _opened(path: str | Path) -> contextlib.AbstractContextManager[BinaryIO]:
+    if str(path) != "-":
+        return open(path, "rb")
+    if sys.stdin is None:
+        raise PromptError("standard input: closed; name a prompts file")
+    return contextlib.nullcontext(sys.stdin.buffer)
+
+
+def _numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     while content := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(content) > MAX_LINE_BYTES:
-            raise PromptError(f"{path}, line {number}: over {MAX_LINE_BYTES} bytes")
+            raise PromptError(f"{name}, line {number}: over {MAX_LINE_BYTES} bytes")
         if number == 1:
             content = content.removeprefix(b"\xef\xbb\xbf")  # some editors begin UTF-8 so
         if content.strip():
@@ -65,30 +89,47 @@ def _numbered_lines(file: BinaryIO, path: str | Path) -> Iterator[tuple[int, byt
 
 def _parse_line(content: bytes, where: str, number: int, index: int) -> PromptLine:
     fields = _parse_object(content, where)
+    for other, name in OTHER_NAMES.items():
+        if other in fields:
+            if name in fields:
+                raise PromptError(f"{where}: {name} and {other} are the same; give one of them")
+            fields[name] = fields.pop(other)
     kinds = [kind for kind in KINDS if kind in fields]
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none"
-        raise PromptError(f"{where}: {found}: it needs one of prompt, messages and ids")
-    for name, value in fields.items():
-        if name not in FIELDS:
-            known = ", ".join(FIELDS)
-            raise PromptError(f"{where}: {as_shown(name)} is not a field; known are {known}")
+        raise PromptError(f"{where}: {found}: it needs one of prompt (text), messages and ids")
+    known = {name: fields.pop(name) for name in FIELDS if name in fields}
+    for name, value in known.items():
         what, fits = FIELDS[name]
         if not fits(value):
             raise PromptError(f"{where}: {name}: {as_shown(value)} is not {what}")
-    settings = {k: v for k, v in fields.items() if k not in (*KINDS, "id")}
-    if "stop" in settings:
-        stop = settings["stop"]
-        settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    return PromptLine(where, index, fields.get("id", number), kinds[0], fields[kinds[0]], settings)
+    prompt, own_id = known.pop(kinds[0]), known.pop("id", number)
+    if "stop" in known:
+        stop = known["stop"]
+        known["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    return PromptLine(where, index, own_id, kinds[0], prompt, known, fields)
+
+
+def _warn_of_misspelling(name: str, where: str) -> None:
+    names = [known for known in (*FIELDS, *OTHER_NAMES) if known not in ("id", "ids")]
+    meant = get_close_matches(name.lower(), names, 1, 0.8)
+    if meant or name in SETTINGS_ELSEWHERE:
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        _log.warning("%s: %s is no setting here%s; it changes no text", where, as_shown(name), hint)
 
 
 def _parse_object(content: bytes, where: str) -> dict[str, Any]:
     def refuse_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
+    def parse_float(digits: str) -> float:
+        if math.isinf(float(digits)):  # which would be written as no JSON
+            raise ValueError(f"{digits} is too large")
+        return float(digits)
+
     try:
-        fields = json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
+        text = content.decode("utf-8")
+        fields = json.loads(text, parse_constant=refuse_constant, parse_float=parse_float)
     except UnicodeDecodeError as error:
         raise PromptError(f"{where}: not valid UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -122,6 +163,10 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "stop": ("text or a list of texts", lambda v: isinstance(v, str) or _is_list_of(str)(v)),
     "logprobs": ("true or false", lambda value: isinstance(value, bool)),
 }
+SETTINGS_ELSEWHERE = (  # of other programs, which change a text there
+    "repetition_penalty presence_penalty frequency_penalty logit_bias typical_p num_beams n tools "
+    "best_of do_sample max_length ignore_eos enable_thinking system"
+).split()
 
 
 def as_shown(value: object) -> str:

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-EMBEDDED = REPOSITORY / "model"
+REPOSITORY = Path(__file__).resolve().parents[2]  # or site-packages, of an installed wheel
 CONTEXTS = (128, 1024, 4096)  # committed tokens before a pass
 PREFILL_LENGTHS = (1024, 8192)  # prompt tokens
 LONGEST_PROMPT = 1024  # tokens of a random prompt, at most

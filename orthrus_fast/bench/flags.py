@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from orthrus_fast.bench.common import CONTEXTS, EMBEDDED, Result
+from orthrus_fast.bench.common import CONTEXTS, Result
 from orthrus_fast.errors import RequestError
+from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, RUNNERS
 
 PROGRAM = "python -m orthrus_fast.bench"
@@ -108,7 +109,11 @@ def build_parser(prog: str = PROGRAM) -> Parser:
 def add_decoder_flags(parser: Parser) -> None:
     """Add the flags that the benchmark shares with benchmarks/peers.py."""
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR_OR_REPO", help="directory or Hub repository (default: model/)")
+    add(
+        "--checkpoint",
+        metavar="DIR_OR_REPO",
+        help="directory or Hub repository (default: the embedded one)",
+    )
     text = "random weights in the shape of a public model, without a download (tiny: for tests)"
     add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help=text)
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -116,7 +121,7 @@ def add_decoder_flags(parser: Parser) -> None:
     add("--runner", choices=("auto", *RUNNERS), default="auto")
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto")
     add("--max-seq-len", type=positive, metavar="N", help="(default: room for every part)")
-    text = 'JSON lines with "ids", "messages" or "text" (default: the held-out prompts of model/)'
+    text = "as orthrus generate reads (default: the embedded checkpoint's held-out prompts)"
     add("--prompts-file", metavar="FILE", help=text)
     text = "replayed acceptance: the share of right drafts (default: 0.85); above 1 the tokens per "
     text += "cycle; or a name of what was published: "
@@ -132,6 +137,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise RequestError("--shape does not go with --checkpoint")
     if args.shape is not None and args.prompts_file is not None:
         raise RequestError("--shape does not go with --prompts-file: random weights read no text")
+    if args.prompts_file == "-":
+        raise RequestError("--prompts-file: several parts read it; name a file")
     if args.new_tokens < 2:
         raise RequestError(f"new_tokens: {args.new_tokens} is below 2: the first comes by prefill")
     if args.json is not None and Path(args.json).exists():
@@ -144,7 +151,9 @@ def prompts_path(args: argparse.Namespace) -> Path | None:
     """Return ``--prompts-file``, or the held-out prompts of the embedded checkpoint."""
     if args.prompts_file is not None:
         return Path(args.prompts_file)
-    return EMBEDDED / "heldout.jsonl" if not args.shape and args.checkpoint is None else None
+    if args.shape or args.checkpoint is not None:
+        return None
+    return embedded_checkpoint() / "heldout.jsonl"
 
 
 def flags_of(parser: Parser, args: argparse.Namespace) -> list[str]:

@@ -43,8 +43,11 @@ class Report:
 
 def environment(configuration: Result) -> Result:
     """Return what is needed, besides the command, to repeat a run."""
-    commit = first_line("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
-    changed = first_line("git", "-C", str(REPOSITORY), "status", "--porcelain")
+    git = ("git", "-C", str(REPOSITORY))
+    root = first_line(*git, "rev-parse", "--show-toplevel")
+    own = root is not None and Path(root).resolve() == REPOSITORY  # else somebody else's around it
+    commit = first_line(*git, "rev-parse", "HEAD") if own else None
+    changed = first_line(*git, "status", "--porcelain") if own else None
     on_gpu = configuration["device"].startswith("cuda")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

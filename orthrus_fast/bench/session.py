@@ -2,16 +2,14 @@
 
 import argparse
 import gc
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from orthrus_fast.bench.common import CONTEXTS, EMBEDDED, LONGEST_PROMPT, PREFILL_LENGTHS, Result
+from orthrus_fast.bench.common import CONTEXTS, LONGEST_PROMPT, PREFILL_LENGTHS, Result
 from orthrus_fast.bench.decoding import Replay, share_of_right_drafts
 from orthrus_fast.bench.flags import number_and_source, prompts_path
 from orthrus_fast.bench.shapes import random_model, shape_config
@@ -19,7 +17,9 @@ from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
+from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
+from orthrus_fast.prompts import read_prompts
 from orthrus_fast.sampling import SamplingParams
 
 
@@ -59,7 +59,7 @@ def build_session(args: argparse.Namespace) -> Session:
     SamplingParams(args.temperature, args.top_k, args.top_p)
     if args.temperature == 0 and (args.top_k, args.top_p) != (None, None):
         raise RequestError("--top-k and --top-p need a --temperature above 0: greedy ignores them")
-    path = args.checkpoint or EMBEDDED
+    path = args.checkpoint or ("" if args.shape else embedded_checkpoint())
     config = shape_config(args.shape) if args.shape else open_checkpoint(path).config
     names = ("device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size")
     asked = {name: getattr(args, name) for name in names}
@@ -109,7 +109,7 @@ def choose_prompts(session: Session) -> list[list[int]]:
     if path is not None:
         lines = read_prompts(path)
         n = min(n, len(lines))
-        return [session.decoder.encode(lines[i * len(lines) // n]) for i in range(n)]
+        return [session.decoder.encode(lines[i * len(lines) // n].prompt) for i in range(n)]
     longest = min(LONGEST_PROMPT, session.decoder.max_seq_len - session.args.new_tokens)
     generator = torch.Generator().manual_seed(session.args.seed)
     lengths = torch.randint(1, longest + 1, (n,), generator=generator).tolist()
@@ -121,18 +121,3 @@ def random_prompts(session: Session, lengths: Sequence[int], salt: int = 0) -> l
     generator = torch.Generator().manual_seed(session.args.seed * 1_000_003 + salt)
     size = session.decoder.config.vocab_size
     return [torch.randint(size, (length,), generator=generator).tolist() for length in lengths]
-
-
-def read_prompts(path: Path) -> list[Any]:
-    """Read a prompt a line: an object with "ids", "messages" or "text". Raises RequestError."""
-    prompts = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            fields = json.loads(line)
-            prompts.append(next(fields[k] for k in ("ids", "messages", "text") if k in fields))
-    except (OSError, ValueError, TypeError, StopIteration) as error:
-        what = f'line {len(prompts) + 1}: not an object with "ids", "messages" or "text" ({error})'
-        raise RequestError(f"prompts_file: {path}: {what}") from None
-    if not prompts:
-        raise RequestError(f"prompts_file: {path}: empty")
-    return prompts

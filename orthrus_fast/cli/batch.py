@@ -6,21 +6,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from orthrus_fast.cli.results_file import Results, make_header, sampling_settings
 from orthrus_fast.cli.session import (
-    NEW_TOKENS,
     check_template_flags,
-    encode,
+    has_template,
     load_decoder,
+    message,
     resolved,
     sampling,
+    system_message,
 )
-from orthrus_fast.cli.terminal import batch_bar
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.errors import PromptError, RequestError, TemplateError
+from orthrus_fast.errors import PromptError, RequestError
 from orthrus_fast.prompts import PromptLine, read_prompts
 from orthrus_fast.results import Generation
 from orthrus_fast.sampling import SamplingParams
@@ -33,38 +34,41 @@ def run_batch(args: argparse.Namespace) -> int:
     with Results(args.output) as results:
         decoder = load_decoder(args)
         check_template_flags(decoder, args)
+        unlimited = [line for line in lines if "max_new_tokens" not in line.settings]
+        if args.thinks and args.max_new_tokens is None and unlimited:
+            raise RequestError(
+                f"{unlimited[0].where}: --thinking needs --max-new-tokens with --prompts-file"
+            )
         params = [resolved(decoder, one) for one in asked]
         assert decoder.checkpoint is not None  # loaded from one
-        settings = batch_settings(args, resolved(decoder, sampling(args)))
+        settings = batch_settings(decoder, args)
         header = make_header(decoder, decoder.checkpoint, lines, settings, args.seed)
         drawing = any(one.temperature > 0 and one.seed is None for one in params)
         seed = results.begin(header, lines, draw_seed=drawing)
         params = seeded(params, seed)
         todo = [line for line in lines if line.index not in results.done]
-        done = decode_lines(
-            decoder,
-            todo,
-            [params[line.index] for line in todo],
-            lambda line: encode_line(decoder, args, line),
-            args.max_new_tokens or NEW_TOKENS,
-            args.mode,
-        )
+        done = decode_lines(decoder, args, todo, [params[line.index] for line in todo])
         return write_results(results, done, len(lines), seed)
 
 
-def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
+def batch_settings(decoder: Decoder, args: argparse.Namespace) -> dict[str, Any]:
     """Return what decides the texts, apart from the decoder's configuration and the prompts."""
     names = ("mode", "max_new_tokens", "raw", "system", "thinking")
-    return {name: getattr(args, name) for name in names} | {"sampling": sampling_settings(params)}
+    settings = {name: getattr(args, name) for name in names}
+    settings["mode"] = args.mode or decoder.default_mode
+    return settings | {"sampling": sampling_settings(resolved(decoder, sampling(args)))}
 
 
-def encode_line(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> list[int]:
-    """Return the ids of a file's prompt. Raises PromptError, TemplateError: only this one fails."""
-    if line.kind == "ids":
-        return list(line.prompt)
-    if not line.prompt:
-        raise PromptError(f"{line.kind}: empty; it needs at least one token")
-    return encode(decoder, args, {"text" if line.kind == "prompt" else line.kind: line.prompt})
+def prompt_of(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> Any:
+    """Return what the decoder encodes: ids or text as they are, or chat messages.
+
+    Text is a user's message where there is a chat template, but for --raw; --system's message comes
+    first where the chat has none.
+    """
+    if line.kind == "ids" or (line.kind == "prompt" and (args.raw or not has_template(decoder))):
+        return line.prompt
+    chat = line.prompt if line.kind == "messages" else [message("user", line.prompt)]
+    return chat if chat[0].get("role") == "system" else [*system_message(args), *chat]
 
 
 def write_results(
@@ -75,16 +79,15 @@ def write_results(
 ) -> int:
     """Write each result as it comes, print a summary, and return the exit code.
 
-    The code is 0 with failed prompts, too: their results say what was wrong.
+    The code is 3 where any of the file's prompts failed, in this run or in an earlier one.
     """
-    before, n_tokens, n_failed = len(results.done), 0, 0
+    before, n_tokens = len(results.done), 0
     begun = time.perf_counter()
     try:
         with batch_bar(n_prompts, before) as show:
             for line, generation in done:
                 results.write(line, generation)
                 n_tokens += len(generation.tokens)
-                n_failed += generation.error is not None
                 show(len(results.done), n_tokens / (time.perf_counter() - begun))
     except KeyboardInterrupt:
         more = "; the same command resumes" if results.resumable else ""
@@ -93,11 +96,29 @@ def write_results(
         return 130
     rate = n_tokens / (time.perf_counter() - begun)
     parts = [f"{n_prompts - before} prompts", f"{n_tokens} tokens", f"{rate:.1f} tokens/s"]
+    n_failed = results.n_failed
     parts.append(f"{n_failed} failed" + (" (see their results)" if n_failed else ""))
     parts += [f"{before} were done before"] if before else []
     parts += [f"seed {seed}"] if seed is not None else []
     print(" · ".join(parts), file=sys.stderr)
-    return 0
+    return 3 if n_failed else 0
+
+
+@contextmanager
+def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], None]]:
+    """Show the finished prompts, tokens/s and the time left on a terminal's standard error."""
+    if not sys.stderr.isatty():
+        yield lambda done, rate: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    rate, left = TextColumn("{task.fields[rate]:.1f} tokens/s"), TextColumn("left")
+    columns = ("prompts", BarColumn(), MofNCompleteColumn(), rate, TimeLeft(), left)
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=n_prompts, completed=before, rate=0.0)
+        yield lambda done, rate: bar.update(task, completed=done, rate=rate)
 
 
 def parameters(
@@ -129,26 +150,28 @@ def seeded(params: Sequence[SamplingParams], seed: int | None) -> list[SamplingP
 
 def decode_lines(
     decoder: Decoder,
+    args: argparse.Namespace,
     lines: Sequence[PromptLine],
     params: Sequence[SamplingParams],
-    encode: Callable[[PromptLine], list[int]],
-    max_new_tokens: int,
-    mode: str,
 ) -> Iterator[tuple[PromptLine, Generation]]:
-    """Each line with its result, as it ends. A prompt that cannot be decoded fails alone.
+    """Yield each line with its result, as it ends; ``params`` are the lines' own, in their order.
 
-    ``params`` are the lines' own, in their order; ``max_new_tokens`` is for lines without one.
+    A prompt that cannot be decoded fails alone. The decoder encodes one once a slot is free for it.
     """
-    kept: list[tuple[PromptLine, SamplingParams, list[int]]] = []
+    kept: list[tuple[PromptLine, SamplingParams]] = []
     for line, own in zip(lines, params, strict=True):
-        try:
-            ids = encode(line)
-        except (PromptError, TemplateError) as error:
-            yield line, Generation.failed(error, own.seed)
+        if line.prompt:
+            kept.append((line, own))
         else:
-            kept.append((line, own, ids))
-    prompts, settings = [ids for _, _, ids in kept], [own for _, own, _ in kept]
-    budgets = [line.settings.get("max_new_tokens", max_new_tokens) for line, _, _ in kept]
-    if kept:
-        for index, generation in decoder.as_completed(prompts, budgets, settings, mode):
-            yield kept[index][0], generation
+            error = PromptError(f"{line.kind}: empty; it needs at least one token")
+            yield line, Generation.failed(error, own.seed)
+    if not kept:
+        return
+    prompts = [prompt_of(decoder, args, line) for line, _ in kept]
+    budgets = [line.settings.get("max_new_tokens", args.max_new_tokens) for line, _ in kept]
+    has_chat = any(isinstance(prompt[0], dict) for prompt in prompts)
+    asks = args.thinking is not None and has_chat
+    more: dict[str, Any] = {"enable_thinking": args.thinking} if asks else {}
+    settings = [own for _, own in kept]
+    for index, generation in decoder.as_completed(prompts, budgets, settings, args.mode, **more):
+        yield kept[index][0], generation

@@ -161,11 +161,14 @@ def add_prompt_flags(group: Group) -> None:
     add("--demo", choices=DEMOS, help=demo)
     raw = "continue the prompt as it is, without the chat template"
     add("--raw", action="store_true", help=raw)
-    lines = 'JSON Lines: objects with "prompt", "messages" or "ids"; "id" and settings optional'
+    lines = (
+        'JSON Lines: objects with "prompt", "messages" or "ids"; "id" and settings optional, '
+        "other fields go into the result; '-' reads standard input"
+    )
     add("--prompts-file", metavar="FILE", help=lines)
     results = (
         "results of --prompts-file, a line as soon as each is finished ('-': print them); "
-        "the same command resumes a run that was killed"
+        "the same command resumes a run that was killed; the exit code is 3 if a prompt failed"
     )
     add("--output", metavar="FILE", help=results)
 

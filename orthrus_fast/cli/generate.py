@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import build_generate_parser, check_flags, spelled
 from orthrus_fast.cli.session import (
-    EMBEDDED,
     announce_loading,
     budget,
     check_template_flags,
@@ -27,7 +26,7 @@ from orthrus_fast.cli.session import (
 )
 from orthrus_fast.cli.terminal import fail, show_prompt, write_output
 from orthrus_fast.errors import CheckpointError, PromptError, RequestError
-from orthrus_fast.files import read_json
+from orthrus_fast.files import embedded_checkpoint, read_json
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation
@@ -90,7 +89,7 @@ def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
     for flag in ("raw", "system", "thinking"):
         if getattr(args, flag) is not (False if flag == "raw" else None):
             raise RequestError(f"{spelled(flag, args)} needs a prompt: --prompt TEXT, or a pipe")
-    path, name = EMBEDDED / "demos.json", args.demo or "records"
+    path, name = embedded_checkpoint() / "demos.json", args.demo or "records"
     demos = read_json(path)
     if not isinstance(demos, dict) or not isinstance(demos.get(name), dict):
         raise CheckpointError(f"{path}: has no demonstration {name!r}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from orthrus_fast.cli.flags import build_info_parser
-from orthrus_fast.cli.session import EMBEDDED
 from orthrus_fast.cli.terminal import printable, write_output
+from orthrus_fast.files import embedded_checkpoint
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -18,11 +17,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from orthrus_fast.checkpoint import count_weights, open_checkpoint
     from orthrus_fast.loading import check_max_seq_len, memory_needed, parse_device
 
-    path = args.checkpoint if args.checkpoint is not None else EMBEDDED
-    more: dict[str, Any] = {}
-    if args.ignore_config_field:
-        more["ignore_config_fields"] = tuple(args.ignore_config_field)
-    checkpoint = open_checkpoint(path, revision=args.revision, **more)
+    path = args.checkpoint if args.checkpoint is not None else embedded_checkpoint()
+    ignored = tuple(args.ignore_config_field or ())
+    checkpoint = open_checkpoint(path, revision=args.revision, ignore_config_fields=ignored)
     config = checkpoint.config
     length = check_max_seq_len(args.max_seq_len, config)
     views = "autoregressive and draft" if config.has_draft_view else "autoregressive only"

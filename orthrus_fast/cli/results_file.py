@@ -1,11 +1,13 @@
 """The results of a prompts file: JSON Lines, locked while written, resumable.
 
 A result depends on its own line, the settings and the seed, not on its neighbours. So what a killed
-run wrote is kept, and the run that finishes it writes what the first would have written.
+run wrote is kept, and the run that finishes it writes what the first would have written. It repeats
+the line's fields that are no settings; one named as a field of results stands in its "extra".
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -52,7 +54,7 @@ def make_header(
 ) -> dict[str, Any]:
     """The first line of a results file. ``settings`` go beside the decoder's configuration."""
     configuration = {**decoder.configuration, **settings}
-    prompts = [[line.id, line.kind, line.prompt, line.settings] for line in lines]
+    prompts = [[one.id, one.kind, one.prompt, {**one.settings, **one.extra}] for one in lines]
     header = {
         "orthrus_fast_results": FORMAT,
         "fingerprint": {
@@ -142,6 +144,7 @@ class Results:
         """Raises RequestError for a file of anything else, or that another process writes to."""
         self.path = str(path)
         self.done: set[int] = set()  # indices of the prompts whose results are there
+        self.n_failed = 0  # of these
         self.resumable = self.path != "-"
         self._created = self.resumable and not os.path.lexists(path)
         self._file = _open_locked(self.path) if self.resumable else sys.stdout.buffer
@@ -166,7 +169,8 @@ class Results:
             return
         if self._created and not self.done:
             os.unlink(self.path)  # no results: leave nothing behind
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told of before
+            self._file.close()
 
     def begin(
         self, header: dict[str, Any], lines: Sequence[PromptLine], *, draw_seed: bool
@@ -193,16 +197,31 @@ class Results:
 
     def write(self, line: PromptLine, generation: Generation) -> None:
         """One result, as a line."""
-        fields = asdict(generation)
+        fields = {"id": line.id, "index": line.index, **asdict(generation)}
+        taken = {k: v for k, v in line.extra.items() if k in (*fields, "extra")}
+        others = {k: v for k, v in line.extra.items() if k not in taken}
         if generation.logprobs is None:
             del fields["logprobs"]
-        self._write({"id": line.id, "index": line.index, **fields})
-        self.done.add(line.index)
+        self._write({**fields, **others, **({"extra": taken} if taken else {})})
+        self._count(line.index, generation.finish_reason)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         # ASCII: no reader takes a character of the text for the end of the line.
-        self._file.write(json.dumps(record).replace("\x7f", "\\u007f").encode("ascii") + b"\n")
-        self._file.flush()
+        content = json.dumps(record).replace("\x7f", "\\u007f").encode("ascii") + b"\n"
+        try:
+            self._file.write(content)
+            self._file.flush()
+        except OSError as error:
+            if not self.resumable:
+                raise  # standard output's, which may have lost its reader
+            raise RequestError(
+                f"{self.path}: cannot be written ({error.strerror or error}); what is done stays: "
+                "the same command resumes"
+            ) from None
+
+    def _count(self, index: int, finish_reason: Any) -> None:
+        self.done.add(index)
+        self.n_failed += finish_reason == "error"
 
     def _read_header(self) -> dict[str, Any] | None:
         """The header of the file; None for an empty file, or one with a torn header only."""
@@ -244,7 +263,7 @@ class Results:
                     f"{self.path}, line {number}: id {what}: is there twice, or is no prompt's; "
                     "remove the line"
                 )
-            self.done.add(index)
+            self._count(index, result.get("finish_reason"))
             end += len(content)
         self._file.truncate(end)
         self._file.seek(end)

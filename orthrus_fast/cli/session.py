@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import spelled
 from orthrus_fast.cli.terminal import printable, progress_bar, render, write_output
 from orthrus_fast.errors import RequestError, TemplateError
+from orthrus_fast.options import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation, SamplingParams
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "model"
-NEW_TOKENS = 256  # where no limit is given, nor thought is
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
@@ -30,11 +28,9 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
     """Load the checkpoint as the flags say; settle ``args.mode`` where none is given."""
     from orthrus_fast import load
 
-    fields = args.ignore_config_field
-    more: dict[str, Any] = {"ignore_config_fields": tuple(fields)} if fields else {}
     with progress_bar("loading") as progress:
         decoder = load(
-            args.checkpoint if args.checkpoint is not None else EMBEDDED,
+            args.checkpoint,  # None: the embedded one
             device=args.device,
             dtype=args.dtype,
             max_seq_len=args.max_seq_len,
@@ -45,10 +41,10 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             block_size=args.block_size,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
+            ignore_config_fields=tuple(args.ignore_config_field or ()),
             progress=progress,
-            **more,
         )
-    args.mode = args.mode or ("diffusion" if decoder.config.has_draft_view else "ar")
+    args.mode = args.mode or decoder.default_mode
     return decoder
 
 
@@ -75,7 +71,7 @@ def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
             flag = spelled("thinking", args)
             raise RequestError(f"{flag}: the template of {decoder.name} has no thinking mode")
         args.thinks = rendered(decoder).rstrip().endswith("<think>")
-    elif args.thinking is None and thinks_by_default(decoder):
+    elif args.thinking is None and decoder.tokenizer.thinks_by_default():
         args.thinking = False
         print("thinking is off; --thinking turns it on", file=sys.stderr)
     args.thinks = args.thinks or args.thinking is True
@@ -87,18 +83,11 @@ def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
         )
 
 
-def thinks_by_default(decoder: Decoder) -> bool:
-    """Return whether the template asks for thoughts where it is told nothing of them."""
-    text = rendered(decoder)
-    thoughtful, thoughtless = (rendered(decoder, enable_thinking=on) for on in (True, False))
-    return text == thoughtful != thoughtless
-
-
-def rendered(decoder: Decoder, **options: Any) -> str:
+def rendered(decoder: Decoder) -> str:
     """Return a chat of one message as the template writes it, "" where that has no place there."""
     assert decoder.tokenizer is not None
     try:
-        return decoder.tokenizer.render_chat([message("user", "x")], **options)
+        return decoder.tokenizer.render_chat([message("user", "x")])
     except TemplateError:
         return ""
 
@@ -142,8 +131,6 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
     from orthrus_fast import SamplingParams
 
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-    if given.get("top_k") in (0, -1):
-        given["top_k"] = None  # off, whatever the checkpoint says
     given |= {"stop": tuple(given.get("stop", ()))} | instead
     if args.sampling == "checkpoint":
         return SamplingParams.from_checkpoint(**given)
@@ -160,7 +147,7 @@ def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int:
     if args.max_new_tokens is not None:
         return int(args.max_new_tokens)
     room = max(1, decoder.max_seq_len - n_prompt)
-    return room if args.thinks else min(room, NEW_TOKENS)
+    return room if args.thinks else min(room, MAX_NEW_TOKENS)
 
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
@@ -210,7 +197,7 @@ def which_limit(decoder: Decoder, args: argparse.Namespace, limit: int) -> str:
     """Return in words which limit of new tokens a text reached, and what raises it."""
     if args.max_new_tokens is not None:
         return f"its limit of {limit} new tokens; --max-new-tokens raises it"
-    if limit == NEW_TOKENS and not args.thinks:
+    if limit == MAX_NEW_TOKENS and not args.thinks:
         return f"the default limit of {limit} new tokens; --max-new-tokens raises it"
     room = f"the {limit} new tokens that max_seq_len {decoder.max_seq_len} leaves room for"
     if decoder.max_seq_len < decoder.config.max_position_embeddings:

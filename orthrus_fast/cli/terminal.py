@@ -108,20 +108,3 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar.live.is_started:  # stopping prints an empty line even where nothing was shown
             bar.stop()
-
-
-@contextmanager
-def batch_bar(n_prompts: int, before: int) -> Iterator[Callable[[int, float], None]]:
-    """Show the finished prompts and tokens/s on a terminal's standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    rate = TextColumn("{task.fields[rate]:.1f} tokens/s")
-    console = Console(stderr=True)
-    bar = Progress("prompts", BarColumn(), MofNCompleteColumn(), rate, console=console)
-    task = bar.add_task("", total=n_prompts, completed=before, rate=0.0)
-    if not sys.stderr.isatty():
-        yield lambda done, rate: None
-        return
-    with bar:
-        yield lambda done, rate: bar.update(task, completed=done, rate=rate)

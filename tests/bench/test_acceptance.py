@@ -8,7 +8,7 @@ import pytest
 
 from orthrus_fast import steps
 from orthrus_fast.bench.acceptance import Text, averages, by_position, distinct_trigrams
-from orthrus_fast.bench.common import EMBEDDED as MODEL
+from orthrus_fast.files import embedded_checkpoint
 from tests.bench.runs import EMBEDDED, TINY, run
 from tests.bench.test_identity import accept_one_too_many
 
@@ -84,6 +84,6 @@ def test_without_prompts_acceptance_is_left_out(
     why = "random weights have no trained draft view"
     assert part["acceptance"]["skipped"] == why
     assert f"acceptance: left out, {why}" in capsys.readouterr().out
-    flags = (*EMBEDDED, "--parts", "acceptance", "--checkpoint", str(MODEL))
+    flags = (*EMBEDDED, "--parts", "acceptance", "--checkpoint", str(embedded_checkpoint()))
     part = run(tmp_path / "c.json", *flags)["parts"]
     assert part["acceptance"]["skipped"] == "no --prompts-file"

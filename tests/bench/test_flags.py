@@ -65,6 +65,7 @@ def refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         (("--shape", "tiny", "--json", "/nowhere/r.json"), "no such directory"),
         (("--json", str(Path(__file__))), "exists; name another file, or remove it"),
         (("--speed",), "--speed"),
+        (("--prompts-file", "-"), "--prompts-file: several parts read it; name a file"),
         ((*TINY, "--temperature", "-1"), "temperature=-1.0 is not"),
         ((*TINY, "--temperature", "hot"), "--temperature: invalid"),
         ((*TINY, "--temperature", "1", "--top-k", "0"), "--top-k: invalid"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from orthrus_fast.bench import passes, streaming
+from orthrus_fast.bench import passes, results, streaming
 from orthrus_fast.bench import run as module
 from orthrus_fast.bench.command import main
 from orthrus_fast.bench.common import REPOSITORY
@@ -25,6 +25,28 @@ from tests.checkpoints import write_checkpoint
 
 SHORT = ("--contexts", "70,200", "--new-tokens", "24", "--slots-list", "1,2", "--slots", "2")
 IN_PROCESS = ("--parts", ",".join(name for name in PARTS if name != "modes"))
+
+
+def test_the_commit_is_the_packages_own_not_that_of_a_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reported(place: Path) -> tuple[str | None, bool | None]:
+        monkeypatch.setattr(results, "REPOSITORY", place)
+        found = results.environment({"device": "cpu", "hardware": "x"})
+        return found["commit"], found["dirty"]
+
+    inside = tmp_path / "venv" / "site-packages"
+    inside.mkdir(parents=True)
+    assert reported(tmp_path) == (None, None)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    name = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+    commit = ("git", "-C", str(tmp_path), *name, "commit", "-q", "--allow-empty", "-m", "x")
+    subprocess.run(commit, check=True)
+    own, dirty = reported(tmp_path)
+    assert own is not None and len(own) == 40 and dirty is False
+    (tmp_path / "new").write_text("")
+    assert reported(tmp_path) == (own, True)
+    assert reported(inside) == (None, None)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthrus_fast.bench.session import choose_prompts, random_prompts, read_prompts
-from orthrus_fast.errors import RequestError
+from orthrus_fast.bench.session import choose_prompts, random_prompts
+from orthrus_fast.errors import PromptError
 from tests.bench.runs import TINY, session
 from tests.checkpoints import write_checkpoint
 
@@ -29,7 +29,7 @@ def test_random_weights_follow_the_seed() -> None:
 def test_prompts_come_from_a_file_spread_over_it(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", tokenizer=True, eos_token_id=[])
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"ids": [1, 2, 3]}\n{"text": "ab"}\n{"ids": [9], "kind": "x"}\n')
+    prompts.write_text('{"ids": [1, 2, 3]}\n{"text": "ab"}\n\n{"prompt": "c", "kind": "x"}\n')
     flags = ("--checkpoint", str(directory), "--device", "cpu", "--contexts", "30")
     flags += ("--new-tokens", "20", "--prompts-file", str(prompts))
     assert [len(ids) for ids in choose_prompts(session(*flags))] == [3, 2, 1]
@@ -44,9 +44,10 @@ def test_random_prompts_differ_by_salt_and_fit() -> None:
     assert len(set(lengths)) > 5 and max(lengths) <= 300 - 250
 
 
-@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", '{"text": "a"}\nnonsense\n'])
-def test_a_file_without_prompts_is_refused(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["", '{"text": "a"}\nnonsense\n'])
+def test_a_prompts_file_is_read_as_the_command_reads_it(text: str, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
-    with pytest.raises(RequestError, match="prompts_file"):
-        read_prompts(path)
+    built = session("--device", "cpu", "--contexts", "30", "--prompts-file", str(path))
+    with pytest.raises(PromptError, match=f"^{path}(, line 2)?: (has no prompts|not valid JSON)"):
+        choose_prompts(built)

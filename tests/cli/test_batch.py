@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +28,8 @@ from orthrus_fast.cli import batch, results_file
 from orthrus_fast.cli.flags import build_generate_parser
 from orthrus_fast.cli.main import main
 from orthrus_fast.errors import PromptError, RequestError
-from orthrus_fast.prompts import read_prompts
+from orthrus_fast.prompts import PromptLine, read_prompts
+from orthrus_fast.results import Generation
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +114,62 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
     assert (fourth.id, fourth.prompt, fourth.settings["stop"]) == (-4, "", ("s", "t"))
 
 
+def test_names_of_other_programs_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    write_prompts(path, [{"text": "a", "max_tokens": 7}, {"prompt": "a", "max_new_tokens": 7}])
+    one, other = read_prompts(path)
+    assert (one.kind, one.prompt, one.settings) == (other.kind, other.prompt, other.settings)
+    assert one.extra == {}
+
+
+def test_what_looks_like_a_setting_and_is_none_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [
+        {"prompt": "a", "temprature": 1, "kind": "x", "expected": [1], "source": "s", "index": 3},
+        {"prompt": "b", "temprature": 2, "repetition_penalty": 1.1, "max-new-tokens": 3},
+        {"prompt": "c", "\x1b[31mtemperature": 1, "idx": 1, "task_id": 1, "topK": 0},
+    ]
+    path = write_prompts(tmp_path / "prompts.jsonl", prompts)
+    lines = read_prompts(path)
+    assert [{**line.extra, "prompt": line.prompt} for line in lines] == prompts
+    assert [record.getMessage().removeprefix(f"{path}, ") for record in caplog.records] == [
+        "line 1: 'temprature' is no setting here (did you mean temperature?); it changes no text",
+        "line 2: 'repetition_penalty' is no setting here; it changes no text",
+        "line 2: 'max-new-tokens' is no setting here (did you mean max_new_tokens?); "
+        "it changes no text",
+        r"line 3: '\x1b[31mtemperature' is no setting here (did you mean temperature?); "
+        "it changes no text",
+        "line 3: 'topK' is no setting here (did you mean top_k?); it changes no text",
+    ]
+
+
+def test_the_held_out_prompts_are_a_prompts_file(caplog: pytest.LogCaptureFixture) -> None:
+    lines = read_prompts(ROOT / "model" / "heldout.jsonl")
+    assert {line.kind for line in lines} == {"prompt", "messages"}
+    assert {name for line in lines for name in line.extra} >= {"kind", "expected"}
+    assert not any(line.settings for line in lines) and caplog.records == []
+
+
+def test_standard_input_is_read_as_a_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def piped(content: bytes) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return run("--prompts-file", "-")
+
+    content = "".join(json.dumps(prompt) + "\n" for prompt in PROMPTS).encode()
+    assert piped(content).code == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+    again = piped(content)  # resumed by the fingerprint of what came
+    assert (again.code, again.err[:10]) == (0, "0 prompts ")
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert_one_line(piped(b'{"id": 1}\n'), "error: standard input, line 1: none: it needs one of")
+    assert_one_line(piped(b""), "error: standard input: has no prompts")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_one_line(run("--prompts-file", "-"), "error: standard input: closed")
+
+
 @pytest.mark.parametrize(
     "line, problem",
     [
@@ -117,10 +177,16 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
         ('{"prompt": NaN}', "NaN is not JSON"),
         ("[1]", "not a JSON object"),
         ("[" * 100_000, "nested too deeply"),
-        ("{}", "none: it needs one of prompt, messages and ids"),
+        ("{}", "none: it needs one of prompt (text), messages and ids"),
         ('{"prompt": "a", "ids": [1]}', "prompt and ids: it needs one of"),
-        ('{"prompt": "a", "temprature": 1}', "'temprature' is not a field; known are prompt,"),
-        ('{"prompt": "a", "\\u001b[31m": 1}', r"'\x1b[31m' is not a field"),
+        ('{"prompt": "a", "text": "b"}', "prompt and text are the same; give one of them"),
+        ('{"text": 3}', "prompt: 3 is not text"),
+        (
+            '{"text": "a", "max_tokens": 1, "max_new_tokens": 1}',
+            "max_new_tokens and max_tokens are the same",
+        ),
+        ('{"prompt": "a", "max_tokens": 0}', "max_new_tokens: 0 is not an integer above 0"),
+        ('{"prompt": "a", "score": 1e999}', "not valid JSON (1e999 is too large)"),
         ('{"prompt": 3}', "prompt: 3 is not text"),
         ('{"prompt": null}', "prompt: None is not text"),
         ('{"messages": "hi"}', "messages: 'hi' is not a list of objects"),
@@ -131,7 +197,7 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
         ('{"prompt": "a", "id": true}', "id: True is not text or an integer"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens: 0 is not an integer above 0"),
         ('{"prompt": "a", "temperature": "1"}', "temperature: '1' is not a number"),
-        ('{"prompt": "a", "temperature": 1e999}', "temperature: inf is not a number"),
+        ('{"prompt": "a", "temperature": 1e9999}', "not valid JSON (1e9999 is too large)"),
         ('{"prompt": "a", "top_k": 2.5}', "top_k: 2.5 is not an integer"),
         ('{"prompt": "a", "seed": "x"}', "seed: 'x' is not an integer"),
         ('{"prompt": "a", "seed": 1%s}' % ("0" * 5000), "not valid JSON"),
@@ -225,7 +291,7 @@ def test_a_bad_prompt_is_a_result_and_stays_one(run: Run, tmp_path: Path) -> Non
         {"id": "budget", "prompt": "x", "max_new_tokens": 10**30},
     ]
     got = run(prompts=prompts)
-    assert got.code == 0
+    assert got.code == 3
     assert "8 prompts · 12 tokens · " in got.err and got.err.endswith(
         " · 7 failed (see their results)\n"
     )
@@ -233,7 +299,7 @@ def test_a_bad_prompt_is_a_result_and_stays_one(run: Run, tmp_path: Path) -> Non
     assert results["good"]["finish_reason"] == "length"
     parts = {
         "empty": "prompt: empty",
-        "no ids": "prompt: empty",
+        "no ids": "ids: empty",
         "not in the vocabulary": "-3 is no id below 272",
         "no template": "template",
         "surrogate": "lone surrogate",
@@ -245,8 +311,51 @@ def test_a_bad_prompt_is_a_result_and_stays_one(run: Run, tmp_path: Path) -> Non
         assert (result["finish_reason"], result["tokens"]) == ("error", [])
         assert part in result["error"]
     before = (tmp_path / "results.jsonl").read_bytes()
-    assert run(prompts=prompts).err.startswith("0 prompts · 0 tokens · ")
+    again = run(prompts=prompts)
+    assert again.code == 3  # an earlier run's failures are failures
+    assert again.err.startswith("0 prompts · 0 tokens · ")
+    assert again.err.endswith(" · 7 failed (see their results) · 8 were done before\n")
     assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_a_line_repeats_the_fields_that_are_no_settings(run: Run, tmp_path: Path) -> None:
+    own = {"kind": "x", "expected": {"a": [1.5, None, "\ud800"]}, "source": "é"}
+    taken = {"index": 40, "tokens": "t", "finish_reason": None, "error": "e", "extra": {"extra": 1}}
+    prompts = [{"text": "a", "id": "plain"}, {"text": "a", "id": "own", **own}]
+    prompts += [{"text": "", "id": "failed", **own}, {"text": "a", "id": "taken", **own, **taken}]
+    assert run(prompts=prompts).code == 3
+    results = read_results(tmp_path / "results.jsonl")[1]
+    plain, failed = results["plain"], results["failed"]
+    here = {"id": "own", "index": 1}
+    assert results["own"] == {**plain, **here, **own}
+    assert {name: failed[name] for name in own} == own and "empty" in failed["error"]
+    there = {"id": "taken", "index": 3, "extra": taken}
+    assert results["taken"] == {**plain, **there, **own}
+    assert run(prompts=prompts).code == 3  # taken up by its own index
+    got = run(prompts=[prompts[0], {**prompts[1], "source": "f"}, *prompts[2:]])
+    assert_one_line(got, "differs in prompts")
+
+
+def test_a_full_disk_names_the_file_and_the_rest_comes_later(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run().code == 0
+    output = tmp_path / "results.jsonl"
+    expected, n_bytes = read_results(output), output.stat().st_size
+    output.unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error, as of a full disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes * 3 // 4, limits[1]))
+        got = run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_one_line(got, f"error: {output}: cannot be written (File too large); what is done stays")
+    assert "Errno" not in got.err
+    assert 0 < output.stat().st_size <= n_bytes * 3 // 4
+    assert run().code == 0
+    assert read_results(output) == expected
 
 
 def test_order_neighbours_and_slots_do_not_show_in_the_results(run: Run, tmp_path: Path) -> None:
@@ -283,16 +392,17 @@ def test_a_chat_template_wraps_text_and_messages_but_not_ids(
 
     def sent(*more: object) -> list[str]:
         encoded: list[str] = []
-        as_completed = orthrus_fast.Decoder.as_completed
+        encode = orthrus_fast.Decoder.encode
 
-        def spy(self: Any, ids: list[list[int]], *rest: Any) -> Any:
-            encoded.extend(bytes(one).decode() for one in ids)
-            return as_completed(self, ids, *rest)
+        def spy(self: Any, prompt: Any, **more: Any) -> list[int]:
+            ids = encode(self, prompt, **more)
+            encoded.append(bytes(ids).decode())
+            return ids
 
         with monkeypatch.context() as patch:
-            patch.setattr(orthrus_fast.Decoder, "as_completed", spy)
+            patch.setattr(orthrus_fast.Decoder, "encode", spy)
             output = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-            assert run(*more, prompts=prompts, checkpoint=chat, output=output).code == 0
+            assert run(*more, prompts=prompts, checkpoint=chat, output=output).code == 3
         assert "messages: empty" in read_results(output)[1][5]["error"]
         return encoded
 
@@ -333,6 +443,7 @@ def test_a_terminal_sees_how_many_are_done(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     got = run()
     assert "6/6" in got.err and "tokens/s" in got.err
+    assert re.search(r"\d:\d\d(\x1b\S*)? left", got.err)
 
 
 # Going on where a run was killed.
@@ -344,9 +455,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     asked: list[int] = []
     as_completed = orthrus_fast.Decoder.as_completed
 
-    def spy(self: Any, prompts: list[Any], *rest: Any) -> Any:
+    def spy(self: Any, prompts: list[Any], *rest: Any, **more: Any) -> Any:
         asked.append(len(prompts))
-        return as_completed(self, prompts, *rest)
+        return as_completed(self, prompts, *rest, **more)
 
     monkeypatch.setattr(orthrus_fast.Decoder, "as_completed", spy)
     return asked
@@ -541,6 +652,17 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert got.err.endswith("2 were done before\n")
 
 
+def test_a_reader_that_closed_the_output_is_no_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(content: bytes) -> None:
+        raise BrokenPipeError
+
+    with results_file.Results("-") as results:
+        monkeypatch.setattr(results, "_file", SimpleNamespace(write=write))
+        line = PromptLine("x", 0, 1, "ids", [5], {}, {})
+        with pytest.raises(BrokenPipeError):
+            results.write(line, Generation("", [], "eos", None, None))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_is_gone_on_from(run: Run, tmp_path: Path, raw: Path, stop: int) -> None:
@@ -607,6 +729,8 @@ def test_every_field_of_a_line_counts_for_the_prompts_fingerprint(
     assert fingerprint(decoder, path, prompt="hello", id=1) == plain  # the line's number
     found = [fingerprint(decoder, path, prompt="hello", **{k: v}) for k, v in OTHER_VALUES.items()]
     found += [
+        fingerprint(decoder, path, prompt="hello", kind="a"),
+        fingerprint(decoder, path, prompt="hello", kind="b"),
         fingerprint(decoder, path, prompt="hello", min_p=0.5),
         fingerprint(decoder, path, prompt="hello", min_p=0),
         fingerprint(decoder, path, prompt="hullo"),
