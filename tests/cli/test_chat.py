@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,27 @@ from typing import Any
 import pytest
 
 import orthrus_fast
-from orthrus_fast import Decoder
 from orthrus_fast.cli.chat import find_command, fit
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.session import encode_chat
+from orthrus_fast.decoder import Decoder, Prompt
 from orthrus_fast.results import Chunk, Generation
 from tests.checkpoints import write_checkpoint
 from tests.cli.terminals import terminal
 
-COMMAND = "import sys; from orthrus_fast.cli.main import main; sys.exit(main())"
+# The command, whose answers begin once a key was pressed.
+COMMAND = """
+import select, sys
+from orthrus_fast.cli import chat, main
+
+def decode(*rest, decode=chat.decode):
+    print("begun")
+    select.select([0], [], [])
+    return decode(*rest)
+
+chat.decode = decode
+sys.exit(main.main())
+"""
 
 
 class Run(SimpleNamespace):
@@ -38,45 +51,84 @@ def run(capsys: pytest.CaptureFixture[str], lines: str, *arguments: object) -> R
     return Run(code=code, out=captured.out, err=captured.err)
 
 
-def answers(decoder: Decoder, system: str | None, *conversations: Sequence[str]) -> str:
-    """What is printed of the last answers in conversations; the user has the first word."""
-    texts = []
-    for said in conversations:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        for index, text in enumerate(said):
-            messages.append({"role": ("user", "assistant")[index % 2], "content": text})
-        texts.append(decoder.generate(messages, 8).text)
-    return "".join(f"{text}\n" for text in texts)
+class Canned:
+    """A stream of one chunk, or of none, that Ctrl-C or an ``error`` ends."""
+
+    def __init__(self, text: str, error: str | None = None) -> None:
+        speed = {"tokens_per_cycle": None, "tokens_per_second": None, "time_to_first_token": 0.0}
+        stats: Any = SimpleNamespace(cycles=0, **speed) if text else None
+        self.result = Generation(text, [1], "error" if error else None, None, stats, error)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        if self.result.text:
+            yield Chunk([1], [self.result.text], 0)
+        if self.result.error is None:
+            raise KeyboardInterrupt
+
+    def close(self) -> None: ...
+
+
+class Streams:
+    """``seen``: what was said in each conversation that was decoded; tiny models answer all alike.
+
+    ``canned``: the answers to the first ones.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.canned: list[Canned] = []
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    found, stream = Streams(), Decoder.stream
+
+    def recorded(decoder: Decoder, prompt: Prompt, *rest: Any) -> Any:
+        given = stream(decoder, prompt, *rest)  # which refuses what is too long
+        assert decoder.tokenizer is not None
+        text = decoder.tokenizer.decode(decoder.encode(prompt))
+        found.seen.append(re.findall(r"<(?:system|user|assistant)>(.*?)</", text, re.DOTALL))
+        return found.canned.pop(0) if found.canned else given
+
+    monkeypatch.setattr(Decoder, "stream", recorded)
+    return found
 
 
 def test_turns_are_remembered_and_one_that_is_too_long_is_dropped(
-    chat: Path, capsys: pytest.CaptureFixture[str]
+    chat: Path, capsys: pytest.CaptureFixture[str], streams: Streams
 ) -> None:
     line = ("--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 120)
     got = run(capsys, f"one\n\n{'x' * 200}\ntwo\n", *line)
+    first, second = got.out.splitlines()
     assert got.code == 0
+    assert streams.seen == [["one"], ["one", first, "two"]]
     assert got.err.count("8 tokens \xb7") == 2
     assert got.err.count("error: prompt: 2") == 1
     assert got.err.count("(this turn is dropped)") == 1
     assert "forgotten" not in got.err  # for a turn that was dropped, nothing is
     decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=120)
-    first = decoder.generate([{"role": "user", "content": "one"}], 8).text
-    assert got.out == answers(decoder, None, ["one"], ["one", first, "two"])
+    said = [("user", "one"), ("assistant", first), ("user", "two")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    assert [decoder.generate(one, 8).text for one in (messages[:1], messages)] == [first, second]
 
 
 def test_a_full_context_forgets_its_oldest_turns_and_says_so(
-    chat: Path, capsys: pytest.CaptureFixture[str]
+    chat: Path, capsys: pytest.CaptureFixture[str], streams: Streams
 ) -> None:
-    # A turn is 13 bytes and its text, an answer 23 and its own, the system message 17 and its own.
-    turns = ["a" * 20, "b" * 20, "c" * 60, "d"]
+    a, b, c, d, e = "a" * 20, "b" * 20, "c" * 60, "d", "e" * 140
     line = ("--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 200, "--system", "short")
-    got = run(capsys, "".join(f"{turn}\n" for turn in turns), *line)
-    decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=200)
-    one, two, three, _ = got.out.splitlines()
-    seen = [turns[:1], [turns[0], one, turns[1]], [turns[1], two, turns[2]], [turns[2], three, "d"]]
+    got = run(capsys, f"{a}\n{b}\n{c}\n{d}\n{e}\n", *line)
+    one, two, three, four, _ = got.out.splitlines()
     assert got.code == 0
-    assert got.out == answers(decoder, "short", *seen)
+    assert streams.seen == [
+        ["short", a],
+        ["short", a, one, b],
+        ["short", b, two, c],
+        ["short", c, three, d],
+        ["short", e],
+    ]
     assert got.err.count("the context was full: the oldest turn was forgotten") == 2
+    assert got.err.count("the context was full: the 2 oldest turns were forgotten") == 1
 
 
 def test_what_is_kept_of_a_conversation_leaves_room_for_an_answer(chat: Path) -> None:
@@ -121,13 +173,12 @@ def test_what_is_a_command(text: str, command: str | None) -> None:
 
 @pytest.mark.parametrize("leave", ["/exit", "/quit"])
 def test_commands_are_obeyed_and_not_sent(
-    chat: Path, capsys: pytest.CaptureFixture[str], leave: str
+    chat: Path, capsys: pytest.CaptureFixture[str], streams: Streams, leave: str
 ) -> None:
     line = ("--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 200)
     got = run(capsys, f"one\n/help\n/nothing\n/clear\n /two\n{leave}\nthree\n", *line)
     assert got.code == 0
-    decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=200)
-    assert got.out == answers(decoder, None, ["one"], ["/two"])
+    assert streams.seen == [["one"], ["/two"]]
     lines = got.err.splitlines()
     assert any(line.startswith("/clear  forget") for line in lines)
     assert "error: /nothing: no such command; /help lists them" in got.err
@@ -139,31 +190,6 @@ def test_help_fits_on_a_screen(chat: Path, capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, got.err.splitlines())) <= 80
 
 
-class Canned:
-    """A stream of one chunk, or of none, that Ctrl-C or an ``error`` ends."""
-
-    def __init__(self, text: str, error: str | None = None) -> None:
-        speed = {"tokens_per_cycle": None, "tokens_per_second": None, "time_to_first_token": 0.0}
-        stats: Any = SimpleNamespace(cycles=0, **speed) if text else None
-        self.result = Generation(text, [1], "error" if error else None, None, stats, error)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        if self.result.text:
-            yield Chunk([1], [self.result.text], 0)
-        if self.result.error is None:
-            raise KeyboardInterrupt
-
-    def close(self) -> None: ...
-
-
-def first_answers(monkeypatch: pytest.MonkeyPatch, *streams: Canned) -> None:
-    """Let the first answers be these; the decoder gives the others."""
-    given, stream = list(streams), Decoder.stream
-    monkeypatch.setattr(
-        Decoder, "stream", lambda *a, **k: given.pop(0) if given else stream(*a, **k)
-    )
-
-
 class Typed(io.StringIO):
     """A terminal that is read."""
 
@@ -172,19 +198,19 @@ class Typed(io.StringIO):
 
 
 def test_a_turn_without_an_answer_is_dropped(
-    chat: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat: Path, capsys: pytest.CaptureFixture[str], streams: Streams
 ) -> None:
-    first_answers(monkeypatch, Canned("", "logits that are\nnot finite"))
+    streams.canned = [Canned("", "logits that are\nnot finite")]
     got = run(capsys, "one\ntwo\n", "--checkpoint", chat, "--max-new-tokens", 8)
-    decoder = orthrus_fast.load(chat, device="cpu")
-    assert (got.code, got.out) == (0, "\n" + answers(decoder, None, ["two"]))
+    assert got.code == 0
+    assert streams.seen == [["one"], ["two"]]
     assert "error: logits that are\\nnot finite (this turn is dropped)" in got.err
 
 
 def test_ctrl_c_ends_a_chat_that_nobody_types(
-    chat: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat: Path, capsys: pytest.CaptureFixture[str], streams: Streams
 ) -> None:
-    first_answers(monkeypatch, Canned("some"))
+    streams.canned = [Canned("some")]
     got = run(capsys, "one\ntwo\n", "--checkpoint", chat)
     assert (got.code, got.out) == (130, "some\n")
     assert got.err.splitlines()[-1] == "interrupted"
@@ -210,26 +236,33 @@ def test_a_checkpoint_without_a_chat_template_is_refused(
 
 
 def test_on_a_terminal(chat: Path) -> None:
-    """A banner, an answer undisturbed by keys and ended by Ctrl-C, its speed, and Ctrl-D."""
-    line = ("chat", "--checkpoint", chat, "--device", "cpu", "--mode", "ar")
-    with terminal(COMMAND, *line, "--max-seq-len", 500, "--max-new-tokens", 100) as screen:
+    """A banner, an answer that no key disturbs, its speed, one that Ctrl-C ends, and Ctrl-D."""
+    line = ("chat", "--checkpoint", chat, "--device", "cpu", "--max-new-tokens", 8)
+    with terminal(COMMAND, *line) as screen:
         banner = screen.wait("> ").splitlines()[-2:]
-        assert banner[0].endswith("/model · context of 500 tokens")
+        assert banner[0].endswith("/model · context of 512 tokens")
         assert banner[1] == "/help lists the commands · Ctrl-C ends an answer · Ctrl-D leaves"
         screen.type("one\r")
-        screen.wait("one\r\n")
+        screen.wait("begun")
         screen.type("/clear\r")
-        assert "/clear" not in screen.wait("100 tokens ·")
+        assert "/clear" not in screen.wait("8 tokens ·")
         screen.wait("> ")
         assert screen.wait("> ") == "/clear\nthe conversation is forgotten\n"
+        screen.type("two\r")
+        screen.wait("begun")
+        screen.type("\x03")
+        assert screen.wait("> ") == "\ninterrupted: this turn is dropped\n"
         screen.type("\x04")
         assert screen.end() == (0, "\n")
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_it(
-    chat: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    streams: Streams,
 ) -> None:
-    first_answers(monkeypatch, Canned("some"), Canned(""))
+    streams.canned = [Canned("some"), Canned("")]
     monkeypatch.setattr("orthrus_fast.cli.keyboard.import_readline", lambda: None)
     monkeypatch.setattr("orthrus_fast.cli.keyboard.is_waiting", lambda seconds: False)
     monkeypatch.setattr("termios.tcgetattr", lambda stream: [0] * 6)
@@ -237,7 +270,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(
     monkeypatch.setattr(sys, "stdin", Typed("one\nlost\ntwo\n"))
     code = main(["chat", "--device", "cpu", "--checkpoint", str(chat), "--max-new-tokens", "8"])
     got = capsys.readouterr()
-    decoder = orthrus_fast.load(chat, device="cpu")
-    assert (code, got.out) == (0, "some\n\n" + answers(decoder, None, ["one", "some", "two"]))
+    assert code == 0 and got.out.startswith("some\n\n")
+    assert streams.seen == [["one"], ["one", "some", "lost"], ["one", "some", "two"]]
     assert "interrupted: the text above is what was written so far" in got.err
     assert "interrupted before the first token" in got.err
