@@ -18,7 +18,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from orthrus_fast.loading import check_max_seq_len, memory_needed, parse_device
 
     path = args.checkpoint if args.checkpoint is not None else embedded_checkpoint()
-    ignored = tuple(args.ignore_config_field or ())
+    ignored = tuple(args.ignore_config_field)
     checkpoint = open_checkpoint(path, revision=args.revision, ignore_config_fields=ignored)
     config = checkpoint.config
     length = check_max_seq_len(args.max_seq_len, config)

@@ -41,7 +41,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             block_size=args.block_size,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
-            ignore_config_fields=tuple(args.ignore_config_field or ()),
+            ignore_config_fields=tuple(args.ignore_config_field),
             progress=progress,
         )
     args.mode = args.mode or decoder.default_mode

@@ -376,22 +376,6 @@ def test_the_prompt_may_come_from_standard_input(
     assert (none.code, "none given" in none.err) == (2, True)
 
 
-def test_interactive_remembers_turns_and_survives_a_turn_that_is_too_long(
-    chat: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ("chat", "--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 120)
-    with standard_input(f"one\n\n{'x' * 200}\ntwo\n".encode()):
-        got = run(capsys, *line)
-    assert got.code == 0
-    assert got.err.count("8 tokens \xb7") == 2
-    assert got.err.count("error: prompt:") == 1
-    decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=120)
-    first = decoder.generate([{"role": "user", "content": "one"}], 8).text
-    messages = [("user", "one"), ("assistant", first), ("user", "two")]
-    second = decoder.generate([{"role": r, "content": c} for r, c in messages], 8).text
-    assert got.out == f"{first}\n{second}\n"
-
-
 def test_ctrl_c_keeps_what_was_written(raw: Path) -> None:
     line = [sys.executable, str(ROOT / "generate.py"), "--checkpoint", str(raw), "--device", "cpu"]
     line += ["--prompt", "hello", "--mode", "ar", "--max-new-tokens", "500"]
@@ -721,7 +705,3 @@ def test_thinking_with_a_template_that_knows_nothing_of_it(
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
     line = ("--checkpoint", directory, "--prompt", "x", "--no-thinking")
     assert_refused(run(capsys, *line), "--no-thinking", "no thinking mode")
-
-
-def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(run(capsys, "chat", "--checkpoint", raw), "no chat template")
