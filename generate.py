@@ -454,6 +454,8 @@ def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[
         stream.close()
     if not args.json:
         print(flush=True)
+    if stream.result.error is not None:
+        raise RequestError(stream.result.error)
     return stream.result, interrupted
 
 

@@ -9,8 +9,7 @@ import contextlib
 import inspect
 import secrets
 import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any, SupportsIndex, cast, overload
@@ -18,15 +17,9 @@ from typing import Any, SupportsIndex, cast, overload
 from torch import Tensor
 
 from orthrus_fast.checkpoint import Checkpoint
-from orthrus_fast.errors import (
-    BusyError,
-    PromptError,
-    RequestError,
-    TemplateError,
-    UnsupportedError,
-)
+from orthrus_fast.errors import BusyError, OrthrusError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.invariance import Invariance
-from orthrus_fast.options import MODES, listed
+from orthrus_fast.options import MAX_NEW_TOKENS, MODES, listed
 from orthrus_fast.request import Request
 from orthrus_fast.results import Chunk, Generation
 from orthrus_fast.runners import EagerRunner, SlotOutput
@@ -35,6 +28,7 @@ from orthrus_fast.tokenizer import Tokenizer
 
 Prompt = str | list[int] | list[dict[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams | None] | None
+Budget = int | Sequence[int | None] | None
 Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]
 
 
@@ -63,6 +57,7 @@ class Decoder:
         self.checkpoint = checkpoint
         self.config = runner.model.config
         self.block_width = self.config.block_size or 1  # a plain Qwen3 drafts nothing
+        self.default_mode = "diffusion" if runner.model.has_draft_view else "ar"
         self.slots = runner.cache.n_slots
         self.max_seq_len = max_seq_len
         self.configuration = dict(configuration)
@@ -74,35 +69,48 @@ class Decoder:
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = ...,
+        max_new_tokens: int | None = ...,
         sampling: SamplingParams | None = ...,
-        mode: str = ...,
+        mode: str | None = ...,
+        **template_arguments: Any,
     ) -> Generation: ...
 
     @overload
     def generate(
-        self, prompt: Prompts, max_new_tokens: int = ..., sampling: Sampling = ..., mode: str = ...
+        self,
+        prompt: Prompts,
+        max_new_tokens: Budget = ...,
+        sampling: Sampling = ...,
+        mode: str | None = ...,
+        **template_arguments: Any,
     ) -> list[Generation]: ...
 
     def generate(
         self,
         prompt: Prompt | Prompts,
-        max_new_tokens: int = 256,
+        max_new_tokens: Budget = None,
         sampling: Sampling = None,
-        mode: str = "diffusion",
+        mode: str | None = None,
+        **template_arguments: Any,
     ) -> Generation | list[Generation]:
         """Decode a prompt to its end or ``max_new_tokens``: a Generation, or a list of them.
 
-        ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these; ``sampling``
-        is for all of a list, or a list with one for each. Raises PromptError, RequestError,
-        BusyError; in a list, a bad prompt fails alone, in its result.
+        ``prompt`` is raw text, chat messages (dicts), ids (ints), or a list of these.
+        ``max_new_tokens`` None is 256, or what fits; ``sampling`` None is greedy. Either is for all
+        of a list, or a list with one for each. ``mode`` None drafts where the model can.
+        ``template_arguments`` (``enable_thinking``, ``tools``, …) go to the chat template; they
+        need chat messages. Raises PromptError, RequestError, TemplateError, BusyError; in a list, a
+        bad prompt fails alone, in its result, as logits that are not finite always do.
         """
+        more = template_arguments
         if _is_batch(prompt):
-            done = dict(self.as_completed(cast(Prompts, prompt), max_new_tokens, sampling, mode))
+            many = cast(Prompts, prompt)
+            done = dict(self.as_completed(many, max_new_tokens, sampling, mode, **more))
             return [done[index] for index in range(len(done))]
         if isinstance(sampling, Sequence):
             raise RequestError("sampling: a list of settings needs a list of prompts")
-        stream = self.stream(cast(Prompt, prompt), max_new_tokens, sampling, mode)
+        one, budget = cast(Prompt, prompt), cast(int | None, max_new_tokens)
+        stream = self.stream(one, budget, sampling, mode, **more)
         for _ in stream:
             pass
         return stream.result
@@ -110,14 +118,15 @@ class Decoder:
     def as_completed(
         self,
         prompts: Prompts,
-        max_new_tokens: int | Sequence[int] = 256,
+        max_new_tokens: Budget = None,
         sampling: Sampling = None,
-        mode: str = "diffusion",
+        mode: str | None = None,
+        **template_arguments: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """As ``generate`` with a list: (index, Generation) of each prompt as it ends.
 
-        ``max_new_tokens``, as ``sampling``, is for all of them or a list with one for each. Bad
-        arguments raise here; decoding starts with the first ``next``: BusyError comes there.
+        A prompt is encoded once a slot is free for it. Bad arguments raise here; decoding starts
+        with the first ``next``: BusyError comes there.
         """
         n = len(prompts)
         settings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * n
@@ -127,59 +136,59 @@ class Decoder:
             raise RequestError(
                 f"{n} prompts, but sampling has {len(settings)} and max_new_tokens {len(budgets)}"
             )
-        drafting = self._check(budgets, settings, mode)
-        failed: list[tuple[int, Generation]] = []
-        requests: dict[int, Request] = {}
-        for number, (one, params) in enumerate(zip(prompts, settings, strict=True)):
-            try:
-                requests[number] = self._request(one, budgets[number], params)
-            except (PromptError, TemplateError) as error:
-                seed = params.seed if params else None
-                failed.append((number, Generation.failed(error, seed)))
-        return self._as_completed(failed, requests, drafting)
+        self._check_template_arguments(prompts, template_arguments)
+        drafting, resolved = self._check(budgets, settings, mode)
 
-    def _as_completed(
-        self, failed: list[tuple[int, Generation]], requests: dict[int, Request], drafting: bool
-    ) -> Iterator[tuple[int, Generation]]:
-        yield from failed
-        waiting = dict(requests)
-        for _ in self._run(list(requests.values()), drafting, self.block_width):
-            for number in [n for n, request in waiting.items() if request.finish_reason]:
-                yield number, waiting.pop(number).result()
+        def encoded() -> Iterator[Request]:
+            for i, (one, budget, params) in enumerate(zip(prompts, budgets, resolved, strict=True)):
+                arguments = template_arguments if _is_chat(one) else {}
+                try:
+                    request = self._request(one, budget, params, arguments, i)
+                except OrthrusError as error:
+                    request = Request([], 0, params, index=i)
+                    request.fail(str(error))
+                yield request
+
+        samples = any(params.samples for params in resolved)
+        run = self._run(encoded(), drafting, self.block_width, samples)
+        return ((request.index, request.result()) for request, _ in run if request.finish_reason)
 
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         sampling: SamplingParams | None = None,
-        mode: str = "diffusion",
+        mode: str | None = None,
+        **template_arguments: Any,
     ) -> Stream:
         """As ``generate`` for one prompt, a Chunk as soon as its tokens are committed.
 
         Bad arguments raise here; decoding starts with the first ``next``: BusyError comes there.
         """
-        drafting = self._check([max_new_tokens], [sampling], mode)
-        request = self._request(prompt, max_new_tokens, sampling)
-        return Stream(request, self._run([request], drafting, self.block_width))
+        drafting, [params] = self._check([max_new_tokens], [sampling], mode)
+        request = self._request(prompt, max_new_tokens, params, template_arguments)
+        return Stream(request, self._run([request], drafting, self.block_width, params.samples))
 
-    def generate_one_row(self, prompt: Prompt, max_new_tokens: int = 256) -> Generation:
+    def generate_one_row(
+        self, prompt: Prompt, max_new_tokens: int | None = None, **template_arguments: Any
+    ) -> Generation:
         """Plain AR decoding, one row a pass: what a speed-up must be measured against.
 
         Its products have another shape than verification's, so their rounding may differ: no
         identity is claimed for its text. Raises as ``generate`` does.
         """
-        self._check([max_new_tokens], [None], "ar")
-        request = self._request(prompt, max_new_tokens, None)
+        _, [greedy] = self._check([max_new_tokens], [None], "ar")
+        request = self._request(prompt, max_new_tokens, greedy, template_arguments)
         for _ in self._run([request], drafting=False, width=1):
             pass
         return request.result()
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
+        self._check_template_arguments([prompt], template_arguments)
         if isinstance(prompt, list) and all(isinstance(part, SupportsIndex) for part in prompt):
             return [part if isinstance(part, bool) else index(part) for part in prompt]  # type: ignore[arg-type]
-        is_chat = isinstance(prompt, list) and all(isinstance(part, dict) for part in prompt)
-        if not is_chat and not isinstance(prompt, str):
+        if not _is_chat(prompt) and not isinstance(prompt, str):
             kinds = {type(part).__name__ for part in prompt} if isinstance(prompt, list) else set()
             kind = type(prompt).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
             raise PromptError(f"prompt: {kind} is not a string, or a list of messages or of ids")
@@ -187,29 +196,42 @@ class Decoder:
             raise PromptError(f"{self.name}: has no tokenizer.json; pass ids")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        return self.tokenizer.encode_chat(prompt, **template_arguments)  # type: ignore[arg-type]
 
-    def next_logits(self, prompt: Prompt) -> Tensor:
+    def next_logits(self, prompt: Prompt, **template_arguments: Any) -> Tensor:
         """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
-        request = self._request(prompt, 1, None)
+        request = self._request(prompt, 1, SamplingParams(), template_arguments)
         with self._exclusive():
             ids = self.runner.ids(request.prompt)
             return self.runner.prefill_logits(ids, 0).clone()  # no inference tensor
 
+    def _check_template_arguments(
+        self, prompts: Sequence[object], arguments: Mapping[str, Any]
+    ) -> None:
+        """Raises RequestError for arguments that none of the prompts would heed."""
+        if arguments and not any(map(_is_chat, prompts)):
+            names = ", ".join(arguments)
+            raise RequestError(f"{names}: for a chat template; the prompt is no list of messages")
+        if self.tokenizer is None or not self.tokenizer.has_chat_template:
+            return  # which encoding says
+        for name, value in arguments.items():
+            if value is not None and not self.tokenizer.chat_template.mentions(name):
+                raise RequestError(f"{name}: the chat template of {self.name} has no such variable")
+
     def _check(
-        self, budgets: Sequence[int], settings: Sequence[SamplingParams | None], mode: str
-    ) -> bool:
-        """Whether to draft. Raises RequestError for settings that cannot be served."""
-        for budget in budgets:
+        self,
+        budgets: Sequence[int | None],
+        settings: Sequence[SamplingParams | None],
+        mode: str | None,
+    ) -> tuple[bool, list[SamplingParams]]:
+        """Whether to draft, and the settings resolved. Raises RequestError."""
+        for budget in [budget for budget in budgets if budget is not None]:
             if not is_integer(budget):
                 raise RequestError(f"max_new_tokens: {budget!r} is not an integer")
             if budget < 1:
                 raise RequestError(f"max_new_tokens: {budget} is below 1")
-        for params in settings:
-            if not isinstance(params, (SamplingParams, type(None))):
-                raise RequestError(f"sampling: {params!r} is not a SamplingParams")
-            if params is not None and params.stop and self.tokenizer is None:
-                raise RequestError(f"sampling: stop needs a tokenizer; {self.name} has none")
+        resolved = [self._resolved(params) for params in settings]
+        mode = self.default_mode if mode is None else mode
         if mode not in MODES:
             raise RequestError(f"mode: {mode!r} is not one of {listed(MODES)}")
         if mode == "diffusion" and not self.runner.model.has_draft_view:
@@ -218,17 +240,35 @@ class Decoder:
                 f"mode 'diffusion': {self.name} is {why}, without the draft view's weights; "
                 "use mode 'ar'"
             )
-        return mode == "diffusion"
+        return mode == "diffusion", resolved
+
+    def _resolved(self, params: SamplingParams | None) -> SamplingParams:
+        """The settings with all that they leave open. Raises RequestError."""
+        if not isinstance(params, (SamplingParams, type(None))):
+            raise RequestError(f"sampling: {params!r} is not a SamplingParams")
+        if params is not None and params.stop and self.tokenizer is None:
+            raise RequestError(f"sampling: stop needs a tokenizer; {self.name} has none")
+        params = (params or SamplingParams()).resolved(dict(self.config.sampling_defaults))
+        if params.temperature > 0 and params.seed is None:
+            params = replace(params, seed=secrets.randbits(48))  # whole in any JSON reader
+        return params
 
     def _request(
-        self, prompt: Prompt, max_new_tokens: int, sampling: SamplingParams | None
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None,
+        params: SamplingParams,
+        template_arguments: Mapping[str, Any],
+        index: int = 0,
     ) -> Request:
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, **template_arguments)
         if not ids:
             raise PromptError("prompt: empty; it needs at least one token")
         for token in ids:
             if isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
                 raise PromptError(f"prompt: {token!r} is no id below {self.config.vocab_size}")
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.max_seq_len - len(ids)))
         if len(ids) + max_new_tokens > self.max_seq_len:
             raise PromptError(
                 f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
@@ -237,38 +277,46 @@ class Decoder:
                 "prompt, lower max_new_tokens or raise max_seq_len"
             )
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
-        params = (sampling or SamplingParams()).resolved(dict(self.config.sampling_defaults))
-        if params.temperature > 0 and params.seed is None:
-            params = replace(params, seed=secrets.randbits(48))  # whole in any JSON reader
-        return Request(ids, max_new_tokens, params, self.config.eos_token_ids, detokenizer)
+        dtype = str(self.runner.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        eos = self.config.eos_token_ids
+        return Request(ids, max_new_tokens, params, eos, detokenizer, dtype, index)
 
     def _run(
-        self, requests: Sequence[Request], drafting: bool, width: int
-    ) -> Generator[Chunk, None, None]:
-        """Serve requests in order, as many at once as there are slots, each to its end."""
+        self, requests: Iterable[Request], drafting: bool, width: int, samples: bool = False
+    ) -> Generator[tuple[Request, Chunk], None, None]:
+        """Serve requests in order, as many at once as there are slots, each to its end.
+
+        The next one is asked for once a slot is free; one that has failed by then takes none.
+        ``samples``: whether any may sample.
+        """
         with self._exclusive():
-            runner = self.runner
+            runner, source = self.runner, iter(requests)
             runner.prepare(width)
-            if any(request.samples for request in requests):
+            if samples:
                 runner.prepare(width, sampling=True)
-            waiting = deque(requests)
             free = list(range(self.slots))
             active: dict[int, Request] = {}
+            upcoming: Request | None = None
             emitted: dict[int, SlotOutput]
-            while waiting or active:
-                refill = bool(waiting and free)
-                if refill and not runner.in_flight:  # cycles in flight know the slot's last owner
-                    slot, request = free.pop(0), waiting.popleft()
+            while True:
+                if upcoming is None and free:
+                    upcoming = next(source, None)
+                if upcoming is None and not active:
+                    return
+                if upcoming is not None and upcoming.finish_reason is not None:
+                    yield upcoming, Chunk([], [], 0)
+                    upcoming = None
+                    continue
+                if upcoming is not None and not runner.in_flight:
+                    # A cycle in flight would know the slot's last owner.
+                    slot, request, upcoming = free.pop(0), upcoming, None
                     request.start()
                     active[slot] = request
-                    emitted = {
-                        slot: runner.prefill(
-                            request.prompt, slot, request.max_length, request.params
-                        )
-                    }
+                    wanted = (request.prompt, slot, request.max_length, request.params)
+                    emitted = {slot: runner.prefill(*wanted)}
                 else:
-                    sampling = any(request.samples for request in active.values())
-                    while not refill and runner.in_flight <= runner.lookahead:
+                    sampling = any(request.params.samples for request in active.values())
+                    while upcoming is None and runner.in_flight <= runner.lookahead:
                         runner.launch(drafting, width, sampling)
                     outputs = runner.read()
                     emitted = {slot: outputs[slot] for slot in active}
@@ -280,7 +328,7 @@ class Decoder:
                         free.append(slot)
                         if request.finish_reason == "stop":
                             runner.close(slot)  # the device knows of no strings
-                    yield chunk
+                    yield request, chunk
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -299,7 +347,9 @@ class Decoder:
 class Stream:
     """Chunks of one prompt as they are committed; leaving it early keeps the decoder usable."""
 
-    def __init__(self, request: Request, chunks: Generator[Chunk, None, None]) -> None:
+    def __init__(
+        self, request: Request, chunks: Generator[tuple[Request, Chunk], None, None]
+    ) -> None:
         self._request = request
         self._chunks = chunks
 
@@ -308,7 +358,7 @@ class Stream:
 
     def __next__(self) -> Chunk:
         self._check_not_running()
-        return next(self._chunks)
+        return next(self._chunks)[1]
 
     def close(self) -> None:
         """End the request now and free the decoder."""
@@ -323,6 +373,11 @@ class Stream:
     def result(self) -> Generation:
         """All that came so far; complete once the stream is exhausted."""
         return self._request.result()
+
+
+def _is_chat(prompt: object) -> bool:
+    """Whether ``prompt`` is a list of messages."""
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
 
 
 def _is_batch(prompt: object) -> bool:

@@ -7,6 +7,7 @@ RUNNERS = ("eager", "compiled", "graph")
 ATTENTION_BACKENDS = ("sdpa", "triton", "flash")  # each is a module of orthrus_fast.attention
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MAX_NEW_TOKENS = 256  # of a request that asks for no number, as far as they fit
 
 
 def listed(names: tuple[str, ...], *more: str) -> str:

@@ -40,8 +40,9 @@ class Generation:
 class Chunk:
     """What one pass emitted for one prompt.
 
-    ``pieces`` has the text that each token completed, "" while a character is still incomplete; the
-    first ``n_accepted`` tokens came from the draft, the rest from the verify (or prefill) pass.
+    ``pieces`` has the text that each token completed, "" while a character is still incomplete;
+    one more ends a text that fails, with what was held back. The first ``n_accepted`` tokens came
+    from the draft, the rest from the verify (or prefill) pass.
     """
 
     tokens: list[int]

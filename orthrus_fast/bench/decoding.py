@@ -44,9 +44,9 @@ def decode(
 ) -> Decoded:
     """Serve the prompts, ``n`` new tokens each, in the decoder's own loop, mailbox included."""
     decoder.runner.state.reset()
-    settings = each or [None] * len(prompts)
-    requests = [decoder._request(p, n, s) for p, s in zip(prompts, settings, strict=True)]
-    for _ in decoder._run(requests, drafting, width):
+    settings = [decoder._resolved(one) for one in each or [None] * len(prompts)]
+    requests = [decoder._request(p, n, s, {}) for p, s in zip(prompts, settings, strict=True)]
+    for _ in decoder._run(requests, drafting, width, any(s.samples for s in settings)):
         pass
     tokens = [request.tokens for request in requests]
     accepted = [request.accepted for request in requests]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orthrus_fast import SamplingParams
 from orthrus_fast.bench.decoding import (
     decode,
     expected_tokens_per_cycle,
@@ -29,6 +30,7 @@ def test_a_rate_is_of_the_time_in_which_all_decode() -> None:
         waiting = iter(requests)
         decoder: Any = SimpleNamespace(
             runner=SimpleNamespace(state=SimpleNamespace(reset=lambda: None)),
+            _resolved=lambda _: SamplingParams(),
             _request=lambda *_: next(waiting),
             _run=lambda *_: [],
         )

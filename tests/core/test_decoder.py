@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import Decoder, SamplingParams, steps
-from orthrus_fast.errors import BusyError, PromptError, RequestError, UnsupportedError
+from orthrus_fast import Decoder, Generation, SamplingParams, steps
+from orthrus_fast.errors import (
+    BusyError,
+    PromptError,
+    RequestError,
+    TemplateError,
+    UnsupportedError,
+)
 from orthrus_fast.loading import memory_needed, with_block_size
 from orthrus_fast.model import View
 from tests.checkpoints import write_checkpoint
@@ -384,8 +390,22 @@ def test_a_plain_qwen3_decodes_in_ar_mode_only(tmp_path: Path) -> None:
     plain = load(directory)
     tokens, _ = Judge(directory).generate([1, 2], 10, ())
     assert plain.generate([1, 2], 10, mode="ar").tokens == tokens
+    assert plain.generate([1, 2], 10).tokens == tokens
     with pytest.raises(UnsupportedError, match="diffusion.*plain Qwen3.*mode 'ar'"):
-        plain.generate([1, 2], 10)
+        plain.generate([1, 2], 10, mode="diffusion")
+
+
+def test_a_mode_that_is_not_named_drafts_where_it_can(tiny: Path, decoder: Decoder) -> None:
+    ar, diffusion = (decoder.generate([5, 6], 40, mode=mode) for mode in ("ar", "diffusion"))
+    without = load(tiny, "float32", draft_view=False)
+    for one, expected in ((decoder, diffusion), (without, ar)):
+        [several] = one.generate([[5, 6]], 40)
+        for result in (one.generate([5, 6], 40), several):
+            assert result.stats is not None and expected.stats is not None
+            assert result.stats.accepted == expected.stats.accepted
+    assert (decoder.default_mode, without.default_mode) == ("diffusion", "ar")
+    with pytest.raises(UnsupportedError, match="loaded with draft_view=False"):
+        without.generate([5, 6], 40, mode="diffusion")
 
 
 @pytest.mark.parametrize(
@@ -422,10 +442,134 @@ def test_one_bad_prompt_in_a_list_fails_alone(decoder: Decoder) -> None:
     )
 
 
-@pytest.mark.parametrize("budget", [0, -1, 1.5, "8", True, None])
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "8", True, [5]])
 def test_bad_budgets_are_typed_errors(decoder: Decoder, budget: Any) -> None:
     with pytest.raises(RequestError, match="max_new_tokens"):
         decoder.generate([1], budget)
+
+
+def test_a_budget_that_is_not_named_is_what_fits(tiny: Path, decoder: Decoder) -> None:
+    """256 at most; one token must fit."""
+    for n, budget in ((1, 199), (150, 50), (199, 1)):
+        prompt = [n % 50] * n
+        assert len(decoder.generate(prompt).tokens) == budget
+        assert len(decoder.generate_one_row(prompt).tokens) == budget
+        assert sum(len(chunk.tokens) for chunk in decoder.stream(prompt)) == budget
+    assert len(load(tiny, "float32").generate([1]).tokens) == 256
+    with pytest.raises(PromptError, match=r"200 tokens \+ max_new_tokens 1 = 201, over .* 200 "):
+        decoder.generate([1] * 200)
+    several = dict(decoder.as_completed([[1], [2] * 190, [3] * 190], [3, None, 11]))
+    assert [len(several[i].tokens) for i in range(3)] == [3, 10, 0]
+    assert "max_new_tokens 11 = 201" in str(several[2].error)
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def test_arguments_reach_the_chat_template(chat: Path) -> None:
+    decoder = load(chat, "float32")
+    assert decoder.tokenizer is not None
+    encode = decoder.tokenizer.encode_chat
+    for arguments in ({"enable_thinking": False}, {"add_generation_prompt": False}):
+        ids = encode(MESSAGES, **arguments)
+        assert ids != encode(MESSAGES)
+        assert decoder.encode(MESSAGES, **arguments) == ids
+        expected = decoder.generate(ids, 9).tokens
+        assert expected != decoder.generate(MESSAGES, 9).tokens
+        stream = decoder.stream(MESSAGES, 9, **arguments)
+        assert [token for chunk in stream for token in chunk.tokens] == expected
+        assert decoder.generate(MESSAGES, 9, **arguments).tokens == expected
+        assert decoder.generate_one_row(MESSAGES, 9, **arguments).tokens == expected
+        assert torch.equal(decoder.next_logits(MESSAGES, **arguments), decoder.next_logits(ids))
+        mixed = ["hi", MESSAGES, ids]
+        results = decoder.generate(mixed, 9, **arguments)
+        assert results[0].tokens == decoder.generate("hi", 9).tokens
+        assert results[1].tokens == results[2].tokens == expected
+        assert dict(decoder.as_completed(mixed, 9, **arguments))[1].tokens == expected
+
+
+def test_arguments_that_no_template_would_heed_are_refused(chat: Path, raw: Path) -> None:
+    decoder = load(chat, "float32")
+    for prompt in ("hi", [1, 2], ["hi", [1, 2]]):
+        with pytest.raises(RequestError, match="^enable_thinking, tools: for a chat template"):
+            decoder.generate(prompt, 5, enable_thinking=False, tools=[])  # type: ignore[call-overload]
+    for call in (decoder.encode, decoder.stream, decoder.generate_one_row, decoder.next_logits):
+        with pytest.raises(RequestError, match="^max_tokens: for a chat template"):
+            call("hi", max_tokens=5)
+    for messages in (MESSAGES, [MESSAGES, "hi"]):
+        with pytest.raises(RequestError, match="^max_tokens: .* has no such variable"):
+            decoder.generate(messages, max_tokens=5)  # type: ignore[call-overload]
+    assert decoder.encode(MESSAGES, tools=None) == decoder.encode(MESSAGES)
+    with pytest.raises(TemplateError, match="no chat template"):
+        load(raw, "float32").generate(MESSAGES, enable_thinking=False)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_prompts_are_encoded_as_slots_become_free(
+    raw: Path, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load(raw, "float32", slots=slots)
+    encoded: list[str] = []
+    encode = decoder.encode
+
+    def noted(prompt: Any, **arguments: Any) -> list[int]:
+        encoded.append(prompt)
+        return encode(prompt, **arguments)
+
+    monkeypatch.setattr(decoder, "encode", noted)
+    prompts = ["a", "", "b", "c", "", "d", "e"]
+    expected = [decoder.generate(prompt, 5).tokens if prompt else [] for prompt in prompts]
+    encoded.clear()
+    ended = []
+    for index, result in decoder.as_completed(prompts, 5):
+        ended.append(index)
+        assert result.tokens == expected[index]
+        assert (result.error or "").startswith("prompt: empty") == (not prompts[index])
+        assert len(encoded) <= len(ended) + slots
+    assert encoded == prompts
+    assert sorted(ended) == list(range(7))
+    assert slots > 1 or ended == list(range(7))
+
+
+def test_prompts_that_all_fail_come_one_by_one(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load(raw, "float32")
+    results = decoder.as_completed(["", [], [10**6]], 5, SamplingParams(seed=4))
+    monkeypatch.setattr(decoder.runner, "launch", None)
+    first = next(results)
+    assert first == (0, Generation("", [], "error", 4, None, str(first[1].error)))
+    assert [(i, one.finish_reason) for i, one in results] == [(1, "error"), (2, "error")]
+
+
+def test_a_late_prompt_that_samples_is_prepared_for(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any slot is in use."""
+    decoder = load(raw, "float32")
+    calls: list[Any] = []
+    prefill = decoder.runner.prefill
+    monkeypatch.setattr(
+        decoder.runner, "prepare", lambda width, sampling=False: calls.append(sampling)
+    )
+    monkeypatch.setattr(
+        decoder.runner, "prefill", lambda *rest: calls.append("prefill") or prefill(*rest)
+    )
+    greedy, logprobs = SamplingParams(), SamplingParams(logprobs=True)
+    for last in (SamplingParams(1.0), logprobs):
+        decoder.generate(["a", "b", "c"], 2, [None, None, last])
+        assert calls == [False, True, *["prefill"] * 3]
+        calls.clear()
+    decoder.generate(["a", "b", "c"], 2, greedy)
+    assert calls == [False, *["prefill"] * 3]
+
+
+def test_a_batch_that_is_dropped_leaves_the_decoder_usable(raw: Path) -> None:
+    decoder = load(raw, "float32")
+    results = decoder.as_completed(["a", "b", "c"], 5)
+    next(results)
+    with pytest.raises(BusyError):
+        decoder.generate("a", 5)
+    del results
+    assert len(decoder.generate("a", 5).tokens) == 5
 
 
 def test_a_prompt_that_its_template_refuses_fails_alone_too(tmp_path: Path) -> None:
@@ -609,7 +753,7 @@ def test_a_narrower_block_beside_the_other_choices_of_load(tiny: Path) -> None:
     assert without.configuration["block_size"] == 4
     assert without.generate([1, 2, 3], 30, mode="ar").tokens == tokens
     with pytest.raises(UnsupportedError):
-        without.generate([1, 2, 3], 30)
+        without.generate([1, 2, 3], 30, mode="diffusion")
     assert load(tiny).configuration["block_size"] == 8
     config = load(tiny).config
     assert with_block_size(config, None) is config
