@@ -25,6 +25,7 @@ from orthrus_fast import Chunk
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
+from orthrus_fast.model import Transformer
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -431,6 +432,21 @@ def test_streams_that_are_closed_or_full(
     assert expected in got.stderr
     assert "Traceback" not in got.stderr
     assert "Exception" not in got.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--check",)])
+def test_a_text_that_overflows_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    model = write_checkpoint(tmp_path / "model", tokenizer=True)
+    line = ("--checkpoint", model, "--prompt", "x", "--dtype", "float16", *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
+        patch.setattr(Transformer, "logits", lambda *_: overflow)
+        got = run(capsys, *line)
+    assert (got.code, got.out.strip()) == (2, "")
+    error = "error: dtype: logits are not finite in float16; use bfloat16 or float32"
+    assert got.err.splitlines()[-1] == error
 
 
 def test_json_is_json_in_any_locale_and_on_any_terminal(

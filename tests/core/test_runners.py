@@ -147,7 +147,7 @@ def test_a_plain_qwen3_compiled(tmp_path: Path, plain_compile: None) -> None:
     assert compiled.generate_one_row(PROMPTS[3], 30).tokens == expected[3]
     assert n_graphs() == before
     with pytest.raises(UnsupportedError, match="plain Qwen3"):
-        compiled.generate([1, 2], 10)
+        compiled.generate([1, 2], 10, mode="diffusion")
 
 
 @pytest.mark.slow
@@ -592,11 +592,11 @@ def test_without_the_draft_view_no_drafting(tiny: Path, plain_compile: None) -> 
         whole = load(tiny, "float64")
         assert half.config == whole.config
         with pytest.raises(UnsupportedError, match="loaded with draft_view=False"):
-            half.generate([1, 2], 10)
+            half.generate([1, 2], 10, mode="diffusion")
         with pytest.raises(UnsupportedError, match="draft_view=False"):
-            half.stream([1, 2], 10)
+            half.stream([1, 2], 10, mode="diffusion")
         with pytest.raises(UnsupportedError, match="draft_view=False"):
-            half.generate([[1, 2]], 10)
+            half.generate([[1, 2]], 10, mode="diffusion")
         expected = whole.generate([1, 2], 30, mode="ar").tokens
         assert half.generate([1, 2], 30, mode="ar").tokens == expected
 
@@ -609,7 +609,7 @@ def test_a_plain_qwen3_takes_either_setting_of_draft_view(tmp_path: Path) -> Non
     ]
     assert texts[0] == texts[1]
     with pytest.raises(UnsupportedError, match="plain Qwen3"):
-        load(directory, draft_view=False).generate([5], 9)
+        load(directory, draft_view=False).generate([5], 9, mode="diffusion")
 
 
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2), ("float64", 8)])
