@@ -1073,6 +1073,11 @@ def test_the_graph_runner_replays_what_it_captured(
     runner.prepare(8)
     decoder.runner = runner
     assert check(runner, 8, [64]).holds
+    with torch.inference_mode():
+        for one in (eager.runner, runner):
+            one.state.anchor.fill_(5)  # which no capture saw
+            one.verify(8)
+    assert torch.equal(runner.logits, eager.runner.logits)
     sampling = [None, *(orthrus_fast.SamplingParams(temperature=t, seed=3) for t in (0.5, 1.0))]
     for mode in ("ar", "diffusion"):
         for settings in (None, sampling):
@@ -1090,6 +1095,33 @@ def test_the_graph_runner_replays_what_it_captured(
     after = {key: entry[0].n_replays for key, entry in runner._verify_graphs.items()}
     assert after == {**before, (8, False): before[8, False] + n_cycles}
     assert drafts == [graph.n_replays for graph in runner._draft_graphs.values()]  # AR never drafts
+
+
+def test_each_kind_of_block_is_warmed_up_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of what has not been warmed up would be captured while it compiles."""
+    runner = load(tiny, runner="compiled", block_size=2).runner
+    warmed: list[tuple[int, bool]] = []
+    monkeypatch.setattr(runner, "_warm_up", lambda *of: warmed.append(of))
+    for _ in range(2):
+        for width in (3, 4):
+            runner.prepare(width)
+            runner.prepare(width, sampling=True)
+    assert warmed == [(3, False), (3, True), (4, False), (4, True)]
+
+
+def test_what_is_drained_leaves_no_width_behind(tiny: Path) -> None:
+    decoder = load(tiny)
+    expected = decoder.generate_one_row(PROMPTS[1], 8)
+    decoder.runner.launch(False, decoder.block_width)
+    decoder.runner.drain()
+    again = decoder.generate_one_row(PROMPTS[1], 8)
+    assert (again.tokens, again.stats.accepted) == (expected.tokens, expected.stats.accepted)
+
+
+def test_a_report_has_log_probabilities_of_what_was_emitted_alone() -> None:
+    bits = torch.tensor([-0.5, -1.5, -2.5]).view(torch.int32).tolist()
+    output = runners._parse_report([7, 8, 9, 2, 1, 0, *bits], 3)
+    assert output == runners.SlotOutput([7, 8], 1, False, [-0.5, -1.5])
 
 
 def test_a_capture_that_was_interrupted_is_made_up_for(
