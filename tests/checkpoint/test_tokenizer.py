@@ -19,7 +19,7 @@ from jinja2 import Environment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from orthrus_fast.errors import CheckpointError, PromptError, TemplateError
-from orthrus_fast.tokenizer import Detokenizer, Tokenizer
+from orthrus_fast.tokenizer import Detokenizer, Tokenizer, _guard
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "chat"
 QWEN_SPLIT = (
@@ -412,6 +412,14 @@ def test_dropout_is_refused(tmp_path: Path) -> None:
     model = json.loads(train().to_str())["model"] | {"dropout": 0.5}
     with pytest.raises(CheckpointError, match="model.dropout"):
         Tokenizer.from_directory(write(tmp_path, model=model))
+
+
+def test_a_ctrl_c_within_the_library_is_no_checkpoint_error() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _guard(Path("tokenizer.json"), interrupt)
 
 
 def test_a_panic_of_the_library_is_a_checkpoint_error(tmp_path: Path) -> None:
