@@ -33,6 +33,14 @@ class Terminal:
             if select.select([], [self.master], [], 0.05)[1]:
                 left = left[os.write(self.master, left[:512]) :]
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C once the program waits: readline misses it just before, until a next key."""
+        state, deadline = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + PATIENCE
+        while state.exists() and state.read_text().rpartition(") ")[2][0] != "S":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        self.type("\x03")
+
     def paste(self, text: str) -> None:
         """As terminals do: Enter ends lines; in brackets where the program asked for them."""
         on, off = (self.screen.rfind(f"\x1b[?2004{mode}") for mode in "hl")

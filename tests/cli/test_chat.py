@@ -250,7 +250,7 @@ def test_on_a_terminal(chat: Path) -> None:
         assert screen.wait("> ") == "/clear\nthe conversation is forgotten\n"
         screen.type("two\r")
         screen.wait("begun")
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.wait("> ") == "\ninterrupted: this turn is dropped\n"
         screen.type("\x04")
         assert screen.end() == (0, "\n")

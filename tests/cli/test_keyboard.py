@@ -96,17 +96,17 @@ def test_ctrl_c_discards_a_line_and_leaves_where_there_is_none() -> None:
         for discarded in ("one", "two"):
             screen.type(discarded)
             screen.wait(discarded)
-            screen.type("\x03")
+            screen.interrupt()
             assert screen.wait("> ") == "\n"
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.wait("> ") == hint
         screen.type("three")
         screen.wait("three")
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.wait("> ") == "\n"
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.wait("> ") == hint
-        screen.type("\x03")
+        screen.interrupt()
         assert screen.end() == (0, "\nleft\nrestored True\n")
 
 
