@@ -377,24 +377,24 @@ TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the t
     "peers": ("peers", as_rows("peers", peers, 2, as_filed=True)),
     "first-token": ("peers", as_rows("peers", first_token, 2, as_filed=True)),
 }
-DEMOS = {"records": "records to JSON", "code": "Python code", "prose": "prose"}
+KINDS = {"records": "records to JSON", "code": "Python code", "prose": "prose"}
 
 
 def demos(root: Path) -> list[Row]:
     """Return the README's table of the embedded checkpoint, from model/figures.json."""
     figures = json.loads((root / "model/figures.json").read_text(encoding="utf-8"))
-    speeds = {(r["threads"], r["runner"], r["demo"]): r for r in figures["speed"]["rows"]}
+    speeds = {(r["threads"], r["runner"], r["prompt"]): r for r in figures["speed"]["rows"]}
     source, columns = "([figures.json](model/figures.json))", {}
-    for demo, heading in DEMOS.items():
-        kind, eager = figures["kinds"][demo], speeds[1, "eager", demo]
+    for name, heading in KINDS.items():
+        kind, eager = figures["kinds"][name], speeds[1, "eager", name]
         distinct = f"{kind['distinct_trigram_share']:.1%}"
         columns[heading] = {
             f"tokens per cycle, held-out prompts {source}": f"{kind['tokens_per_cycle']:.2f}",
             "distinct trigrams in those texts (loops are easy to draft)": distinct,
-            "tokens per cycle, `--demo …`": f"{eager['tokens_per_cycle']:.2f}",
-            "tokens/s over the faster AR, `--demo …`, one thread, eager": f"{eager['gain']:.2f}",
-            "the same, runner compiled": f"{speeds[1, 'compiled', demo]['gain']:.2f}",
-            "the same, two threads, eager": f"{speeds[2, 'eager', demo]['gain']:.2f}",
+            "tokens per cycle, a prompt of each kind": f"{eager['tokens_per_cycle']:.2f}",
+            "tokens/s over the faster AR, that prompt, one thread, eager": f"{eager['gain']:.2f}",
+            "the same, runner compiled": f"{speeds[1, 'compiled', name]['gain']:.2f}",
+            "the same, two threads, eager": f"{speeds[2, 'eager', name]['gain']:.2f}",
         }
     return transposed("greedy", columns)
 
