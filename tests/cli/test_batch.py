@@ -607,7 +607,9 @@ def test_a_run_that_never_began_leaves_no_file(run: Run, tmp_path: Path) -> None
     assert_one_line(run("--system", "x"), "--system", "no chat template")
     assert_one_line(run(prompts=[{"prompt": "a", "temperature": -1}]), "line 1: sampling: temp")
     plain = write_checkpoint(tmp_path / "plain", draft=False, tokenizer=True)
-    assert_one_line(run(checkpoint=plain), "plain Qwen3")  # said once decoding begins
+    assert_one_line(
+        run("--mode", "diffusion", checkpoint=plain), "plain Qwen3"
+    )  # said once decoding begins
     assert not (tmp_path / "results.jsonl").exists()
 
 

@@ -340,6 +340,15 @@ def test_a_template_that_always_thinks_is_warned_of_and_has_the_room(
     assert asked == [(b"hi<assistant><think>", 512 - 20)]
 
 
+def test_a_template_that_only_mentions_thinking_is_not_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tokens_asked_for(monkeypatch)
+    template = "{# enable_thinking #}{{ messages[0].content }}"
+    got = run(capsys, "--checkpoint", with_template(tmp_path / "model", template), "--prompt", "hi")
+    assert (got.code, OFF in got.err, asked) == (0, False, [(b"hi", 256)])
+
+
 # How it ends.
 
 
@@ -375,6 +384,7 @@ def test_a_request_that_ended_in_an_error_is_told_after_what_came(
     got = run(capsys, "--checkpoint", raw, "--prompt", "x", "--check", *flags)
     assert got.code == 2
     assert got.err.splitlines()[-1] == "error: dtype float16: not finite"
+    assert "check:" not in got.err
     if as_json:
         result = json.loads(got.out)
         assert (result["text"], result["error"]) == ("ab", "dtype float16: not finite")
