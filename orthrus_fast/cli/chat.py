@@ -40,9 +40,6 @@ What is pasted is one turn. A space before a slash makes it a message."""
 def run(arguments: Sequence[str], prog: str) -> int:
     """Chat until the input ends; return the exit code."""
     parser = build_chat_parser(prog)
-    parser.set_defaults(
-        json=False, check=False, raw=False, demo=None
-    )  # which the session asks of every command
     args = parser.parse_args(arguments)
     check_flags(parser, args)
     sampling(args)  # refuses what is out of range, before anything is loaded

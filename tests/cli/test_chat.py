@@ -136,7 +136,8 @@ def test_what_is_kept_of_a_conversation_leaves_room_for_an_answer(chat: Path) ->
     messages = [{"role": ("user", "assistant")[i % 2], "content": "x" * 10} for i in range(81)]
 
     def n_tokens(budget: int | None, thinking: bool | None = None) -> int:
-        args: Any = SimpleNamespace(max_new_tokens=budget, thinking=thinking, system="short")
+        thought = {"thinking": thinking, "thinks": bool(thinking)}
+        args: Any = SimpleNamespace(max_new_tokens=budget, system="short", **thought)
         ids, kept = fit(decoder, args, messages)
         assert kept == messages[len(messages) - len(kept) :] and kept[0]["role"] == "user"
         assert ids == encode_chat(decoder, args, kept)

@@ -499,7 +499,7 @@ def test_without_the_embedded_checkpoint_the_default_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr("orthrus_fast.cli.generate.EMBEDDED", tmp_path)
+    monkeypatch.setattr("orthrus_fast.cli.generate.embedded_checkpoint", lambda: tmp_path)
     assert_refused(run(capsys), "demos.json", "file not found")
     (tmp_path / "demos.json").write_text("[1]")
     assert_refused(run(capsys), "demos.json", "no demonstration 'records'")
