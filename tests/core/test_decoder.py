@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +188,9 @@ def test_prefill_of_any_length_follows_the_judge(
     prompt = [(i * i + 3) % 50 for i in range(n_tokens)]
     judge, exact = Judge(directory), load(directory, max_seq_len=400)
     logits = judge.feed(prompt)
-    assert torch.allclose(exact.next_logits(prompt), logits, rtol=0, atol=1e-9)
+    found = exact.next_logits(prompt)
+    assert torch.allclose(found, logits, rtol=0, atol=1e-9)
+    assert not found.is_inference()
     tokens = []
     for _ in range(20):
         tokens.append(int(logits.argmax()))
@@ -860,6 +863,13 @@ def test_load_and_decoding_leave_torch_as_they_found_it(tiny: Path) -> None:
         torch.set_default_dtype(torch.float32)
         torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert load(tiny, "float32").generate([1, 2, 3], 20).tokens == tokens
+
+
+def test_a_cpu_decodes_in_float32_where_none_is_named(tiny: Path) -> None:
+    config = dataclasses.replace(open_checkpoint(tiny).config, dtype="bfloat16")
+    for asked, dtype in ((None, torch.float32), ("float64", torch.float64)):
+        options = loading.Options(device="cpu", dtype=asked)
+        assert loading.resolve(options, config).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
