@@ -35,19 +35,25 @@ import torch
 from tokenizers import Tokenizer
 
 import orthrus_fast
-from scripts.embedded import (
-    card,
-    data,
-    decode,
-    evaluate,
-    export,
-    heldout,
-    records,
-    sources,
-    speed,
-    tokens,
-    train,
-)
+
+try:
+    from scripts.embedded import (
+        card,
+        data,
+        decode,
+        evaluate,
+        export,
+        heldout,
+        records,
+        sources,
+        speed,
+        tokens,
+        train,
+    )
+except ModuleNotFoundError as error:  # numpy, which decoding does without
+    raise SystemExit(
+        f"error: {error.name} is not installed; run: pip install -e '.[test]'"
+    ) from None
 from scripts.embedded.net import OrthrusLM, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
