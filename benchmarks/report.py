@@ -386,7 +386,7 @@ def domains(root: Path) -> Iterator[Row]:
             found += [(where, text, of, f"reported: {by}", pays) for text, of, by in reported]
     figures = json.loads((root / "model/figures.json").read_text("utf-8"))
     for row in figures["speed"]["rows"]:
-        if (row["runner"], row["demo"]) == ("eager", "records"):
+        if (row["runner"], row["prompt"]) == ("eager", "records"):
             where, pays = f"embedded, CPU ({row['threads']})", row["tokens_per_cycle"] / row["gain"]
             for text in ("records", "code", "prose"):
                 of = figures["kinds"][text]

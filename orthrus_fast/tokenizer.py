@@ -31,13 +31,12 @@ class Tokenizer:
         path: Path,
         backend: tokenizers.Tokenizer,
         special_tokens: Mapping[str, str],
-        special: frozenset[str],
         chat_template: ChatTemplate,
     ) -> None:
         self._path, self._backend, self._special_tokens = path, backend, special_tokens
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder().values()
-        self._skipped = frozenset(token.content for token in added if token.special) | special
+        self._skipped = frozenset(token.content for token in added if token.special)
         self._byte_of = _byte_of()
 
     @classmethod
@@ -64,7 +63,7 @@ class Tokenizer:
         backend.add_special_tokens(special)
         backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         chat_template = ChatTemplate.from_directory(directory, config)
-        return cls(path, backend, named, frozenset(special), chat_template)
+        return cls(path, backend, named, chat_template)
 
     @property
     def has_chat_template(self) -> bool:

@@ -12,7 +12,7 @@ stages in this order.
     train-draft  phase 2: train the draft view (repeat until it logs done)
     export       write the checkpoint
     evaluate     measure it on the held-out prompts; write figures.json and the card's tables
-    speed        time the demos on the CPU, with as many threads as torch uses
+    speed        time a prompt of each kind on the CPU, with as many threads as torch uses
                  (OMP_NUM_THREADS=1 or 2); add the times to figures.json and the card
 
 Training needs a GPU with 40 GB or more; the other stages do not. `--tiny` runs all stages at very

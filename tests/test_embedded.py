@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -39,24 +40,29 @@ def test_the_default_run_answers_with_the_table(
     assert len(expected) == 6
     assert json.loads(captured.out) == expected == demo["expected"]
     assert captured.err.splitlines()[-1] == "the JSON equals the table"
-    assert "budget" not in captured.err
+    assert captured.err.startswith(demo["messages"][0]["content"] + "\n")
     if mode == "diffusion":
         tokens_per_cycle = float(captured.err.split(" tokens per cycle")[0].split()[-1])
         assert tokens_per_cycle > 5
 
 
-@pytest.mark.parametrize("name", ["code", "prose"])
-def test_the_other_demonstrations_continue_a_text(
+@pytest.mark.parametrize("name", ["keyed", "columns", "code"])
+def test_the_other_demonstrations_show_their_prompt_and_end(
     capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    line = ["--demo", name, "--device", "cpu", "--max-new-tokens", "20"]
-    assert main(["generate", *line]) == 0
+    assert main(["generate", "--demo", name, "--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    text = json.loads((MODEL / "demos.json").read_text())[name]["text"]
-    expected = orthrus_fast.load(MODEL, device="cpu").generate(text, 20).text
-    assert captured.out == expected + "\n"
-    assert "the JSON" not in captured.err
-    assert main(["generate", *line, "--prompt", "x"]) == 2
+    demo = json.loads((MODEL / "demos.json").read_text())[name]
+    prompt = demo["text"] if name == "code" else demo["messages"][0]["content"]
+    assert captured.err.startswith(prompt + "\n")
+    assert "the text ended at" not in captured.err
+    if name == "code":
+        ast.parse(f"{prompt}{captured.out}")
+        assert "return down_proj" in captured.out.splitlines()[-1]
+    else:
+        assert json.loads(captured.out) == demo["expected"]
+        assert captured.err.splitlines()[-1] == "the JSON equals the table"
+    assert main(["generate", "--demo", name, "--prompt", "x"]) == 2
 
 
 @pytest.mark.parametrize("every", slow_but([8], [8, 1]))

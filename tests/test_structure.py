@@ -36,7 +36,7 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
-LIMITS = {"the core": 6000, "bench": 1500, "model.py": 400, "benchmarks/report.py": 600}
+LIMITS = {"the core": 6820, "bench": 1500, "model.py": 400, "benchmarks/report.py": 600}
 
 
 @cache

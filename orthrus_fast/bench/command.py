@@ -2,14 +2,14 @@
 
 import sys
 
-from orthrus_fast.bench.flags import build_parser, check_flags
+from orthrus_fast.bench.flags import PROGRAM, build_parser, check_flags
 from orthrus_fast.errors import OrthrusError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = PROGRAM) -> int:
     """Return 0: all parts are done; 1: a part failed; 2: bad input; 130: interrupted."""
     try:
-        parser = build_parser()
+        parser = build_parser(prog)
         args = parser.parse_args(arguments)
         check_flags(args)
         from orthrus_fast.bench.run import run  # with torch, for which --help does not wait

@@ -79,9 +79,9 @@ def names(*known: str) -> Callable[[str], list[str]]:
     return parse
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str = PROGRAM) -> Parser:
     description = "Time a decoder, pass by pass and end to end, and compare its modes to the bit."
-    parser = Parser(prog=PROGRAM, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add_decoder_flags(parser)
     add = parser.add_argument
     add("--compile-mode", choices=COMPILE_MODES, default="default", help="of the runner compiled")
@@ -109,8 +109,11 @@ def build_parser() -> Parser:
 def add_decoder_flags(parser: Parser) -> None:
     """Add the flags that the benchmark shares with benchmarks/peers.py."""
     add = parser.add_argument
-    text = "directory or Hub repository (default: the embedded checkpoint)"
-    add("--checkpoint", metavar="DIR_OR_REPO", help=text)
+    add(
+        "--checkpoint",
+        metavar="DIR_OR_REPO",
+        help="directory or Hub repository (default: the embedded one)",
+    )
     text = "random weights in the shape of a public model, without a download (tiny: for tests)"
     add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help=text)
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -1,1 +1,1 @@
-"""What the command line does beyond one prompt; ``generate.py`` is the command."""
+"""The command ``orthrus``: one module a command, and what they share."""

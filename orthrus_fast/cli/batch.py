@@ -34,9 +34,14 @@ def run_batch(args: argparse.Namespace) -> int:
     with Results(args.output) as results:
         decoder = load_decoder(args)
         check_template_flags(decoder, args)
+        unlimited = [line for line in lines if "max_new_tokens" not in line.settings]
+        if args.thinks and args.max_new_tokens is None and unlimited:
+            raise RequestError(
+                f"{unlimited[0].where}: --thinking needs --max-new-tokens with --prompts-file"
+            )
         params = [resolved(decoder, one) for one in asked]
         assert decoder.checkpoint is not None  # loaded from one
-        settings = batch_settings(decoder, args)
+        settings = batch_settings(args, resolved(decoder, sampling(args)))
         header = make_header(decoder, decoder.checkpoint, lines, settings, args.seed)
         drawing = any(one.temperature > 0 and one.seed is None for one in params)
         seed = results.begin(header, lines, draw_seed=drawing)
@@ -46,12 +51,10 @@ def run_batch(args: argparse.Namespace) -> int:
         return write_results(results, done, len(lines), seed)
 
 
-def batch_settings(decoder: Decoder, args: argparse.Namespace) -> dict[str, Any]:
+def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:
     """Return what decides the texts, apart from the decoder's configuration and the prompts."""
     names = ("mode", "max_new_tokens", "raw", "system", "thinking")
-    settings = {name: getattr(args, name) for name in names}
-    settings["mode"] = args.mode or decoder.default_mode
-    return settings | {"sampling": sampling_settings(resolved(decoder, sampling(args)))}
+    return {name: getattr(args, name) for name in names} | {"sampling": sampling_settings(params)}
 
 
 def prompt_of(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> Any:

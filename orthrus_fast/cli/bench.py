@@ -7,4 +7,4 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Run ``python -m orthrus_fast.bench``; return its exit code."""
     from orthrus_fast.bench.command import main
 
-    return main(list(arguments))
+    return main(list(arguments), prog)

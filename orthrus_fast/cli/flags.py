@@ -3,28 +3,113 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
+from orthrus_fast import __version__
 from orthrus_fast.errors import RequestError
-from orthrus_fast.options import ATTENTION_BACKENDS, MODES, RUNNERS
+from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, MODES, RUNNERS
 
 Group = argparse._ActionsContainer  # a parser, or a group of its flags
 DESCRIPTION = "Decode an Orthrus checkpoint losslessly, several tokens per cycle."
-FILTERS = ("top_k", "top_p", "min_p")
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 --check found a difference; 2 bad input, or a prompt that failed; "
+    "3 prompts of a file failed; 130 interrupted; 141 the reader of the output left."
+)
+FILTERS = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}  # and what spells them as off
+DEMOS = ("records", "keyed", "columns", "code")
+CHAT, INFO = (
+    "orthrus chat, or python -m orthrus_fast chat",
+    "orthrus info, or python -m orthrus_fast info",
+)
+LENGTH, ANSWER = "--max-seq-len (prompt and answer)", "--max-new-tokens (the answer)"
+SLOTS, CHECKPOINT = "--slots", "--checkpoint"
+QUANTIZED = "--dtype bfloat16 or float16 (weights are not quantized here)"
+NEAR = {  # flags of other tools, and of earlier versions, to what comes near them here
+    **dict.fromkeys(("interactive", "i", "chat", "conversation", "cnv"), CHAT),
+    **dict.fromkeys(("info", "show"), INFO),
+    **dict.fromkeys(("bench", "benchmark"), "orthrus bench, or python -m orthrus_fast bench"),
+    **dict.fromkeys(("max-length", "max-len"), f"{LENGTH} or {ANSWER}"),
+    **dict.fromkeys(("ctx-size", "c", "ctx", "n-ctx", "num-ctx", "max-model-len"), LENGTH),
+    **dict.fromkeys(("context-length", "max-context"), LENGTH),
+    **dict.fromkeys(("n-predict", "num-predict", "predict", "max-gen-len"), ANSWER),
+    **dict.fromkeys(("m", "model-path", "model-id", "model-name", "ckpt", "path"), CHECKPOINT),
+    **dict.fromkeys(("batch-size", "b", "parallel", "np", "max-num-seqs"), SLOTS),
+    **dict.fromkeys(("quantize", "quantization", "quant", "q"), QUANTIZED),
+    **dict.fromkeys(("load-in-4bit", "load-in-8bit"), QUANTIZED),
+    **dict.fromkeys(("threads", "num-threads"), "OMP_NUM_THREADS=N in the environment"),
+    **dict.fromkeys(("gpu", "cuda"), "--device cuda"),
+    **dict.fromkeys(("file", "f", "input-file", "prompt-file"), "--prompts-file, or a pipe"),
+    **dict.fromkeys(("system-prompt", "sys"), "--system"),
+    **dict.fromkeys(("enable-thinking", "think", "reasoning"), "--thinking"),
+    "t": "--temperature T (threads: OMP_NUM_THREADS=N in the environment)",
+    "do-sample": "--temperature T, which samples if above 0",
+    "greedy": "nothing: it is the default",
+    "stream": "nothing: text is written as it comes",
+    "attn-implementation": "--attention",
+    "torch-dtype": "--dtype",
+    "precision": "--dtype",
+    "cpu": "--device cpu",
+    "o": "--output",
+    "s": "--seed",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints errors as one line, as every other error of this program is printed."""
+    """Raises RequestError, so that its errors are printed as every other error of this program."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
+        version = f"orthrus-fast {__version__}"
+        text = "print the version and exit"
+        self.add_argument("--version", action="version", version=version, help=text)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Return the flags, whose names may have underscores; suggest one for an unknown name."""
+        words = [self._hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(self._explain(unknown))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"error: {message} (--help lists the flags)\n")
-        raise SystemExit(2)
+        """Raise a RequestError that says where the flags are listed."""
+        raise RequestError(f"{message} ({self.prog} --help lists the flags)")
+
+    def _hyphenated(self, word: str) -> str:
+        """Return a flag with its usual name. Raises RequestError for one with a hyphen too few."""
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            return name.replace("_", "-") + equals + value
+        if len(name) > 2 and f"-{name}" in self._option_string_actions:
+            self.error(f"{name}: no such flag; did you mean -{name}?")
+        return word
+
+    def _explain(self, unknown: list[str]) -> str:
+        """Return what is wrong with the first of the words that no flag took."""
+        word = unknown[0].partition("=")[0]
+        if not word.startswith("-"):
+            prompt = f"; did you mean --prompt {shlex.quote(' '.join(unknown))[:200]}?"
+            known = "--prompt" in self._option_string_actions
+            return f"{word[:200]!r} stands where a flag should{prompt if known else ''}"
+        near = NEAR.get(word.lstrip("-").lower())
+        if near is None:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = next(iter(difflib.get_close_matches(word.lower(), flags, 1, 0.7)), None)
+        if near is None and self.description != DESCRIPTION:
+            others = build_generate_parser("")._option_string_actions
+            return f"{word}: no such flag here" + ("; orthrus generate has it" * (word in others))
+        return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
 
 
 def build_generate_parser(prog: str) -> Parser:
     """Return the parser of ``orthrus generate``, whose --help lists the flags by group."""
-    parser = Parser(prog=prog, description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog, DESCRIPTION)
     add_checkpoint_flags(parser.add_argument_group("checkpoint"))
     add_prompt_flags(parser.add_argument_group("prompt"))
     add_template_flags(parser.add_argument_group("chat template"))
@@ -37,7 +122,8 @@ def build_generate_parser(prog: str) -> Parser:
 
 def build_chat_parser(prog: str) -> Parser:
     """Return the parser of ``orthrus chat``."""
-    parser = Parser(prog=prog, description="Chat with a checkpoint.", allow_abbrev=False)
+    parser = Parser(prog, "Chat with a checkpoint.")
+    parser.set_defaults(prompt=None, demo=None, raw=False, json=False, check=False)
     add_checkpoint_flags(parser.add_argument_group("checkpoint"))
     add_template_flags(parser.add_argument_group("chat template"))
     add_decoding_flags(parser.add_argument_group("decoding"))
@@ -50,7 +136,7 @@ def build_chat_parser(prog: str) -> Parser:
 def build_info_parser(prog: str) -> Parser:
     """Return the parser of ``orthrus info``."""
     description = "Print what a checkpoint is and needs, without loading its weights."
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog, description)
     add_checkpoint_flags(parser)
     add_length_flag(parser)
     return parser
@@ -62,15 +148,17 @@ def add_checkpoint_flags(group: Group) -> None:
     where = "directory or Hub repository (default: the embedded checkpoint)"
     add("--checkpoint", "--model", metavar="DIR_OR_REPO", help=where)
     add("--revision", help="branch, tag or commit of a Hub repository")
+    ignored = "let a field of config.json that is unknown here through; may be repeated"
+    add("--ignore-config-field", action="append", default=[], metavar="NAME", help=ignored)
 
 
 def add_prompt_flags(group: Group) -> None:
     """Add the flags that say what is decoded."""
     add = group.add_argument
-    prompt = "text of the prompt; '-' reads standard input, as a pipe without --prompt does"
+    prompt = "text of the prompt; '-' reads standard input, as a pipe or file without --prompt is"
     add("--prompt", "-p", metavar="TEXT", help=prompt)
     demo = "a built-in prompt of the embedded checkpoint (default: records)"
-    add("--demo", choices=("records", "code", "prose"), help=demo)
+    add("--demo", choices=DEMOS, help=demo)
     raw = "continue the prompt as it is, without the chat template"
     add("--raw", action="store_true", help=raw)
     lines = (
@@ -89,7 +177,7 @@ def add_template_flags(group: Group) -> None:
     """Add the flags that the chat template hears of."""
     add = group.add_argument
     add("--system", metavar="TEXT", help="system message; an empty one is sent, too")
-    thinking = "ask the chat template for thinking, or for none (default: the template decides)"
+    thinking = "let the model think, where its chat template knows of it (default: off)"
     add("--thinking", action=argparse.BooleanOptionalAction, default=None, help=thinking)
 
 
@@ -100,12 +188,14 @@ def add_decoding_flags(group: Group) -> None:
     add("--slots", type=int, default=1, metavar="B", help=slots)
     width = "width of a block, from 2 to the checkpoint's block size (the default)"
     add("--block-size", type=int, metavar="K", help=width)
-    limit = "new tokens at most (default: 256)"
-    spellings = ("--max-new-tokens", "--max-tokens", "-n")
-    add(*spellings, type=int, default=256, metavar="N", help=limit)
+    limit = "new tokens at most (default: 256, or what fits; with --thinking all that fits)"
+    add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help=limit)
     add_length_flag(group)
-    mode = "diffusion drafts and verifies blocks; ar decodes a token per pass (default: diffusion)"
-    add("--mode", choices=MODES, default="diffusion", help=mode)
+    mode = (
+        "diffusion drafts and verifies blocks; ar decodes a token per pass (default: diffusion, "
+        "where the checkpoint has a draft view)"
+    )
+    add("--mode", choices=MODES, help=mode)
 
 
 def add_length_flag(group: Group) -> None:
@@ -126,7 +216,7 @@ def add_sampling_flags(group: Group) -> None:
         metavar="T",
         help="sample, if above 0 (default: 0, greedy)",
     )
-    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (0: all)")
     top_p = "sample among the most likely tokens whose probabilities sum up to P"
     add("--top-p", type=float, metavar="P", help=top_p)
     min_p = "sample among the tokens at least P times as likely as the most likely one"
@@ -142,6 +232,8 @@ def add_machine_flags(group: Group) -> None:
     add("--dtype", metavar="T", help="float32, bfloat16, float16 or float64")
     runner = "how passes run (default: auto, which is graph on CUDA and eager on a CPU)"
     add("--runner", choices=("auto", *RUNNERS), default="auto", help=runner)
+    compiler = "torch.compile's, with --runner compiled (default: default)"
+    add("--compile-mode", choices=COMPILE_MODES, default="default", help=compiler)
     backend = "attention backend (default: auto)"
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto", help=backend)
 
@@ -175,7 +267,9 @@ def check_flags(parser: Parser, args: argparse.Namespace) -> None:
         for other in given:
             if other in refused.get(flag, ()):
                 raise RequestError(f"{spelled(flag, args)} does not go with {spelled(other, args)}")
-    if args.max_new_tokens < 1:
+    if str(args.device).lower().startswith("gpu"):
+        raise RequestError(f"--device {args.device}: did you mean --device cuda{args.device[3:]}?")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise RequestError(f"max_new_tokens: {args.max_new_tokens} is below 1")
     for flag, other in (("prompts_file", "output"), ("output", "prompts_file")):
         if getattr(args, flag, None) is not None and getattr(args, other) is None:
@@ -189,8 +283,8 @@ def check_sampling_flags(args: argparse.Namespace) -> None:
         raise RequestError("--sampling greedy does not go with --temperature")
     samples = args.temperature or (args.temperature is None and args.sampling == "checkpoint")
     if not samples and getattr(args, "prompts_file", None) is None:
-        for flag in FILTERS:
-            if getattr(args, flag) is not None:
+        for flag, off in FILTERS.items():
+            if getattr(args, flag) not in (None, *off):
                 needs = "--temperature above 0, or --sampling checkpoint"
                 raise RequestError(f"{spelled(flag, args)} needs {needs}")
 

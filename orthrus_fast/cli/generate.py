@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from orthrus_fast.cli.flags import build_generate_parser, check_flags
+from orthrus_fast.cli.flags import build_generate_parser, check_flags, spelled
 from orthrus_fast.cli.session import (
+    announce_loading,
+    budget,
     check_template_flags,
     decode,
     encode,
@@ -22,13 +24,14 @@ from orthrus_fast.cli.session import (
     resolved,
     sampling,
 )
+from orthrus_fast.cli.terminal import fail, show_prompt, write_output
 from orthrus_fast.errors import CheckpointError, PromptError, RequestError
 from orthrus_fast.files import embedded_checkpoint, read_json
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation
 
-PATIENCE = 3.0  # seconds to wait for the first data of a pipe
+PATIENCE = 1.0  # seconds of silence before a user is told what is waited for
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -36,33 +39,43 @@ def run(arguments: Sequence[str], prog: str) -> int:
     parser = build_generate_parser(prog)
     args = parser.parse_args(arguments)
     check_flags(parser, args)
+    announce_loading(args)
     sampling(args)  # refuses what is out of range, before anything is loaded
     if args.prompts_file is not None:
         from orthrus_fast.cli.batch import run_batch
 
         return run_batch(args)
     demo = choose_demo(args)
-    prompt = "" if demo else read_prompt(args)
+    prompt = demo or {"text": read_prompt(args)}
+    args.stop = args.stop or demo.get("stop")
     decoder = load_decoder(args)
     check_template_flags(decoder, args)
     if args.check and not decoder.config.has_draft_view:
         raise RequestError(f"--check: {decoder.name} has one mode only, ar")
-    ids = encode(decoder, args, demo or {"text": prompt})
+    if demo:
+        show_prompt(demo["messages"][-1]["content"] if "messages" in demo else demo["text"])
+    return answer(decoder, args, encode(decoder, args, prompt), demo.get("expected"))
+
+
+def answer(decoder: Decoder, args: argparse.Namespace, ids: list[int], expected: Any) -> int:
+    """Decode and print the answer, compare it with what is ``expected``; return the exit code."""
     result, interrupted = decode(decoder, args, ids)
     report(decoder, args, result, interrupted)
-    if "expected" in demo and result.finish_reason == "eos":
-        equal = as_parsed(result.text) == demo["expected"]
+    if expected is not None and result.finish_reason == "eos":
+        equal = as_parsed(result.text) == expected
         print(f"the JSON {'equals' if equal else 'DIFFERS FROM'} the table", file=sys.stderr)
     verdict = None
     try:
-        if args.check and not interrupted:
+        if args.check and not interrupted and result.finish_reason != "error":
             verdict = check(decoder, args, ids, result)
     except KeyboardInterrupt:
         print("check: interrupted", file=sys.stderr)
         interrupted = True
     finally:  # print the first result, however the check ended
         if args.json:
-            print(as_json(decoder, args, result, verdict), flush=True)
+            write_output(as_json(decoder, args, result, verdict) + "\n")
+    if result.finish_reason == "error":
+        return fail(result.error or "decoding failed")
     if interrupted:
         return 130
     return 0 if verdict is None or verdict["identical"] else 1
@@ -73,8 +86,9 @@ def choose_demo(args: argparse.Namespace) -> dict[str, Any]:
     asked = args.prompt is not None or args.checkpoint is not None
     if args.demo is None and (asked or input_is_piped()):
         return {}
-    if args.raw:
-        raise RequestError("--raw: there is no prompt to complete; use --prompt TEXT or a pipe")
+    for flag in ("raw", "system", "thinking"):
+        if getattr(args, flag) is not (False if flag == "raw" else None):
+            raise RequestError(f"{spelled(flag, args)} needs a prompt: --prompt TEXT, or a pipe")
     path, name = embedded_checkpoint() / "demos.json", args.demo or "records"
     demos = read_json(path)
     if not isinstance(demos, dict) or not isinstance(demos.get(name), dict):
@@ -99,11 +113,17 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_input(args: argparse.Namespace) -> str:
-    """Return all of standard input. Raises PromptError."""
+    """Return all of standard input, however late it ends. Raises PromptError."""
     if args.prompt is None and not input_is_piped():
         raise PromptError("prompt: none given; use --prompt TEXT, or a pipe")
     if sys.stdin is None:
         raise PromptError("standard input: closed; use --prompt TEXT")
+    waits = args.prompt is None and os.name == "posix"
+    if waits and not select.select([sys.stdin], [], [], PATIENCE)[0]:
+        # A program that starts another often gives it a pipe and never writes to it.
+        without = "--prompt TEXT" if args.checkpoint else "--prompt, --demo or < /dev/null"
+        told = f"reading the prompt from standard input … ({without} does without)"
+        print(told, file=sys.stderr, flush=True)
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,16 +131,10 @@ def read_input(args: argparse.Namespace) -> str:
 
 
 def input_is_piped() -> bool:
-    """Return whether standard input is a file, or a pipe that sends data or closes in time."""
+    """Return whether standard input is a pipe or a file: neither a terminal nor a socket."""
     if sys.stdin is None:
         return False
     mode = os.fstat(sys.stdin.fileno()).st_mode
-    if stat.S_ISFIFO(mode) and os.name == "posix":
-        if select.select([sys.stdin], [], [], PATIENCE)[0]:
-            return True
-        # A program that starts another often gives it a pipe and never writes to it.
-        print("no data on standard input; --prompt - waits for it", file=sys.stderr)
-        return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
@@ -131,14 +145,15 @@ def check(
     other = "ar" if args.mode == "diffusion" else "diffusion"
     print(f"check: decoding in {other} mode …", file=sys.stderr)
     params = sampling(args, seed=result.seed)  # which the first decode may have drawn
-    second = decoder.generate(ids, args.max_new_tokens, params, other)
+    limit = budget(decoder, args, len(ids))
+    second = decoder.generate(ids, limit, params, other)
     results = {args.mode: result, other: second}
     if results["ar"].tokens != results["diffusion"].tokens:
         return show_difference(decoder, ids, results["ar"].tokens, results["diffusion"].tokens)
     n_tokens = len(result.tokens)
     print(f"check: identical, {n_tokens} tokens in both modes", file=sys.stderr)
     single = "AR by one row" + (", greedy" if resolved(decoder, params).temperature else "")
-    show_speeds(results, decoder.generate_one_row(ids, args.max_new_tokens), single)
+    show_speeds(results, decoder.generate_one_row(ids, limit), single)
     return {"identical": True}
 
 
@@ -160,14 +175,15 @@ def show_difference(
 
 
 def show_speeds(results: dict[str, Generation], one_row: Generation, name: str) -> None:
-    """Print tokens/s of this one run, and the gain over the faster AR."""
+    """Print tokens/s of this one run, and the speed in that of the faster AR."""
     stats = (results["diffusion"].stats, results["ar"].stats, one_row.stats)
     rates = [s.tokens_per_second for s in stats if s is not None and s.tokens_per_second]
     if len(rates) == 3:
         diffusion, padded, single = rates
+        gain = diffusion / max(padded, single)
         print(
             f"tokens/s, one run each: diffusion {diffusion:.1f}, AR by the same pass {padded:.1f}, "
-            f"{name} {single:.1f}; {diffusion / max(padded, single):.2f} × the faster AR",
+            f"{name} {single:.1f}; {gain:.2f}× the speed of AR{' (slower)' if gain < 1 else ''}",
             file=sys.stderr,
         )
 
@@ -180,6 +196,7 @@ def as_json(
         "text": result.text,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
+        "error": result.error,
         "seed": result.seed,
         "stats": asdict(result.stats) if result.stats else None,
         "configuration": {**decoder.configuration, "mode": args.mode},

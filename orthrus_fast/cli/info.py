@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orthrus_fast.cli.flags import build_info_parser
-from orthrus_fast.cli.terminal import printable
+from orthrus_fast.cli.terminal import printable, write_output
 from orthrus_fast.files import embedded_checkpoint
 
 
@@ -15,16 +15,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
     import torch
 
     from orthrus_fast.checkpoint import count_weights, open_checkpoint
-    from orthrus_fast.loading import check_max_seq_len, memory_needed
+    from orthrus_fast.loading import check_max_seq_len, memory_needed, parse_device
 
     path = args.checkpoint if args.checkpoint is not None else embedded_checkpoint()
-    checkpoint = open_checkpoint(path, revision=args.revision)
+    ignored = tuple(args.ignore_config_field)
+    checkpoint = open_checkpoint(path, revision=args.revision, ignore_config_fields=ignored)
     config = checkpoint.config
     length = check_max_seq_len(args.max_seq_len, config)
     views = "autoregressive and draft" if config.has_draft_view else "autoregressive only"
     facts = {
         "checkpoint": f"{checkpoint.name}"
-        + (f" at {checkpoint.commit}" if checkpoint.commit else ""),
+        + (f" at {checkpoint.commit}" if checkpoint.commit else "")
+        + (" (embedded, the default)" if args.checkpoint is None else ""),
         "directory": checkpoint.directory,
         "views": views,
         "block size": config.block_size or "none",
@@ -42,6 +44,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
         facts[f"needs in {name}"] = (
             f"{memory_needed(config, dtype, cpu, length, 1)} at {length} tokens"
         )
+    device = parse_device(None)
+    facts["this machine"] = (
+        f"torch {torch.__version__}, "
+        + (torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (no CUDA device)")
+        + f", {'float32' if device.type == 'cpu' else config.dtype} unless --dtype says otherwise"
+    )
     for name, fact in facts.items():
-        print(f"{name:18}{printable(str(fact), True)}")
+        write_output(f"{name:18}{printable(str(fact), True)}\n")
     return 0

@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import spelled
-from orthrus_fast.cli.terminal import progress_bar, render
-from orthrus_fast.errors import RequestError
+from orthrus_fast.cli.terminal import printable, progress_bar, render, write_output
+from orthrus_fast.errors import RequestError, TemplateError
+from orthrus_fast.options import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from orthrus_fast import Decoder, Generation, SamplingParams
@@ -16,24 +17,35 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
+def announce_loading(args: argparse.Namespace) -> None:
+    """Say on a terminal what is loaded, before the import of torch, which takes seconds itself."""
+    if sys.stderr.isatty():
+        name = printable(args.checkpoint or "the embedded checkpoint", True)
+        print(f"loading {name} …", file=sys.stderr, flush=True)
+
+
 def load_decoder(args: argparse.Namespace) -> Decoder:
-    """Load the checkpoint as the flags say."""
+    """Load the checkpoint as the flags say; settle ``args.mode`` where none is given."""
     from orthrus_fast import load
 
     with progress_bar("loading") as progress:
-        return load(
+        decoder = load(
             args.checkpoint,  # None: the embedded one
             device=args.device,
             dtype=args.dtype,
             max_seq_len=args.max_seq_len,
             runner=args.runner,
             attention=args.attention,
+            compile_mode=args.compile_mode,
             slots=args.slots,
             block_size=args.block_size,
             revision=args.revision,
-            draft_view=args.mode == "diffusion" or args.check,
+            draft_view=args.mode != "ar" or args.check,
+            ignore_config_fields=tuple(args.ignore_config_field),
             progress=progress,
         )
+    args.mode = args.mode or decoder.default_mode
+    return decoder
 
 
 def has_template(decoder: Decoder) -> bool:
@@ -42,22 +54,42 @@ def has_template(decoder: Decoder) -> bool:
 
 
 def check_template_flags(decoder: Decoder, args: argparse.Namespace) -> None:
-    """Refuse flags that the chat template does not support; warn of greedy thinking."""
+    """Refuse flags that the chat template does not support; warn of greedy thinking.
+
+    Settles ``args.thinking``, which is off where a template would think by itself, and
+    ``args.thinks``: whether the model thinks.
+    """
     for flag in ("system", "thinking"):
         if getattr(args, flag) is not None and not has_template(decoder):
             raise RequestError(f"{spelled(flag, args)}: {decoder.name} has no chat template")
-    if args.thinking is None:
+    args.thinks = False
+    if not has_template(decoder) or args.raw or args.demo:
         return
     assert decoder.tokenizer is not None
     if not decoder.tokenizer.chat_template.mentions("enable_thinking"):
-        flag = spelled("thinking", args)
-        raise RequestError(f"{flag}: the template of {decoder.name} has no thinking mode")
-    if args.thinking and resolved(decoder, sampling(args)).temperature == 0:
+        if args.thinking is not None:
+            flag = spelled("thinking", args)
+            raise RequestError(f"{flag}: the template of {decoder.name} has no thinking mode")
+        args.thinks = rendered(decoder).rstrip().endswith("<think>")
+    elif args.thinking is None and decoder.tokenizer.thinks_by_default():
+        args.thinking = False
+        print("thinking is off; --thinking turns it on", file=sys.stderr)
+    args.thinks = args.thinks or args.thinking is True
+    if args.thinks and resolved(decoder, sampling(args)).temperature == 0:
         print(
             "warning: Qwen advises against greedy decoding in thinking mode; "
             "--sampling checkpoint takes the checkpoint's own settings",
             file=sys.stderr,
         )
+
+
+def rendered(decoder: Decoder) -> str:
+    """Return a chat of one message as the template writes it, "" where that has no place there."""
+    assert decoder.tokenizer is not None
+    try:
+        return decoder.tokenizer.render_chat([message("user", "x")])
+    except TemplateError:
+        return ""
 
 
 def message(role: str, content: str) -> dict[str, Any]:
@@ -110,32 +142,38 @@ def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
     return params.resolved(dict(decoder.config.sampling_defaults))
 
 
+def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int:
+    """Return the limit of new tokens: as given, or what fits, up to 256 where nobody thinks."""
+    if args.max_new_tokens is not None:
+        return int(args.max_new_tokens)
+    room = max(1, decoder.max_seq_len - n_prompt)
+    return room if args.thinks else min(room, MAX_NEW_TOKENS)
+
+
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
     """Stream the answer to the terminal; Ctrl-C ends it and keeps what was written so far."""
-    stream = decoder.stream(ids, args.max_new_tokens, sampling(args), args.mode)
+    stream = decoder.stream(ids, budget(decoder, args, len(ids)), sampling(args), args.mode)
     interrupted = False
     try:
         for chunk in stream:
             if not args.json:
-                sys.stdout.write(render(chunk, args.show_blocks, sys.stdout.isatty()))
-                sys.stdout.flush()
+                write_output(render(chunk, args.show_blocks, sys.stdout.isatty()))
     except KeyboardInterrupt:
         interrupted = True
         stream.close()
     if not args.json:
-        print(flush=True)
-    if stream.result.error is not None:
-        raise RequestError(stream.result.error)
+        write_output("\n")
     return stream.result, interrupted
 
 
 def report(
     decoder: Decoder, args: argparse.Namespace, result: Generation, interrupted: bool
 ) -> None:
-    """Print a line on standard error, and another if Ctrl-C or the token limit ended the text."""
+    """Print a line on standard error, and another if Ctrl-C or a limit ended the text."""
     stats = result.stats
     if stats is None:
-        print("interrupted before the first token", file=sys.stderr)
+        if interrupted:
+            print("interrupted before the first token", file=sys.stderr)
         return
     parts = [f"{len(result.tokens)} tokens"]
     if stats.tokens_per_cycle is not None:
@@ -151,5 +189,17 @@ def report(
     if interrupted:
         print("interrupted: the text above is what was written so far", file=sys.stderr)
     elif result.finish_reason == "length":
-        ended = f"the text ended at its limit of {args.max_new_tokens} new tokens"
-        print(f"{ended}; --max-new-tokens raises it", file=sys.stderr)
+        limit = budget(decoder, args, stats.prompt_tokens)
+        print(f"the text ended at {which_limit(decoder, args, limit)}", file=sys.stderr)
+
+
+def which_limit(decoder: Decoder, args: argparse.Namespace, limit: int) -> str:
+    """Return in words which limit of new tokens a text reached, and what raises it."""
+    if args.max_new_tokens is not None:
+        return f"its limit of {limit} new tokens; --max-new-tokens raises it"
+    if limit == MAX_NEW_TOKENS and not args.thinks:
+        return f"the default limit of {limit} new tokens; --max-new-tokens raises it"
+    room = f"the {limit} new tokens that max_seq_len {decoder.max_seq_len} leaves room for"
+    if decoder.max_seq_len < decoder.config.max_position_embeddings:
+        return f"{room}; --max-seq-len raises it"
+    return f"{room}, which is the model's own limit"

@@ -79,38 +79,38 @@ def _settings(figures: dict[str, Any]) -> str:
 
 
 def _speed_section(speed: dict[str, Any]) -> list[str]:
-    """Return the speed of diffusion over the faster AR by demo, and the tokens/s behind it."""
+    """Return the speed of diffusion over the faster AR by prompt, and the tokens/s behind it."""
     rows = speed["rows"]
-    demos = list(dict.fromkeys(row["demo"] for row in rows))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     cells: dict[tuple[int, str], dict[str, str]] = {}
     for row in rows:
         low, high = row["gain_range"]
         cell = f"{row['gain']:.2f} ({low:.2f} … {high:.2f})"
-        cells.setdefault((row["threads"], row["runner"]), {})[row["demo"]] = cell
+        cells.setdefault((row["threads"], row["runner"]), {})[row["prompt"]] = cell
     lines = [
-        "Speed-up by drafting on the demos: tokens/s in mode `diffusion` over those of the faster",
+        "Speed-up by drafting, by prompt: tokens/s in mode `diffusion` over those of the faster",
         "AR, mode `ar` (AR by the same pass, as wide as a block) or AR by a pass of one row.",
         f"Median of {speed['runs']} rounds, with the lowest and the highest in brackets.",
         "",
-        f"| threads | runner | {' | '.join(demos)} |",
-        f"|---|---|{'---|' * len(demos)}",
+        f"| threads | runner | {' | '.join(prompts)} |",
+        f"|---|---|{'---|' * len(prompts)}",
     ]
     for (threads, runner), gains in cells.items():
-        lines.append(f"| {threads} | {runner} | {' | '.join(gains.get(d, '–') for d in demos)} |")
+        lines.append(f"| {threads} | {runner} | {' | '.join(gains.get(p, '–') for p in prompts)} |")
     lines += [
         "",
         "Median tokens/s (diffusion / AR by the same pass / AR by one row):",
         "",
-        f"| threads | runner | {' | '.join(demos)} |",
-        f"|---|---|{'---|' * len(demos)}",
+        f"| threads | runner | {' | '.join(prompts)} |",
+        f"|---|---|{'---|' * len(prompts)}",
     ]
     for threads, runner in cells:
         rates = {
-            row["demo"]: " / ".join(f"{v:.0f}" for v in row["tokens_per_second"].values())
+            row["prompt"]: " / ".join(f"{v:.0f}" for v in row["tokens_per_second"].values())
             for row in rows
             if (row["threads"], row["runner"]) == (threads, runner)
         }
-        lines.append(f"| {threads} | {runner} | {' | '.join(rates.get(d, '–') for d in demos)} |")
+        lines.append(f"| {threads} | {runner} | {' | '.join(rates.get(p, '–') for p in prompts)} |")
     loads = [load for row in rows for load in row["load_average"]]
     lines += [
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,22 @@ def test_their_model_computes_our_logits_from_shared_memory() -> None:
     assert torch.allclose(session.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
     own = session.runner.model.layers[0].attention.qkv.weight
     assert theirs.model.layers[0].self_attn.q_proj.weight.data_ptr() == own.data_ptr()
+
+
+def test_their_texts_end_at_an_id_that_no_token_has() -> None:
+    """Of transformers' releases some want one for prompt lookup, and none may stop at a token."""
+    given: dict[str, Any] = {}
+
+    def generate(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        given.update(settings)
+        for part in (ids, torch.tensor([7]), torch.tensor([8])):
+            settings["streamer"].put(part)
+        return torch.cat((ids, torch.tensor([[7, 8]])), dim=1)
+
+    model = SimpleNamespace(device="cpu", config=SimpleNamespace(vocab_size=50), generate=generate)
+    decoded = peers.transformers_peer(model, prompt_lookup_num_tokens=10)([1, 2, 3], 2)
+    assert decoded.tokens == [7, 8]
+    assert (given["eos_token_id"], given["prompt_lookup_num_tokens"]) == (50, 10)
 
 
 def test_a_peer_that_is_absent_or_fails_is_skipped_by_name(

@@ -108,6 +108,8 @@ def test_generation_config_decides_the_end_of_sequence() -> None:
 def test_older_dtype_field() -> None:
     for name in ("float16", "torch.float16", "half"):
         assert parse_config(tiny_config(torch_dtype=name)).dtype == "float16"
+    both = tiny_config(torch_dtype="float16", dtype="bfloat16")
+    assert parse_config(both).dtype == "bfloat16"  # as in transformers
 
 
 @pytest.mark.parametrize(
@@ -257,6 +259,13 @@ def test_an_orthrus_without_both_draft_fields(names: tuple[str, Any]) -> None:
     fields = tiny_config(draft=False) | dict([names])
     assert "block_size: absent" in refusal(fields)
     assert "mask_token_id: absent" in refusal(fields | {"block_size": 8})
+
+
+@pytest.mark.parametrize(
+    "name, absent", [("block_size", "mask_token_id"), ("mask_token_id", "block_size")]
+)
+def test_one_draft_field_alone_makes_no_plain_qwen3(name: str, absent: str) -> None:
+    assert f"{absent}: absent" in refusal(tiny_config(draft=False) | {name: 8})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from orthrus_fast import SamplingParams
 from orthrus_fast import prompts as prompts_file
 from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.cli import batch, results_file
+from orthrus_fast.cli.flags import build_generate_parser
 from orthrus_fast.cli.main import main
 from orthrus_fast.errors import PromptError, RequestError
 from orthrus_fast.prompts import PromptLine, read_prompts
@@ -605,7 +607,9 @@ def test_a_run_that_never_began_leaves_no_file(run: Run, tmp_path: Path) -> None
     assert_one_line(run("--system", "x"), "--system", "no chat template")
     assert_one_line(run(prompts=[{"prompt": "a", "temperature": -1}]), "line 1: sampling: temp")
     plain = write_checkpoint(tmp_path / "plain", draft=False, tokenizer=True)
-    assert_one_line(run(checkpoint=plain), "plain Qwen3")  # said once decoding begins
+    assert_one_line(
+        run("--mode", "diffusion", checkpoint=plain), "plain Qwen3"
+    )  # said once decoding begins
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -794,3 +798,46 @@ def test_the_weights_digest_covers_files_headers_and_samples(
             file.write(" ")
         seen.add(digest())
     assert len(seen | {sampled, first}) == 9
+
+
+# That no setting drops out of the fingerprint.
+
+OTHER_FLAGS: dict[str, Any] = {  # and the settings of sampling, below
+    "mode": "ar",
+    "max_new_tokens": 3,
+    "raw": True,
+    "system": "be brief",
+    "thinking": True,
+}
+SAMPLING = [field.name for field in fields(SamplingParams) if not field.name.startswith("_")]
+
+
+def settings_fingerprint(checkpoint: Path, configuration: dict[str, Any], **changed: Any) -> str:
+    """Of a run whose flags are all at their defaults, but for those ``changed``."""
+    parser = build_generate_parser("orthrus generate")
+    args = parser.parse_args(["--prompts-file", "p", "--output", "o"])
+    vars(args).update({name: value for name, value in changed.items() if name not in SAMPLING})
+    params = SamplingParams(**{name: changed[name] for name in changed if name in SAMPLING})
+    decoder: Any = SimpleNamespace(configuration=configuration)
+    settings = batch.batch_settings(args, params)
+    header = results_file.make_header(decoder, open_checkpoint(checkpoint), [], settings, None)
+    return str(header["fingerprint"]["settings"])
+
+
+@pytest.mark.parametrize("name", [*OTHER_FLAGS, *SAMPLING])
+def test_a_run_with_another_flag_has_another_fingerprint(raw: Path, name: str) -> None:
+    value = (OTHER_FLAGS | OTHER_VALUES | {"stop": ("end",)})[name]
+    counts = settings_fingerprint(raw, {}, **{name: value}) != settings_fingerprint(raw, {})
+    assert counts == (name != "seed")  # which the header has beside it
+
+
+def test_a_line_may_have_every_setting_of_sampling() -> None:
+    assert set(SAMPLING) <= set(prompts_file.FIELDS)
+
+
+def test_a_decoder_of_another_configuration_has_another_fingerprint(raw: Path) -> None:
+    """But for what changes no text."""
+    configuration = orthrus_fast.load(raw, device="cpu").configuration
+    plain = settings_fingerprint(raw, configuration)
+    other = {n: settings_fingerprint(raw, configuration | {n: "other"}) for n in configuration}
+    assert {n for n in other if other[n] == plain} == {"checkpoint", "commit", "device"}

@@ -20,11 +20,12 @@ import jsonschema
 import pytest
 import torch
 
-import orthrus_fast
+import orthrus_fast.steps
 from orthrus_fast import Chunk
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
+from orthrus_fast.model import Transformer
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Run:
     """``orthrus`` in this process, on the CPU; a command, or else generate, and its flags."""
     words = [str(a) for a in arguments]
     words = words if words[:1] in (["info"], ["chat"]) else ["generate", *words]
-    device = [] if words[0] == "info" else ["--device", "cpu"]
+    device = [] if words[0] == "info" or "--device" in words else ["--device", "cpu"]
     try:
         code = main(words + device)
     except SystemExit as exit:
@@ -60,17 +61,21 @@ def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[b
 
 
 @contextmanager
-def standard_input(content: bytes | None) -> Iterator[None]:
-    """Within, a pipe with ``content`` and no more to come; None: to which nobody writes."""
-    read, write = os.pipe()
-    if content is not None:
+def standard_input(content: bytes) -> Iterator[None]:
+    """Within, a pipe with ``content`` and no more to come."""
+    with silent_pipe() as write:
         os.write(write, content)
         os.close(write)
+        yield
+
+
+@contextmanager
+def silent_pipe() -> Iterator[int]:
+    """Within, standard input is a pipe without data; its other end, to be closed by the user."""
+    read, write = os.pipe()
     with pytest.MonkeyPatch.context() as patch, os.fdopen(read, encoding="utf-8") as pipe:
         patch.setattr(sys, "stdin", pipe)
-        yield
-    if content is None:
-        os.close(write)
+        yield write
 
 
 # What good input gets.
@@ -100,6 +105,7 @@ SCHEMA = {
         "text",
         "tokens",
         "finish_reason",
+        "error",
         "seed",
         "stats",
         "configuration",
@@ -117,6 +123,7 @@ SCHEMA = {
         "text": {"type": "string"},
         "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "finish_reason": {"enum": ["eos", "length", "stop", "error", None]},
+        "error": {"type": ["string", "null"]},
         "seed": {"type": ["integer", "null"]},
         "check": {"type": ["object", "null"], "required": ["identical"]},
         "stats": {
@@ -335,18 +342,23 @@ def test_control_characters_are_escaped_on_a_terminal_only() -> None:
 
 
 def test_help_and_version_need_no_torch() -> None:
-    code = "import sys, generate; generate.build_parser(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-    assert b"--show-blocks" in command("--help").stdout
+    code = (
+        "import sys; sys.modules['torch'] = None; from orthrus_fast.cli.main import main\n"
+        "for command in ('generate', 'chat', 'info', 'bench'):\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit as exit: assert exit.code == 0\n"
+    )
+    line = [sys.executable, "-c", code]
+    got = subprocess.run(line, cwd=ROOT, check=True, timeout=60, capture_output=True, text=True)
+    assert got.stdout.count("usage: orthrus ") == 4
+    assert got.stdout.count("Exit codes: 0 done; 1 --check") == 3
     assert command("--version").stdout.decode() == f"orthrus-fast {orthrus_fast.__version__}\n"
 
 
 def test_the_prompt_may_come_from_standard_input(
     raw: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orthrus_fast.cli.generate.PATIENCE", 0.05)
-
-    def given(content: bytes | None, *more: str) -> Run:
+    def given(content: bytes, *more: str) -> Run:
         with standard_input(content):
             return run(capsys, "--checkpoint", raw, "--max-new-tokens", 8, "--json", *more)
 
@@ -359,29 +371,10 @@ def test_the_prompt_may_come_from_standard_input(
     assert bad.err == "error: standard input: not valid UTF-8 at byte 3\n"
     empty = given(b"")
     assert (empty.code, empty.err.splitlines()[-1][:20]) == (2, "error: prompt: empty")
-    told = given(None)
-    assert told.err.splitlines()[0].startswith("no data on standard input")
-    assert (told.code, "none given" in told.err) == (2, True)
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         none = run(capsys, "--checkpoint", raw)
     assert (none.code, "none given" in none.err) == (2, True)
-
-
-def test_interactive_remembers_turns_and_survives_a_turn_that_is_too_long(
-    chat: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ("chat", "--checkpoint", chat, "--max-new-tokens", 8, "--max-seq-len", 120)
-    with standard_input(f"one\n\n{'x' * 200}\ntwo\n".encode()):
-        got = run(capsys, *line)
-    assert got.code == 0
-    assert got.err.count("8 tokens \xb7") == 2
-    assert got.err.count("error: prompt:") == 1
-    decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=120)
-    first = decoder.generate([{"role": "user", "content": "one"}], 8).text
-    messages = [("user", "one"), ("assistant", first), ("user", "two")]
-    second = decoder.generate([{"role": r, "content": c} for r, c in messages], 8).text
-    assert got.out == f"{first}\n{second}\n"
 
 
 def test_ctrl_c_keeps_what_was_written(raw: Path) -> None:
@@ -422,8 +415,10 @@ def test_a_reader_that_leaves_is_no_error(raw: Path) -> None:
     [
         ("--prompt - <&-", 2, "error: standard input: closed"),
         pytest.param("--prompt x >&-", 2, "error: standard output: closed", marks=SLOW),
-        ("--prompt x >/dev/full", 2, "error: [Errno 28] No space left on device"),
-        pytest.param("--prompt x --json >/dev/full", 2, "error: [Errno 28] No space", marks=SLOW),
+        ("--prompt x >/dev/full", 2, "error: standard output: No space left on device\n"),
+        pytest.param(
+            "--prompt x --json >/dev/full", 2, "error: standard output: No space", marks=SLOW
+        ),
         pytest.param("--prompt x 2>&- >/dev/null", 0, "", marks=SLOW),
     ],
 )
@@ -437,6 +432,21 @@ def test_streams_that_are_closed_or_full(
     assert expected in got.stderr
     assert "Traceback" not in got.stderr
     assert "Exception" not in got.stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--check",)])
+def test_a_text_that_overflows_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    model = write_checkpoint(tmp_path / "model", tokenizer=True)
+    line = ("--checkpoint", model, "--prompt", "x", "--dtype", "float16", *flags)
+    with pytest.MonkeyPatch.context() as patch:
+        overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
+        patch.setattr(Transformer, "logits", lambda *_: overflow)
+        got = run(capsys, *line)
+    assert (got.code, got.out.strip()) == (2, "")
+    error = "error: dtype: logits are not finite in float16; use bfloat16 or float32"
+    assert got.err.splitlines()[-1] == error
 
 
 def test_json_is_json_in_any_locale_and_on_any_terminal(
@@ -489,7 +499,7 @@ def test_without_the_embedded_checkpoint_the_default_run_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    monkeypatch.setattr("orthrus_fast.cli.generate.EMBEDDED", tmp_path)
+    monkeypatch.setattr("orthrus_fast.cli.generate.embedded_checkpoint", lambda: tmp_path)
     assert_refused(run(capsys), "demos.json", "file not found")
     (tmp_path / "demos.json").write_text("[1]")
     assert_refused(run(capsys), "demos.json", "no demonstration 'records'")
@@ -560,11 +570,11 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--max-new-tokens", 10**6], ["max_new_tokens 1000000", "max_seq_len 512"]),
         (["--max-seq-len", 10**6], ["max_seq_len: 1000000", "512"]),
         (["--prompt", ""], ["prompt: empty"]),
-        (["--prompt", "x" * 600], ["600 tokens + max_new_tokens 256"]),
+        (["--prompt", "x" * 600], ["600 tokens + max_new_tokens 1 ", "max_seq_len 512"]),
         (["--prompt", "bad \udcff byte"], ["surrogate"]),
         (["--temperature", "-1"], ["temperature=-1.0"]),
         (["--temperature", "nan"], ["temperature=nan"]),
-        (["--temperature", "1", "--top-k", "0"], ["top_k=0"]),
+        (["--temperature", "1", "--top-k", "-2"], ["top_k=-2"]),
         (["--temperature", "1", "--top-p", "1.5"], ["top_p=1.5"]),
         (["--sampling", "checkpoint", "--min-p", "-1"], ["min_p=-1.0"]),
         (["--top-k", "3"], ["--top-k needs --temperature above 0, or --sampling checkpoint"]),
@@ -586,6 +596,7 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--no-thinking"], ["--no-thinking", "no chat template"]),
         (["--system", "x", "--raw"], ["--raw does not go with --system"]),
         (["--no-thinking", "--raw"], ["--raw does not go with --no-thinking"]),
+        (["--device", "gpu:1"], ["did you mean --device cuda:1?"]),
         (["--demo", "code"], ["--demo does not go with --checkpoint"]),
         (["--json", "--show-blocks"], ["--json does not go with --show-blocks"]),
     ],
@@ -682,14 +693,16 @@ def test_a_missing_directory_and_a_missing_repository(
     assert got.stderr.decode().splitlines()[-1].startswith("error: nobody/nothing")
 
 
-def test_a_plain_qwen3_asked_for_diffusion(
+def test_a_plain_qwen3_decodes_in_the_mode_that_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = write_checkpoint(tmp_path / "model", draft=False, tokenizer=True)
     line = ("--checkpoint", plain, "--prompt", "x", "--max-new-tokens", 4)
-    assert_refused(run(capsys, *line), "plain Qwen3", "mode 'ar'")
-    assert run(capsys, *line, "--mode", "ar").code == 0
-    assert_refused(run(capsys, *line, "--mode", "ar", "--check"), "--check", "one mode only")
+    assert_refused(run(capsys, *line, "--mode", "diffusion"), "plain Qwen3", "mode 'ar'")
+    for mode in ((), ("--mode", "ar")):
+        got = run(capsys, *line, *mode)
+        assert (got.code, " · ar on cpu (" in got.err) == (0, True)
+    assert_refused(run(capsys, *line, "--check"), "--check", "one mode only")
 
 
 def test_an_empty_message_is_refused_though_a_template_would_wrap_it(
@@ -708,7 +721,3 @@ def test_thinking_with_a_template_that_knows_nothing_of_it(
     (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
     line = ("--checkpoint", directory, "--prompt", "x", "--no-thinking")
     assert_refused(run(capsys, *line), "--no-thinking", "no thinking mode")
-
-
-def test_interactive_without_a_chat_template(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert_refused(run(capsys, "chat", "--checkpoint", raw), "no chat template")

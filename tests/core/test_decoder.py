@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import Decoder, Generation, SamplingParams, steps
+from orthrus_fast import Decoder, Generation, SamplingParams, loading, steps
+from orthrus_fast.checkpoint import load_model, open_checkpoint
 from orthrus_fast.errors import (
     BusyError,
     PromptError,
@@ -355,9 +356,10 @@ def test_several_end_tokens_each_end_the_text(tiny: Path, tmp_path: Path) -> Non
         directory = write_checkpoint(tmp_path / f"{index}", seed=3, eos_token_id=[unused, end])
         ended = load(directory, "float32")
         for mode in ("ar", "diffusion"):
-            result = ended.generate([5, 6, 7], 40, mode=mode)
-            assert result.tokens == free[: first + 1]
-            assert result.finish_reason == "eos"
+            for budget in (40, first + 1):  # the end may be the last token that there is room for
+                result = ended.generate([5, 6, 7], budget, mode=mode)
+                assert result.tokens == free[: first + 1]
+                assert result.finish_reason == "eos"
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 3])
@@ -415,6 +417,7 @@ def test_a_mode_that_is_not_named_drafts_where_it_can(tiny: Path, decoder: Decod
         ([1.0, 2.0], "list of float is not"),
         ([1, "a"], "list of int, str is not"),
         ([-1], "-1 is no id below"),
+        ([272], "272 is no id below"),
         ([10**9], "1000000000 is no id below"),
         ([True], "True is no id below"),
         ("text", "no tokenizer.json"),
@@ -631,6 +634,7 @@ def test_rates_are_those_of_the_clock(decoder: Decoder, monkeypatch: pytest.Monk
     ticks = iter(range(1000))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     stats = decoder.generate([5, 6, 7], 40).stats
+    assert stats.prompt_tokens == 3
     assert (stats.time_to_first_token, stats.seconds) == (1.0, 1.0 + stats.cycles)
     assert stats.tokens_per_second == 39 / stats.cycles
 
@@ -742,6 +746,22 @@ def test_capacity_and_memory_follow_the_blocks_rows(tmp_path: Path) -> None:
         assert memory[-1].cache == sum(t.nbytes for t in (*runner.cache.k, *runner.cache.v))
         assert decoder.generate([1, 2, 3], 97).tokens == expected  # all that fits
     assert len({one.weights for one in memory}) == 1
+
+
+def test_weights_that_are_in_memory_need_no_room(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[loading.Memory] = []
+    monkeypatch.setattr(loading, "check_memory", lambda memory, _: asked.append(memory))
+    checkpoint, options = open_checkpoint(tiny), loading.Options(device="cpu")
+
+    def make_model(_: Any, *how: Any) -> Any:
+        return load_model(checkpoint, *how)
+
+    for present in (False, True):
+        loading.build_decoder("it", checkpoint.config, make_model, options, weights_present=present)
+    assert asked[0].weights > 0
+    assert asked[1] == asked[0]._replace(weights=0)
 
 
 def test_a_narrower_block_beside_the_other_choices_of_load(tiny: Path) -> None:

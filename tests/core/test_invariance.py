@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import Decoder, invariance, steps
+from orthrus_fast import Decoder, SamplingParams, invariance, steps
 from orthrus_fast.attention import sdpa
 from orthrus_fast.invariance import Invariance, check, ensure_row_invariance
 from orthrus_fast.kernels.interface import Attend, Products
@@ -150,6 +150,8 @@ def test_the_check_leaves_no_trace(tiny: Path) -> None:
     decoder = load(tiny)
     runner = decoder.runner
     assert [result.tokens for result in decoder.generate(prompts, 30)] == expected
+    for slot in range(SLOTS):
+        runner.state.settings.put(slot, SamplingParams(0.5, top_k=3, top_p=0.5, min_p=0.1, seed=7))
     random = torch.get_rng_state()
     found = found_in(decoder)
     assert torch.equal(torch.get_rng_state(), random)

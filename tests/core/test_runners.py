@@ -147,7 +147,7 @@ def test_a_plain_qwen3_compiled(tmp_path: Path, plain_compile: None) -> None:
     assert compiled.generate_one_row(PROMPTS[3], 30).tokens == expected[3]
     assert n_graphs() == before
     with pytest.raises(UnsupportedError, match="plain Qwen3"):
-        compiled.generate([1, 2], 10)
+        compiled.generate([1, 2], 10, mode="diffusion")
 
 
 @pytest.mark.slow
@@ -592,11 +592,11 @@ def test_without_the_draft_view_no_drafting(tiny: Path, plain_compile: None) -> 
         whole = load(tiny, "float64")
         assert half.config == whole.config
         with pytest.raises(UnsupportedError, match="loaded with draft_view=False"):
-            half.generate([1, 2], 10)
+            half.generate([1, 2], 10, mode="diffusion")
         with pytest.raises(UnsupportedError, match="draft_view=False"):
-            half.stream([1, 2], 10)
+            half.stream([1, 2], 10, mode="diffusion")
         with pytest.raises(UnsupportedError, match="draft_view=False"):
-            half.generate([[1, 2]], 10)
+            half.generate([[1, 2]], 10, mode="diffusion")
         expected = whole.generate([1, 2], 30, mode="ar").tokens
         assert half.generate([1, 2], 30, mode="ar").tokens == expected
 
@@ -609,7 +609,7 @@ def test_a_plain_qwen3_takes_either_setting_of_draft_view(tmp_path: Path) -> Non
     ]
     assert texts[0] == texts[1]
     with pytest.raises(UnsupportedError, match="plain Qwen3"):
-        load(directory, draft_view=False).generate([5], 9)
+        load(directory, draft_view=False).generate([5], 9, mode="diffusion")
 
 
 @pytest.mark.parametrize("dtype, size", [("float32", 4), ("bfloat16", 2), ("float64", 8)])
@@ -1035,10 +1035,12 @@ class StandInGraph:
 
     def replay(self) -> None:
         self.n_replays += 1
+        held = self.runner.logits
         fresh = self.step()
         if self.out is not None:
             self.out.copy_(fresh)
             self.logits.copy_(self.runner.logits)
+        self.runner.logits = held  # a graph runs no Python
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any, Any], Any]) -> None:
@@ -1092,6 +1094,33 @@ def test_the_graph_runner_replays_what_it_captured(
     assert drafts == [graph.n_replays for graph in runner._draft_graphs.values()]  # AR never drafts
 
 
+def test_each_kind_of_block_is_warmed_up_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of what has not been warmed up would be captured while it compiles."""
+    runner = load(tiny, runner="compiled", block_size=2).runner
+    warmed: list[tuple[int, bool]] = []
+    monkeypatch.setattr(runner, "_warm_up", lambda *of: warmed.append(of))
+    for _ in range(2):
+        for width in (3, 4):
+            runner.prepare(width)
+            runner.prepare(width, sampling=True)
+    assert warmed == [(3, False), (3, True), (4, False), (4, True)]
+
+
+def test_what_is_drained_leaves_no_width_behind(tiny: Path) -> None:
+    decoder = load(tiny)
+    expected = decoder.generate_one_row(PROMPTS[1], 8)
+    decoder.runner.launch(False, decoder.block_width)
+    decoder.runner.drain()
+    again = decoder.generate_one_row(PROMPTS[1], 8)
+    assert (again.tokens, again.stats.accepted) == (expected.tokens, expected.stats.accepted)
+
+
+def test_a_report_has_log_probabilities_of_what_was_emitted_alone() -> None:
+    bits = torch.tensor([-0.5, -1.5, -2.5]).view(torch.int32).tolist()
+    output = runners._parse_report([7, 8, 9, 2, 1, 0, *bits], 3)
+    assert output == runners.SlotOutput([7, 8], 1, False, [-0.5, -1.5])
+
+
 def test_a_capture_that_was_interrupted_is_made_up_for(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1110,6 +1139,22 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
     with pytest.raises(KeyboardInterrupt):
         decoder.generate(PROMPTS[1], 12)
     assert decoder.generate(PROMPTS[1], 12).tokens == eager.generate(PROMPTS[1], 12).tokens
+
+
+def test_no_pass_multiplies_in_less_than_full_precision(tmp_path: Path) -> None:
+    """Whatever the caller has chosen, which is put back."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    decoder = load(write_checkpoint(tmp_path / "model"))
+    model, seen = decoder.runner.model, []
+    model.register_forward_pre_hook(lambda *_: seen.append(matmul.fp32_precision))
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        decoder.generate(PROMPTS[1], 3)
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+    assert set(seen) == {"ieee"} and len(seen) >= 3  # prefill, a draft, a verification
 
 
 def test_the_first_token_is_drawn_on_the_runners_device(

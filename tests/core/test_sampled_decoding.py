@@ -136,6 +136,7 @@ def test_results_come_as_they_end_and_in_order_from_generate(tiny: Path) -> None
 def test_a_seed_is_drawn_and_reported(exact: Decoder) -> None:
     first, second = (exact.generate([5], 30, SamplingParams(temperature=1.0)) for _ in range(2))
     assert first.seed is not None and second.seed is not None and first.seed != second.seed
+    assert max(first.seed, second.seed) < 2**48  # whole in any JSON reader
     again = SamplingParams(temperature=1.0, seed=first.seed)
     assert exact.generate([5], 30, again, "ar").tokens == first.tokens
     assert exact.generate([5], 5, SamplingParams()).seed is None

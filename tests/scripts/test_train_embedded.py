@@ -314,7 +314,7 @@ def test_readme_says_the_speed_that_was_measured() -> None:
     assert {(row["threads"], row["runner"]) for row in rows} == set(product((1, 2), speed.RUNNERS))
     readme = (MODEL.parent / "README.md").read_text("utf-8")
     for runner in speed.RUNNERS:
-        gains = {r["demo"]: r["gain"] for r in rows if (r["threads"], r["runner"]) == (1, runner)}
+        gains = {r["prompt"]: r["gain"] for r in rows if (r["threads"], r["runner"]) == (1, runner)}
         cells = " | ".join(f"{gains[name]:.2f}" for name in ("records", "code", "prose"))
         assert re.search(rf"^\|[^|]*runner {runner}[^|]*\| {cells} \|$", readme, re.MULTILINE)
 
