@@ -31,29 +31,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    import numpy  # noqa: F401  (scripts.embedded.data's; torch warns where it is absent)
+except ModuleNotFoundError:
+    raise SystemExit("error: numpy is not installed; run: pip install -e '.[test]'") from None
 import torch
 from tokenizers import Tokenizer
 
 import orthrus_fast
-
-try:
-    from scripts.embedded import (
-        card,
-        data,
-        decode,
-        evaluate,
-        export,
-        heldout,
-        records,
-        sources,
-        speed,
-        tokens,
-        train,
-    )
-except ModuleNotFoundError as error:  # numpy, which decoding does without
-    raise SystemExit(
-        f"error: {error.name} is not installed; run: pip install -e '.[test]'"
-    ) from None
+from scripts.embedded import (
+    card,
+    data,
+    decode,
+    evaluate,
+    export,
+    heldout,
+    records,
+    sources,
+    speed,
+    tokens,
+    train,
+)
 from scripts.embedded.net import OrthrusLM, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
