@@ -31,6 +31,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    import numpy  # noqa: F401  (scripts.embedded.data's; torch warns where it is absent)
+except ModuleNotFoundError:
+    raise SystemExit("error: numpy is not installed; run: pip install -e '.[test]'") from None
 import torch
 from tokenizers import Tokenizer
 

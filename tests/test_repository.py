@@ -241,4 +241,13 @@ def test_what_needs_more_than_the_readme_installs_says_what(bare: Path, tmp_path
     assert "No module named 'numpy'" in absent.stderr
     done = in_bare(bare, "python -m scripts.train_embedded speed", tmp_path, 1)
     assert done.stderr == ("error: numpy is not installed; run: pip install -e '.[test]'\n")
-    in_bare(bare, "orthrus --version && python -c 'import orthrus_fast.bench.run'", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["orthrus bench", "python -m orthrus_fast.bench"])
+def test_the_benchmark_needs_no_more_than_decoding(
+    program: str, bare: Path, tmp_path: Path
+) -> None:
+    parts = "--parts startup,acceptance --sequences 1 --new-tokens 8 --repeats 1 --contexts 64"
+    done = in_bare(bare, f"{program} {parts} --max-seq-len 400 --device cpu", tmp_path)
+    assert done.stdout and "Warning" not in done.stderr
