@@ -29,11 +29,13 @@ def test_random_weights_follow_the_seed() -> None:
 def test_prompts_come_from_a_file_spread_over_it(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", tokenizer=True, eos_token_id=[])
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"ids": [1, 2, 3]}\n{"text": "ab"}\n\n{"prompt": "c", "kind": "x"}\n')
+    prompts.write_text(
+        '{"ids": [1, 2, 3]}\n{"text": "ab"}\n\n{"prompt": "c", "kind": "x"}\n{"ids": [4]}\n'
+    )
     flags = ("--checkpoint", str(directory), "--device", "cpu", "--contexts", "30")
     flags += ("--new-tokens", "20", "--prompts-file", str(prompts))
-    assert [len(ids) for ids in choose_prompts(session(*flags))] == [3, 2, 1]
-    assert choose_prompts(session(*flags, "--sequences", "2"))[0] == [1, 2, 3]
+    assert [len(ids) for ids in choose_prompts(session(*flags))] == [3, 2, 1, 1]
+    assert [len(ids) for ids in choose_prompts(session(*flags, "--sequences", "2"))] == [3, 1]
 
 
 def test_random_prompts_differ_by_salt_and_fit() -> None:
