@@ -27,11 +27,9 @@ PUBLISHED = {  # greedy tokens per cycle of trained models, a mean over a task's
     "1.7B/code": (3.26, "huggingface.co/ai-forever/ZaryaOrthrus-1.7B"),
     "1.7B/QA": (2.00, "huggingface.co/ai-forever/ZaryaOrthrus-1.7B"),
     "1.7B/poetry": (1.60, "huggingface.co/ai-forever/ZaryaOrthrus-1.7B"),
-    "8B/code": (8.7, "github.com/latent-data/orthrus-bench-spark, as tokens per forward"),
-    "8B/JSON": (6.6, "github.com/latent-data/orthrus-bench-spark, as tokens per forward"),
-    "8B/explanation": (4.1, "github.com/latent-data/orthrus-bench-spark, as tokens per forward"),
-    "8B/creative": (2.8, "github.com/latent-data/orthrus-bench-spark, as tokens per forward"),
 }
+_SPARK = {"8B/code": 8.7, "8B/JSON": 6.6, "8B/explanation": 4.1, "8B/creative": 2.8}
+PUBLISHED |= {n: (x, "github.com/latent-data/orthrus-bench-spark") for n, x in _SPARK.items()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -78,7 +78,7 @@ def test_every_place_is_filled_and_a_second_report_changes_nothing(site: Path) -
     assert held(site) == before
     front = (site / "README.md").read_text(encoding="utf-8")
     assert front.startswith("Before.\n") and front.endswith("<!-- end -->\nAfter.\n")
-    assert "| greedy | records to JSON | Python code | prose |" in front
+    assert "| model, hardware | text | tokens per cycle | drafting pays from |" in front
     page = (site / "benchmarks/README.md").read_text(encoding="utf-8")
     assert "-->\n<!-- end" not in page
     command = content("1.7B")["command"]

@@ -444,9 +444,12 @@ def test_a_text_that_overflows_is_an_error(
         overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
         patch.setattr(Transformer, "logits", lambda *_: overflow)
         got = run(capsys, *line)
-    assert (got.code, got.out.strip()) == (2, "")
-    error = "error: dtype: logits are not finite in float16; use bfloat16 or float32"
-    assert got.err.splitlines()[-1] == error
+    error = "dtype: logits are not finite in float16; use bfloat16 or float32"
+    assert (got.code, got.err.splitlines()[-1]) == (2, f"error: {error}")
+    if "--json" in flags:
+        assert json.loads(got.out)["error"] == error
+    else:
+        assert got.out.strip() == ""
 
 
 def test_json_is_json_in_any_locale_and_on_any_terminal(
