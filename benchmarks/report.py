@@ -377,7 +377,7 @@ TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the t
 def domains(root: Path) -> Iterator[Row]:
     """Yield how many tokens a cycle must give for drafting to pay, and how many texts give."""
     found: list[tuple[str, str, float, str, float]] = []
-    for file in map(ResultFile, sorted((root / RESULTS / "h100").glob("?*B.json"))):
+    for file in map(ResultFile, sorted((root / RESULTS / "h100").glob("[0-9]*B.json"))):
         where, known = f"{file.label}, {file.machine.split()[1]}", PUBLISHED.items()
         for at in (at for at in file.parts["passes"]["at"] if at["context"] == CONTEXT):
             passes = at["ar"]["padded_ms"]["median"], at["ar"]["one_row_ms"]["median"]
