@@ -91,7 +91,9 @@ class SamplingParams:
         filter that is absent is off. Raises RequestError for a value out of range, and for
         ``unserved`` settings, which are not implemented.
         """
-        if self._of_checkpoint and defaults.get("unserved"):
+        if not self._of_checkpoint:
+            return self
+        if defaults.get("unserved"):
             raise RequestError(
                 f"sampling: the checkpoint's own has {defaults['unserved']}, which is not "
                 "implemented; give temperature, top_k, top_p and min_p instead of the checkpoint's"
