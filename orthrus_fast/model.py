@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orthrus_fast.cache import KVCache
 from orthrus_fast.config import ModelConfig, RopeConfig
-from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.interface import Kernels, k_split
 from orthrus_fast.kernels.plain import wide_dtype
 
 
@@ -44,11 +44,12 @@ class PassPositions(NamedTuple):
 
 
 class Linear(nn.Module):
-    """A weight [N, K], uninitialised; the kernels multiply with it."""
+    """A weight [N, K], uninitialised; the kernels multiply with it, ``split`` columns a sum."""
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
+        self.split = k_split(n_outputs, n_inputs)
 
 
 class RMSNorm(nn.Module):
@@ -87,7 +88,7 @@ class Attention(nn.Module):
         The rows' K and V are written to the caches first.
         """
         q = kernels.qk_norm_rope_write(
-            kernels.products.partials(x, self.qkv.weight),
+            kernels.products.partials(x, self.qkv.weight, self.qkv.split),
             self.q_norm.weight,
             self.k_norm.weight,
             self.q_norm.eps,
@@ -99,7 +100,7 @@ class Attention(nn.Module):
             v_cache,
         )
         mixed = kernels.attend(q, k_cache, v_cache, at.start, at.slot, self.o.weight, causal=causal)
-        return kernels.products.partials(mixed.flatten(-2), self.o.weight)
+        return kernels.products.partials(mixed.flatten(-2), self.o.weight, self.o.split)
 
     def tensors(self, suffix: str) -> dict[str, Tensor]:
         """Checkpoint names within ``self_attn.`` -> the slices that hold these tensors."""
@@ -127,7 +128,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """x [R, T, hidden_size] -> partials [P, R, T, hidden_size]."""
         hidden = kernels.products.swiglu(x, self.gate_up.weight, self.down.weight)
-        return kernels.products.partials(hidden, self.down.weight)
+        return kernels.products.partials(hidden, self.down.weight, self.down.split)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint names within ``mlp.`` -> the slices that hold these tensors."""
@@ -260,14 +261,10 @@ class Transformer(nn.Module):
         """The norm of the residual stream after the last update."""
         return self.kernels.add_norm(x, update, self.norm.weight, self.norm.eps)[1]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden_size] -> [..., V] in the model's dtype; padding rows included."""
-        return F.linear(hidden, self.lm_head.weight)
-
     def greedy(self, hidden: Tensor, return_logits: bool) -> tuple[Tensor, Tensor]:
-        """hidden [R, T, hidden_size] -> the greedy ids [R, T], and the logits, if asked for.
+        """hidden [..., hidden_size] -> the greedy ids [...], and the logits [..., V], if asked for.
 
-        The logits of verification come from here, not from ``logits``, which may round otherwise.
+        Logits are of the model's dtype, those of padding rows of the vocabulary included.
         """
         return self.kernels.products.lm_head_argmax(hidden, self.lm_head.weight, return_logits)
 

@@ -16,12 +16,13 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus_fast import steps
@@ -32,7 +33,7 @@ from orthrus_fast.kernels.interface import Kernels, Sample
 from orthrus_fast.kernels.select import register_custom_ops
 from orthrus_fast.model import Layer, Transformer, View
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
-from orthrus_fast.sampling import SamplingParams, logprobs
+from orthrus_fast.sampling import SamplingParams
 
 CALLS_TO_RECORD = 3  # of a function in torch's own CUDA graphs: warm-up, recording, first replay
 
@@ -54,6 +55,7 @@ class EagerRunner:
     """Runs the steps kernel by kernel, as they are written."""
 
     lookahead = 0  # cycles to launch before the oldest one is read
+    prefill_widths: Sequence[int] = ()  # of the passes over a prompt; empty: any
 
     def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
         self.model = model  # prefill's
@@ -77,14 +79,29 @@ class EagerRunner:
         return torch.tensor(prompt, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def prefill_logits(self, ids: Tensor, slot: int) -> Tensor:
-        """Logits [V] after the prompt ``ids`` [n], which is prefilled into ``slot``."""
+    def prefill_logits(self, ids: Tensor, slot: int, begin: int = 0) -> Tensor:
+        """Logits [V] after the prompt ``ids`` [n], of which ``slot`` has the first ``begin`` rows."""
+        assert begin < len(ids)
+        chunks = steps.prefill_chunks(begin, len(ids), self.prefill_widths, self.cache.capacity)
         with full_precision_matmul(self.device):
-            return steps.prefill(self.model, self.cache, ids, self.state.slots[slot, None])
+            for first, end, width in chunks:
+                tokens = F.pad(ids[first:end], (0, width - (end - first)))[None]
+                hidden = self.prefill_chunk(tokens, first, slot)
+            return self.model.greedy(hidden[0, end - 1 - first], return_logits=True)[1]
+
+    def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
+        """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next."""
+        at = torch.tensor([start], dtype=torch.int32, device=self.device)
+        return steps.prefill(self.model, self.cache, tokens, at, self.state.slots[slot, None])
 
     @torch.inference_mode()
     def prefill(
-        self, prompt: list[int], slot: int, max_length: int, params: SamplingParams | None = None
+        self,
+        prompt: list[int],
+        slot: int,
+        max_length: int,
+        params: SamplingParams | None = None,
+        drafting: bool = False,
     ) -> SlotOutput:
         """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text."""
         params = params or SamplingParams()
@@ -93,7 +110,8 @@ class EagerRunner:
         logits = self.prefill_logits(ids, slot)
         with full_precision_matmul(self.device):  # short: others wait for it, and below is a wait
             first = steps.first_token(self.state, slot, logits, len(prompt), sample)
-        steps.start_sequence(self.state, slot, ids, first, max_length, self.eos)
+        steps.start_sequence(self.state, slot, ids, first, max_length, self.eos, drafting)
+        logprobs = self.model.kernels.logprobs
         logprob = [float(logprobs(logits, first))] if params.logprobs else []
         return SlotOutput([int(first)], None, bool(self.state.done[slot]), logprob)
 
@@ -109,11 +127,10 @@ class EagerRunner:
 
     @torch.inference_mode()
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
-        """Draft (in diffusion mode), verify, accept, commit, for all slots at once."""
-        self.state.drafting.fill_(drafting)
+        """Draft, where a slot of any request does, verify, accept, commit, for all slots at once."""
         with full_precision_matmul(self.device):
             if drafting:
-                self.draft(sampling)
+                self.draft(width, sampling)
             self._mailbox.send(self.verify(width, sampling))
         self._in_flight.append(width)
 
@@ -128,20 +145,26 @@ class EagerRunner:
             self._mailbox.receive()
         self._in_flight.clear()
 
-    def draft(self, sampling: bool = False) -> None:
-        """One draft pass: proposals for every slot."""
+    def draft(self, width: int, sampling: bool = False) -> None:
+        """One draft pass over blocks of ``width``: proposals for every slot."""
         mask = self.model.config.mask_token_id
         assert mask is not None  # the decoder refuses to draft without the draft view
         sample = self._sample(sampling)
         tokens = partial(self._sample_block, sample=sample) if sample else None
-        steps.draft(self.passes, self.cache, self.state, mask, tokens)
+        steps.draft(self.passes, self.cache, self.state, mask, width, tokens)
 
     def verify(self, width: int, sampling: bool = False) -> Tensor:
         """One verify pass and what follows it -> ``steps.accept_and_commit``'s report."""
         block = steps.make_block(self.state, width)
         greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
         return self._accept_and_commit(
-            self.state, block, greedy, self.logits, self.eos, self._sample(sampling)
+            self.state,
+            block,
+            greedy,
+            self.logits,
+            self.eos,
+            self._sample(sampling),
+            self.model.kernels.logprobs,
         )
 
     def _sample(self, sampling: bool) -> Sample | None:

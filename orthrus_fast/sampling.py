@@ -152,13 +152,3 @@ class Settings(NamedTuple):
     def of(self, slot: Tensor) -> Settings:
         """The settings of ``slot`` [R] int64, [R] each."""
         return Settings(*(values[slot] for values in self))
-
-
-def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [..., V], tokens [...] -> float32 [...]: the tokens' log-probabilities.
-
-    Under the model itself: before temperature and filters. NO_TOKEN's is of no use.
-    """
-    logits = logits.float()
-    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
-    return chosen - logits.logsumexp(dim=-1)

@@ -2,25 +2,27 @@
 
 Each step is a function of tensors that reads nothing on the host, so that the same lines can be
 captured in a CUDA graph. A step that may sample takes a kernel ``sample``; None means that every
-slot is greedy. Shapes: B slots, K block width, S cache rows, V vocabulary.
+slot is greedy. Shapes: B slots, K block size, T rows of a block, at most K, S cache rows, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from orthrus_fast.cache import KVCache
-from orthrus_fast.kernels.interface import Sample
+from orthrus_fast.kernels.interface import Logprobs, Sample
 from orthrus_fast.kernels.plain_sampling import choose
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings, logprobs
+from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings
 
-PREFILL_CHUNK = 2048  # rows of one prefill pass
-PREFILL_MULTIPLE = 64  # a shorter last chunk is padded to a multiple of this
+PREFILL_CHUNK = 2048  # rows of one prefill pass, at most
+PREFILL_WIDTHS = (64, 128, 256, 512, 1024, PREFILL_CHUNK)  # those that are captured
+CHEAP_WIDTH = 256  # up to it a pass takes about as long as its weights do
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class State:
     max_length: Tensor  # [B] int32: tokens at which the text ends, prompt included
     done: Tensor  # [B] bool: ended; the slot's state no longer moves
     proposals: Tensor  # [B, K-1] int64: what the draft view puts after the anchor
-    drafting: Tensor  # [] bool: False makes verification ignore them, which is AR decoding
+    drafting: Tensor  # [B] bool: False makes verification ignore them, which is AR decoding
     slots: Tensor  # [B] int64: 0 … B-1
     settings: Settings  # [B] each: how a slot's tokens are chosen
 
@@ -48,7 +50,7 @@ class State:
             max_length=torch.ones_like(ints),
             done=torch.ones(n_slots, dtype=torch.bool, device=device),
             proposals=torch.zeros(n_slots, block_size - 1, dtype=torch.int64, device=device),
-            drafting=torch.zeros((), dtype=torch.bool, device=device),
+            drafting=torch.zeros(n_slots, dtype=torch.bool, device=device),
             slots=torch.arange(n_slots, device=device),
             settings=Settings.create(n_slots, device),
         )
@@ -63,37 +65,49 @@ class State:
             self.settings.put(slot, SamplingParams())
 
 
-def prefill_chunks(n_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, width) of each pass over a prompt of ``n_tokens``; width is end - begin, padded.
+def prefill_chunks(
+    begin: int, end: int, widths: Sequence[int], capacity: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first, last + 1, width) of each pass over the tokens ``begin`` … ``end`` - 1 of a prompt.
 
-    The schedule depends on the prompt's length alone, so the rows that it commits do, too.
+    Without ``widths`` a pass is as wide as its tokens. Else it has one of those, padded where that
+    takes less time than another pass; a padded pass ends within ``capacity`` rows.
     """
-    for begin in range(0, n_tokens, PREFILL_CHUNK):
-        end = min(begin + PREFILL_CHUNK, n_tokens)
-        yield begin, end, -(-(end - begin) // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+    while begin < end:
+        rest = end - begin
+        width = min(rest, PREFILL_CHUNK)
+        if widths:
+            fitting = [width for width in widths if width <= max(rest, widths[0])]
+            above = [w for w in widths if w >= rest and begin + w <= capacity]
+            width = fitting[-1]
+            if above and (above[0] <= CHEAP_WIDTH or 4 * rest > 3 * above[0]):
+                width = above[0]
+        yield begin, min(begin + width, end), width
+        begin += width
 
 
 def cache_rows(max_seq_len: int, block_size: int) -> int:
     """S: room for ``max_seq_len`` tokens, and past them for a whole block or a padded chunk."""
-    rows = max_seq_len + max(block_size, PREFILL_MULTIPLE)
-    return -(-rows // PREFILL_MULTIPLE) * PREFILL_MULTIPLE
+    multiple = PREFILL_WIDTHS[0]
+    return -(-(max_seq_len + max(block_size, multiple)) // multiple) * multiple
 
 
-def prefill(model: Transformer, cache: KVCache, prompt: Tensor, slot: Tensor) -> Tensor:
-    """prompt [n] into rows 0 … n-1 of ``slot`` [1] -> logits [V] after its last token.
+def prefill(model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor) -> Tensor:
+    """One pass over tokens [1, W] of a prompt, from ``start`` [1] of ``slot`` [1] -> hidden [1, W, H].
 
-    Padding repeats the prompt's last token: it lands in scratch rows and must merely be finite.
+    Padding at the end is whatever token: it lands in scratch rows.
     """
-    for begin, end, width in prefill_chunks(len(prompt)):
-        padding = prompt[end - 1].expand(width - (end - begin))
-        chunk = torch.cat((prompt[begin:end], padding))
-        start = torch.full_like(slot, begin, dtype=torch.int32)
-        hidden = model(chunk[None], start, slot, cache, View.AUTOREGRESSIVE)
-    return model.logits(hidden[0, end - begin - 1])
+    return model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
 
 
 def start_sequence(
-    state: State, slot: int, prompt: Tensor, first: Tensor, max_length: int, eos: Tensor
+    state: State,
+    slot: int,
+    prompt: Tensor,
+    first: Tensor,
+    max_length: int,
+    eos: Tensor,
+    drafting: bool,
 ) -> None:
     """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place.
 
@@ -104,6 +118,7 @@ def start_sequence(
     state.tokens[slot, n_tokens] = state.anchor[slot] = first.clamp(min=0)
     state.length[slot] = n_tokens
     state.max_length[slot] = max_length
+    state.drafting[slot] = drafting
     state.done[slot] = _is_end(first, eos) | (n_tokens + 1 >= max_length)
 
 
@@ -136,35 +151,34 @@ def draft(
     cache: KVCache,
     state: State,
     mask_token_id: int,
+    width: int,
     sample_tokens: Callable[[State, Tensor], Tensor] | None = None,
 ) -> None:
-    """One pass of the draft view: K-1 proposals for each slot, in place.
+    """One pass of the draft view over blocks of ``width``: so many proposals less one, in place.
 
     Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
     the last row's logits are not needed. The pass leaves its K and V in scratch rows; verification
     overwrites every one of them. ``sample_tokens`` is ``sample_block`` with a kernel; None: greedy.
     """
-    masks = torch.full_like(state.proposals, mask_token_id)
+    proposals = state.proposals[:, : width - 1]
+    masks = torch.full_like(proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    hidden = hidden[:, :-1].contiguous()  # or cuBLAS reads the output head once for each slot
-    if sample_tokens is None:
-        state.proposals.copy_(model.greedy(hidden, return_logits=False)[0])
-    else:
-        state.proposals.copy_(sample_tokens(state, model.logits(hidden)))
+    tokens, logits = model.greedy(hidden[:, :-1].contiguous(), sample_tokens is not None)
+    proposals.copy_(tokens if sample_tokens is None else sample_tokens(state, logits))
 
 
 def make_block(state: State, width: int) -> Tensor:
-    """The block [B, K] to verify: the anchor and the proposals, or in AR the anchor throughout."""
+    """The block [B, T] to verify: the anchor and proposals, or in AR the anchor throughout."""
     anchor = state.anchor[:, None]
-    proposals = torch.where(state.drafting, state.proposals[:, : width - 1], anchor)
+    proposals = torch.where(state.drafting[:, None], state.proposals[:, : width - 1], anchor)
     return torch.cat((anchor, proposals), dim=1)
 
 
 def verify(
     model: Transformer, cache: KVCache, state: State, block: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One pass of the autoregressive view over block [B, K] -> greedy ids [B, K], logits [B, K, V].
+    """One pass of the autoregressive view over block [B, T] -> greedy ids [B, T], logits [B, T, V].
 
     Greedy decoding does not need the logits. They are kept at 0.2% of a pass over the 1.7B, so that
     the invariance check sees every bit of the very graph that decodes.
@@ -174,14 +188,20 @@ def verify(
 
 
 def accept_and_commit(
-    state: State, block: Tensor, greedy: Tensor, logits: Tensor, eos: Tensor, sample: Sample | None
+    state: State,
+    block: Tensor,
+    greedy: Tensor,
+    logits: Tensor,
+    eos: Tensor,
+    sample: Sample | None,
+    logprobs: Logprobs,
 ) -> Tensor:
-    """Accept and commit, in place -> the cycle's report [B, K+3] int64 for the host.
+    """Accept and commit, in place -> the cycle's report [B, T+3] int64 for the host.
 
-    A row holds the target tokens [K], how many of them were emitted, how many of these were
+    A row holds the target tokens [T], how many of them were emitted, how many of these were
     proposed, and whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i +
     1]``, or NO_TOKEN, which ends the slot, where the greatest logit is not finite or any is NaN.
-    With ``sample`` K more columns have the bits of the targets' float32 log-probabilities.
+    With ``sample`` T more columns have the bits of the targets' float32 log-probabilities.
     """
     target = greedy if sample is None else sample_block(state, logits, sample)
     target = _where_finite(target, logits, greedy)
@@ -210,7 +230,7 @@ def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:
-    """block and target [B, K] -> n_accepted [B], 0 … K-1: the length of the agreeing prefix."""
+    """block and target [B, T] -> n_accepted [B], 0 … T-1: the length of the agreeing prefix."""
     return (block[:, 1:] == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
 
 

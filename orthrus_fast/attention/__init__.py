@@ -26,6 +26,7 @@ class Backend:
     name: str
     attend: Attend
     split_boundaries: Callable[[int], list[int]]  # cache rows -> positions where splits begin
+    row_invariant: bool  # whether a causal row has the same bits in a block of any width
 
     def custom_op(self) -> Attend:
         """``attend`` as a custom operator, which a compiler calls without looking inside."""

@@ -33,7 +33,7 @@ def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     if capability < (8, 0):
         raise UnsupportedError(f"attention 'flash' needs compute capability 8.0, not {capability}")
     attend = _attend_by(_import_library(capability, dtype))
-    return Backend("flash", attend, lambda capacity: [])
+    return Backend("flash", attend, lambda capacity: [], row_invariant=False)
 
 
 def _attend_by(flash: Any) -> Attend:

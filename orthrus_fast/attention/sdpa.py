@@ -16,7 +16,7 @@ VISIBLE_MULTIPLE = 512
 
 def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """This backend; it runs everywhere."""
-    return Backend("sdpa", attend, lambda capacity: [])
+    return Backend("sdpa", attend, lambda capacity: [], row_invariant=device.type == "cpu")
 
 
 def attend(

@@ -48,7 +48,7 @@ def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     obstacle = why_no_triton(device, dtype, head_dim)
     if obstacle:
         raise UnsupportedError(f"attention 'triton': {obstacle}; use 'auto' or 'sdpa'")
-    return Backend("triton", attend, split_boundaries)
+    return Backend("triton", attend, split_boundaries, row_invariant=True)
 
 
 def choose_tiles(

@@ -7,8 +7,9 @@ the memory for its beginning while it leaves the memory idle. It never changes a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -79,16 +80,38 @@ class AddNorm(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+LARGEST_STEP = 256  # columns of K that a tile of a product takes at once, at most
+
+
+def k_split(n_columns: int, n_inner: int) -> int:
+    """The columns of K in each partial sum of a product with the whole weight [N, K].
+
+    A row's bits follow from where K is split, and from nothing else of a launch; so this is a
+    property of the weight, never of a slice of it, of the number of rows or of the chip. The
+    boundaries are multiples of every tile's step. Weights with few columns are split so that a
+    block of few rows has programs enough to fill a chip, into a power of two, of which several
+    GPUs can own equal shares.
+    """
+    step = LARGEST_STEP if n_inner >= 4 * LARGEST_STEP else LARGEST_STEP // 4
+    n_steps = math.ceil(n_inner / step)
+    n_partials = 1 if n_columns >= 6144 or n_steps < 2 else 2
+    if n_columns <= 2048 and n_inner >= 2048 and n_steps % 4 == 0:
+        n_partials = 4
+    return math.ceil(n_steps / n_partials) * step
+
+
 class Products(Protocol):
-    """The products of x [..., K] and a weight [N, K], each with what follows it."""
+    """The products of x [..., K] and a weight [N, K], each with what follows it.
 
-    has_custom: ClassVar[bool]  # whether kernels of this package can take cuBLAS's place
+    A row of a result depends on that row of x alone: not on its neighbours, not on their number.
+    """
 
-    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
+    def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
         """The product as P partial sums [P, ..., N], for ``AddNorm`` or ``QkNormRopeWrite``.
 
-        A kernel may split the inner dimension K; whoever reads the partial sums adds them in order.
-        They are float32 then, else of x's dtype.
+        Each sums ``split`` columns of K, which is ``k_split`` of the whole weight. Whoever reads
+        them adds them pairwise, neighbours first (``plain.sum_partials``). They are float32; where
+        P is 1 they may be rounded to x's dtype. An implementation may add them itself.
         """
         ...
 
@@ -106,14 +129,6 @@ class Products(Protocol):
         """
         ...
 
-    def is_custom(self, n_rows: int, weight: Tensor) -> bool:
-        """Whether a kernel of this package computes a product of ``n_rows`` rows, not cuBLAS."""
-        ...
-
-    def without_cublas(self, shapes: frozenset[tuple[int, int]]) -> Products:
-        """The same, except that cuBLAS computes no product of these shapes (N, K)."""
-        ...
-
 
 class Sample(Protocol):
     """Draws a token for each row of ``logits`` [B, T, V] -> token ids [B, T] int64.
@@ -126,6 +141,15 @@ class Sample(Protocol):
     def __call__(self, logits: Tensor, position: Tensor, settings: Settings) -> Tensor: ...
 
 
+class Logprobs(Protocol):
+    """logits [..., V], tokens [...] -> float32 [...]: the tokens' log-probabilities.
+
+    Under the model itself: before temperature and filters. NO_TOKEN's is of no use.
+    """
+
+    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Kernels:
     """One implementation of each operation that has several."""
@@ -135,3 +159,4 @@ class Kernels:
     add_norm: AddNorm
     products: Products
     sample: Sample
+    logprobs: Logprobs

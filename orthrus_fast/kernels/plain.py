@@ -6,7 +6,9 @@ before the weight is applied.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +16,56 @@ from torch import Tensor
 
 from orthrus_fast.cache import write_rows
 from orthrus_fast.kernels.interface import Attend, Kernels
-from orthrus_fast.kernels.plain_sampling import choose, sample
+from orthrus_fast.kernels.plain_sampling import choose, logprobs, sample
+
+
+ROW_MULTIPLE = 16  # of rows that a CPU's library multiplies at once, and of queries that attend
+
+
+def padded_linear(x: Tensor, weight: Tensor, row_multiple: int) -> Tensor:
+    """x [..., K] times weight [N, K] transposed; on a CPU with rows up to a multiple, all zeros."""
+    rows = x.reshape(-1, x.shape[-1])
+    n_rows = len(rows)
+    if x.device.type == "cpu" and n_rows % row_multiple:
+        rows = F.pad(rows, (0, 0, 0, -n_rows % row_multiple))
+    return F.linear(rows, weight)[:n_rows].view(*x.shape[:-1], len(weight))
+
+
+# The same as a custom operator: a compiler calls it without looking inside.
+padded_linear_op: Any = torch.library.custom_op("orthrus_fast::padded_linear", mutates_args=())(
+    padded_linear
+)
+padded_linear_op.register_fake(lambda x, weight, _: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 def plain_kernels(attend: Attend) -> Kernels:
     """The kernels of plain PyTorch, and ``attend``."""
-    return Kernels(attend, qk_norm_rope_write, add_norm, PlainProducts(), sample)
+    return Kernels(attend, qk_norm_rope_write, add_norm, PlainProducts(), sample, logprobs)
 
 
+@dataclass(frozen=True)
 class PlainProducts:
-    """``Products`` by the library that PyTorch calls: cuBLAS on a GPU."""
+    """``Products`` by the library that PyTorch calls, which splits K as it likes.
 
-    has_custom: ClassVar[bool] = False
+    Libraries choose how they sum by the number of rows. On a CPU they are given whole multiples of
+    ``row_multiple``, at which a row's bits were seen not to depend on that number.
+    """
 
-    def partials(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)[None]
+    row_multiple: int = ROW_MULTIPLE
+    linear: Callable[[Tensor, Tensor, int], Tensor] = padded_linear
+
+    def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
+        return self.linear(x, weight, self.row_multiple)[None]
 
     def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
-        gate, up = F.linear(x, weight).chunk(2, dim=-1)
+        gate, up = self.linear(x, weight, self.row_multiple).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def lm_head_argmax(
         self, x: Tensor, weight: Tensor, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
-        logits = F.linear(x, weight)
+        logits = self.linear(x, weight, self.row_multiple)
         return choose(logits), logits
-
-    def is_custom(self, n_rows: int, weight: Tensor) -> bool:
-        return False
-
-    def without_cublas(self, shapes: frozenset[tuple[int, int]]) -> PlainProducts:
-        return self
 
 
 def add_norm(
@@ -56,11 +77,10 @@ def add_norm(
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The partial sums [P, ...] of a product, added in order and rounded once."""
-    total = partials[0]
-    for partial in partials[1:]:
-        total = total + partial
-    return total.to(dtype)
+    """The partial sums [P, ...] of a product, added pairwise and rounded once; P: 1, 2, 4, …"""
+    while len(partials) > 1:
+        partials = partials[0::2] + partials[1::2]
+    return partials[0].to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

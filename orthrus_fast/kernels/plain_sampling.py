@@ -176,3 +176,10 @@ def _float_of_rank(rank: Tensor) -> Tensor:
     """
     key = rank.clamp(min=MINUS_INFINITY_RANK) - 2**31
     return torch.where(key < 0, key ^ 0x7FFFFFFF, key).to(torch.int32).view(torch.float32)
+
+
+def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """See ``interface.Logprobs``."""
+    logits = logits.float()
+    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
+    return chosen - logits.logsumexp(dim=-1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from orthrus_fast.kernels.interface import Attend, Kernels
-from orthrus_fast.kernels.plain import plain_kernels
+from orthrus_fast.kernels.plain import PlainProducts, padded_linear_op, plain_kernels
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -29,9 +29,9 @@ def select_kernels(
     """The kernels to build a model with, ``attend`` among them."""
     kernels = plain_kernels(attend)
     if device.type == "cuda":  # at any dtype: the compiler's own code for it does not compile there
-        from orthrus_fast.kernels.sample import sample
+        from orthrus_fast.kernels.sample import logprobs, sample
 
-        kernels = replace(kernels, sample=sample)
+        kernels = replace(kernels, sample=sample, logprobs=logprobs)
     if why_no_triton(device, dtype, head_dim):
         return kernels
     from orthrus_fast.kernels import norm, rope
@@ -41,19 +41,19 @@ def select_kernels(
         kernels,
         qk_norm_rope_write=rope.qk_norm_rope_write,
         add_norm=norm.add_norm,
-        products=CustomProducts.of(kernels.products, device, dtype),
+        products=CustomProducts.of(device, dtype),
     )
 
 
 def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     """The same kernels as custom operators, which a compiler calls without looking inside.
 
-    ``attend`` is such an operator already. Those of plain PyTorch stay as they are: the compiler
-    should see through these. Products and sampling always are custom operators.
+    ``attend`` is such an operator already. Of plain PyTorch the products become one, for their
+    bits; the compiler should see through the rest. Triton's products and sampling always are.
     """
     kernels = replace(kernels, attend=attend)
-    if not kernels.products.has_custom:
-        return kernels
+    if isinstance(kernels.products, PlainProducts):
+        return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
 
     return replace(
