@@ -226,7 +226,7 @@ def _where_finite(tokens: Tensor, logits: Tensor, greedy: Tensor) -> Tensor:
 
 def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
     """Whether no token may follow these: an end-of-sequence id, ``eos`` [E], or NO_TOKEN."""
-    return torch.isin(tokens, eos) | (tokens == NO_TOKEN)
+    return (tokens[..., None] == eos).any(dim=-1) | (tokens == NO_TOKEN)
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:

@@ -87,17 +87,13 @@ def k_split(n_columns: int, n_inner: int) -> int:
     """The columns of K in each partial sum of a product with the whole weight [N, K].
 
     A row's bits follow from where K is split, and from nothing else of a launch; so this is a
-    property of the weight, never of a slice of it, of the number of rows or of the chip. The
-    boundaries are multiples of every tile's step. Weights with few columns are split so that a
-    block of few rows has programs enough to fill a chip, into a power of two, of which several
-    GPUs can own equal shares.
+    property of the weight, never of a slice of it, of the number of rows or of the chip. Weights
+    that are longer than they are high (o and down) are split in two: a block of few rows needs the
+    programs, and two GPUs may own a half each. The boundary is a multiple of every tile's step.
     """
     step = LARGEST_STEP if n_inner >= 4 * LARGEST_STEP else LARGEST_STEP // 4
-    n_steps = math.ceil(n_inner / step)
-    n_partials = 1 if n_columns >= 6144 or n_steps < 2 else 2
-    if n_columns <= 2048 and n_inner >= 2048 and n_steps % 4 == 0:
-        n_partials = 4
-    return math.ceil(n_steps / n_partials) * step
+    n_partials = 2 if n_columns <= n_inner and n_inner > step else 1
+    return math.ceil(n_inner / (n_partials * step)) * step
 
 
 class Products(Protocol):
@@ -110,8 +106,8 @@ class Products(Protocol):
         """The product as P partial sums [P, ..., N], for ``AddNorm`` or ``QkNormRopeWrite``.
 
         Each sums ``split`` columns of K, which is ``k_split`` of the whole weight. Whoever reads
-        them adds them pairwise, neighbours first (``plain.sum_partials``). They are float32; where
-        P is 1 they may be rounded to x's dtype. An implementation may add them itself.
+        them adds them. They are float32; where P is 1 they may be rounded to x's dtype. An
+        implementation may add them itself.
         """
         ...
 

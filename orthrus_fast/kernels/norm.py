@@ -20,6 +20,17 @@ PREFETCH_LIMIT = (8 * 2**20, 768)
 
 
 @triton.jit
+def sum_partials(  # type: ignore[no-untyped-def]
+    first, stride, mask, N_PARTIALS: tl.constexpr
+):
+    """The one or two partial sums of a product, added."""
+    total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    if N_PARTIALS == 2:
+        total += tl.load(first + stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
 def _add_norm_kernel(  # type: ignore[no-untyped-def]
     x, partials, weight, total, normed, prefetch, n_elements,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, N_PARTIALS: tl.constexpr, EPS: tl.constexpr,
@@ -34,9 +45,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     wait(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * SIZE + column
     dtype = x.dtype.element_ty
-    update = tl.load(partials + at, mask=inside, other=0.0).to(tl.float32)
-    for partial in tl.static_range(1, N_PARTIALS):
-        update += tl.load(partials + partial * n_elements + at, mask=inside, other=0.0)
+    update = sum_partials(partials + at, n_elements, inside, N_PARTIALS)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     fetch(prefetch, program, n_programs, REGION, OVERLAP)
@@ -56,6 +65,7 @@ def add_norm(
     """
     size = x.shape[-1]
     assert x.is_contiguous() and partials.is_contiguous() and partials.shape[1:] == x.shape
+    assert len(partials) in (1, 2)
     total, normed = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)

@@ -77,10 +77,8 @@ def add_norm(
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The partial sums [P, ...] of a product, added pairwise and rounded once; P: 1, 2, 4, …"""
-    while len(partials) > 1:
-        partials = partials[0::2] + partials[1::2]
-    return partials[0].to(dtype)
+    """The one or two partial sums [P, ...] of a product, added and rounded once."""
+    return (partials[0] if len(partials) == 1 else partials[0] + partials[1]).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

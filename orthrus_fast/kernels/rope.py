@@ -6,7 +6,6 @@ the same rounding: only the order in which the norm's mean is summed differs.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,7 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orthrus_fast.kernels.norm import sum_partials
 from orthrus_fast.kernels.overlap import overlaps, release, wait
+
+# Heads of one kind that a program takes, whether there are so many or not, so that its layout
+# follows no count: 4 x 64 elements load 16 bytes a lane.
+HEADS = 4
 
 
 @triton.jit
@@ -56,12 +60,19 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (t, r, group): HEADS neighbouring heads of one row, all of them q, k or v heads."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    Q_GROUPS: tl.constexpr = (N_HEADS + HEADS - 1) // HEADS
+    KV_GROUPS: tl.constexpr = (N_KV_HEADS + HEADS - 1) // HEADS
     # 64 bits from here on: the cache may hold more than 2**31 elements.
     r = tl.program_id(1).to(tl.int64)
     row = r * tl.num_programs(0) + tl.program_id(0)
-    group = tl.program_id(2) * HEADS
-    head = group + tl.arange(0, HEADS)[:, None]
+    group = tl.program_id(2)
+    is_q, is_v = group < Q_GROUPS, group >= Q_GROUPS + KV_GROUPS
+    n_heads = tl.where(is_q, N_HEADS, N_KV_HEADS)  # of this kind
+    before = tl.where(is_q, 0, tl.where(is_v, N_HEADS + N_KV_HEADS, N_HEADS))
+    group -= tl.where(is_q, 0, tl.where(is_v, Q_GROUPS + KV_GROUPS, Q_GROUPS))
+    head = group * HEADS + tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
+    inside = (head < n_heads) & (column < HALF)
 
     # Released after the wait: the next kernel then starts knowing that all before this are done.
     wait(OVERLAP)
@@ -69,27 +80,23 @@ def _qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
     cos_row = tl.load(cos + row * HEAD_DIM + column)  # its second half repeats the first
     sin_row = tl.load(sin + row * HEAD_DIM + column)
     slot_row = tl.load(slot + r) * N_KV_HEADS * capacity + tl.load(positions + row)
-    source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + head) * HEAD_DIM + column
-    first, second = tl.load(source), tl.load(source + HALF)
-    for partial in tl.static_range(1, N_PARTIALS):
-        first += tl.load(source + partial * n_elements)
-        second += tl.load(source + partial * n_elements + HALF)
-    first, second = first.to(q.dtype.element_ty), second.to(q.dtype.element_ty)
+    source = qkv + (row * (N_HEADS + 2 * N_KV_HEADS) + before + head) * HEAD_DIM + column
+    first = sum_partials(source, n_elements, inside, N_PARTIALS).to(q.dtype.element_ty)
+    second = sum_partials(source + HALF, n_elements, inside, N_PARTIALS).to(q.dtype.element_ty)
 
-    if group < N_HEADS:
+    if is_q:
         first, second = _norm_and_rotate(first, second, q_norm, cos_row, sin_row, EPS, HALF)
         target = q + (row * N_HEADS + head) * HEAD_DIM + column
-    elif group < N_HEADS + N_KV_HEADS:
-        first, second = _norm_and_rotate(first, second, k_norm, cos_row, sin_row, EPS, HALF)
-        kv_head = (head - N_HEADS).to(tl.int64)
-        target = k_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
-        first, second = _zero_non_finite(first), _zero_non_finite(second)
     else:
-        kv_head = (head - N_HEADS - N_KV_HEADS).to(tl.int64)
-        target = v_cache + (slot_row + kv_head * capacity) * HEAD_DIM + column
+        in_cache = (slot_row + head.to(tl.int64) * capacity) * HEAD_DIM + column
+        if is_v:
+            target = v_cache + in_cache
+        else:
+            first, second = _norm_and_rotate(first, second, k_norm, cos_row, sin_row, EPS, HALF)
+            target = k_cache + in_cache
         first, second = _zero_non_finite(first), _zero_non_finite(second)
-    tl.store(target, first)
-    tl.store(target + HALF, second)
+    tl.store(target, first, mask=inside)
+    tl.store(target + HALF, second, mask=inside)
 
 
 def qk_norm_rope_write(
@@ -106,7 +113,7 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """See ``interface.QkNormRopeWrite``.
 
-    Partials are added in order, then rounded to the cache's dtype. All tensors are contiguous,
+    Partials are added pairwise, then rounded to the cache's dtype. All tensors are contiguous,
     bfloat16, float16 or float32 throughout; head_dim is a power of two; the second half of ``cos``
     and ``sin`` repeats the first. A row's results depend on that row alone.
     """
@@ -117,12 +124,12 @@ def qk_norm_rope_write(
     assert cos.shape == sin.shape == (n_rows, width, head_dim)
     assert cos.is_contiguous() and sin.is_contiguous() and positions.is_contiguous()
     overlap = overlaps(q.device)
-    heads = math.gcd(n_heads, n_kv_heads, 4)  # of one kind; 4 x 64 elements load 16 bytes a lane
-    grid = (width, n_rows, (n_heads + 2 * n_kv_heads) // heads)
+    n_groups = triton.cdiv(n_heads, HEADS) + 2 * triton.cdiv(n_kv_heads, HEADS)
+    grid = (width, n_rows, n_groups)
     launch: Any = _qk_norm_rope_write_kernel[grid]
     launch(
         *(partials, q_norm, k_norm, cos, sin, positions, slot, q, k_cache, v_cache, capacity),
-        *(partials[0].numel(), n_heads, n_kv_heads, head_dim, heads, eps, len(partials), overlap),
+        *(partials[0].numel(), n_heads, n_kv_heads, head_dim, HEADS, eps, len(partials), overlap),
         num_warps=1,
         launch_pdl=overlap,
         enable_fp_fusion=False,  # in float32 a fused x * cos + y * sin would skip a rounding

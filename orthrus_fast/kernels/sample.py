@@ -477,6 +477,51 @@ def _sample(logits: Tensor, position: Tensor, *settings: Tensor) -> Tensor:
     return out
 
 
+@triton.jit
+def _logprobs_kernel(  # type: ignore[no-untyped-def]
+    logits, tokens, out, VOCAB: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """One row: its token's logit less the logarithm of the sum of all logits' exponentials."""
+    release(OVERLAP)
+    wait(OVERLAP)
+    row = tl.program_id(1).to(tl.int64)
+    logits += row * VOCAB
+    LOWEST: tl.constexpr = -3e38
+    high = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, VOCAB, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        value = tl.load(logits + index, mask=index < VOCAB, other=LOWEST).to(tl.float32)
+        value = tl.maximum(value, LOWEST)
+        new_high = tl.maximum(high, value)
+        total = total * tl.exp(high - new_high)
+        total += tl.where(index < VOCAB, tl.exp(value - new_high), 0.0)
+        high = new_high
+    best = tl.max(high)
+    total_mass = tl.sum(total * tl.exp(high - best))
+    token = tl.maximum(tl.load(tokens + row), 0)
+    chosen = tl.load(logits + token).to(tl.float32)
+    tl.store(out + row, chosen - (best + tl.log(total_mass)))
+
+
+@torch.library.custom_op("orthrus_fast::logprobs", mutates_args=())
+def logprobs_op(logits: Tensor, tokens: Tensor) -> Tensor:
+    logits = logits.contiguous()
+    rows = _Launcher(logits.view(-1, logits.shape[-1]), overlaps(logits.device))
+    out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
+    rows.start(_logprobs_kernel, 1, 8, rows.logits, tokens.contiguous(), out, logits.shape[-1], 4096)
+    return out
+
+
+logprobs_op.register_fake(lambda logits, tokens: torch.empty_like(tokens, dtype=torch.float32))
+
+
+def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """See ``interface.Logprobs``; in float32 whatever the logits' dtype."""
+    result: Tensor = logprobs_op(logits.float() if logits.dtype == torch.float64 else logits, tokens)
+    return result
+
+
 sample_op = torch.library.custom_op(
     "orthrus_fast::sample",
     _sample,

@@ -41,7 +41,7 @@ def select_kernels(
         kernels,
         qk_norm_rope_write=rope.qk_norm_rope_write,
         add_norm=norm.add_norm,
-        products=CustomProducts.of(device, dtype),
+        products=CustomProducts(),
     )
 
 
@@ -55,7 +55,11 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     if isinstance(kernels.products, PlainProducts):
         return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
+    from orthrus_fast.kernels.products import CompiledProducts
 
     return replace(
-        kernels, qk_norm_rope_write=rope.qk_norm_rope_write_op, add_norm=norm.add_norm_op
+        kernels,
+        qk_norm_rope_write=rope.qk_norm_rope_write_op,
+        add_norm=norm.add_norm_op,
+        products=CompiledProducts(),
     )

@@ -1,0 +1,122 @@
+"""Which tiles a product is launched with: from tables of what was measured, else from defaults.
+
+Tiles change no bit of a result, so a table changes no text. The committed one, tiles.json, is
+followed by one that ``orthrus tune`` has left in the user's cache directory for this very chip.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthrus_fast import __version__
+from orthrus_fast.kernels.interface import LARGEST_STEP
+
+ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of x, up to which a line of a table serves
+
+Table = dict[tuple[int, int, int], "Tiles"]  # (one of ROWS, N, K)
+
+
+class Tiles(NamedTuple):
+    """What a launch is made of."""
+
+    block_m: int  # rows of x in a tile
+    block_n: int  # rows of the weight
+    block_k: int  # divides what ``k_split`` gives
+    joined: bool  # a program adds all partial sums of its tile; else the next kernel does
+    descriptors: bool  # the copy engine of the chip loads the tiles
+    num_warps: int
+    num_stages: int
+
+
+def row_class(n_rows: int) -> int:
+    """The one of ROWS whose tiles serve ``n_rows``."""
+    return next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
+
+
+def default_tiles(n_rows: int, itemsize: int, shared: int) -> Tiles:
+    """Tiles where no table has any; ``shared``: bytes of shared memory that a block may use."""
+    few = n_rows <= 128
+    if itemsize == 4:  # no matrix unit multiplies float32: operands sit in registers
+        tiles = Tiles(min(max(row_class(n_rows), 16), 64), 64, 32, not few, False, 4, 4)
+    elif few:
+        tiles = Tiles(max(row_class(n_rows), 16), 64, 128, False, False, 4, 5)
+    else:
+        tiles = Tiles(128, 128, 64, True, False, 8, 4)
+    stage = (tiles.block_m + tiles.block_n) * tiles.block_k * itemsize
+    return tiles._replace(num_stages=max(2, min(tiles.num_stages, shared // stage)))
+
+
+def find_tiles(x: Tensor, weight: Tensor) -> Tiles:
+    """The tiles of x [..., K] times weight [N, K]."""
+    n_columns, n_inner = weight.shape
+    n_rows = x.numel() // n_inner
+    shared, table = _of_device(x.device)
+    tiles = table.get((row_class(n_rows), n_columns, n_inner)) if x.itemsize == 2 else None
+    return tiles or default_tiles(n_rows, x.itemsize, shared)
+
+
+@functools.cache  # read once a process
+def _of_device(device: torch.device) -> tuple[int, Table]:
+    """Bytes of shared memory that a block may use, and the tiles of all tables."""
+    if device.type != "cuda":  # Triton's interpreter
+        return 99 * 1024, {}
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
+    return int(properties.shared_memory_per_block_optin), read_tables(chip_name(device))
+
+
+def chip_name(device: torch.device) -> str:
+    """The chip's name in the tables: "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def read_tables(chip: str) -> Table:
+    """The chip's tiles of the committed table and, before these, of the tuned one."""
+    return read_table(committed_table(), chip) | read_table(tuned_table(chip), chip)
+
+
+def tables_of(chip: str) -> list[str]:
+    """Where the chip's tiles come from: "committed", a path, both or neither."""
+    found = ["committed"] if read_table(committed_table(), chip) else []
+    return [*found, str(tuned_table(chip))] if read_table(tuned_table(chip), chip) else found
+
+
+def committed_table() -> Path:
+    """The table that comes with the package."""
+    return Path(str(resources.files("orthrus_fast.kernels").joinpath("tiles.json")))
+
+
+def tuned_table(chip: str) -> Path:
+    """Where ``orthrus tune`` leaves its table of a chip, for this version of the package."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "orthrus-fast" / f"tiles-{chip}-{__version__}.json"
+
+
+def read_table(path: Path, chip: str) -> Table:
+    """The tiles of a file; none where it is absent or not one of this version."""
+    try:
+        entry = json.loads(path.read_text("utf-8"))["chips"].get(chip, {"tiles": {}})
+        return parse_table(entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def parse_table(entry: Mapping[str, Any]) -> Table:
+    """A chip's entry of a table. Raises KeyError, TypeError or ValueError for what is none."""
+    table: Table = {}
+    for key, values in entry["tiles"].items():
+        n_rows, n_columns, n_inner = map(int, key.split("x"))
+        tiles = Tiles(*values)
+        if LARGEST_STEP % tiles.block_k or n_rows not in ROWS:
+            raise ValueError(f"{key}: {values}")
+        table[n_rows, n_columns, n_inner] = tiles
+    return table

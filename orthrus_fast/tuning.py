@@ -1,0 +1,187 @@
+"""Measures which tiles are fastest for a model's products on the GPU at hand, and keeps them.
+
+Each product is timed as it runs in a pass: in a CUDA graph, between norms, its weights not in any
+cache; where its partial sums are left, the next norm adds them, and that counts too. Tiles change
+no bit of a result (``kernels.tiles``), so this can change how long a text takes, never the text.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from orthrus_fast.kernels.interface import k_split
+from orthrus_fast.kernels.norm import add_norm
+from orthrus_fast.kernels.products import launch
+from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name
+from orthrus_fast.model import Transformer, View
+
+STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
+FEW = 128  # rows up to which a tile holds them all
+# What came first for some shape in a wider search: (block_n, block_k, num_warps) for few rows;
+# (block_m, block_n, block_k, num_warps) for many.
+FEW_ROWS = ((64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 128, 8))
+MANY_ROWS = ((128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8), (128, 256, 64, 8))
+SOME_ROWS = ((256, 64, 64, 8), (256, 64, 64, 4), (128, 64, 64, 4), (128, 64, 128, 4), (64, 128, 64, 4))
+SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
+
+
+class Shape(NamedTuple):
+    """A product of ``n_rows`` rows with a weight [n, k], and what follows it."""
+
+    n_rows: int
+    n: int
+    k: int
+    end: str  # "", "swiglu" or "argmax"
+
+    @property
+    def key(self) -> str:
+        return f"{self.n_rows}x{self.n}x{self.k}"
+
+    @property
+    def split(self) -> int:
+        return self.k if self.end else k_split(self.n, self.k)
+
+
+def product_shapes(model: Transformer, rows: Sequence[int] = ROWS) -> list[Shape]:
+    """Every product of a model's passes, for every number of rows."""
+    linears = model.linears(View.AUTOREGRESSIVE)
+    ends = {model.lm_head: "argmax"} | {layer.mlp.gate_up: "swiglu" for layer in model.layers}  # type: ignore[union-attr]
+    found: dict[Shape, None] = {}
+    for n_rows in rows:
+        for linear in linears:
+            n, k = linear.weight.shape
+            found[Shape(n_rows, n, k, ends.get(linear, ""))] = None
+    return list(found)
+
+
+def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
+    """Tiles worth a try on a chip with ``shared`` bytes of shared memory for a block."""
+    joins = (False, True) if shape.split < shape.k else (False,)
+    if shape.n_rows <= FEW:
+        heights = {1: (16, 32), 16: (16, 32), 128: (64, 128)}.get(shape.n_rows, (shape.n_rows,))
+        for block_m, (block_n, block_k, num_warps) in product(heights, FEW_ROWS):
+            stage = (block_n + block_m) * block_k * 2
+            kib = [limit for limit in SHARED_KIB if limit * 1024 <= shared]
+            for depth in {min(limit * 1024 // stage, shape.split // block_k, 8) for limit in kib}:
+                if depth >= 2:
+                    yield Tiles(block_m, block_n, block_k, False, False, num_warps, depth)
+        return
+    blocks = MANY_ROWS if shape.n_rows > 4 * FEW else (*MANY_ROWS, *SOME_ROWS)
+    descriptors = (False, True) if shape.k % 8 == 0 else (False,)  # which want 16 bytes aligned
+    for (block_m, block_n, block_k, num_warps), joined, by in product(blocks, joins, descriptors):
+        depth = min(shared // ((block_m + block_n) * block_k * 2), 4)
+        if depth >= 2:
+            yield Tiles(block_m, block_n, block_k, joined, by, num_warps, depth)
+
+
+def run(x: Tensor, weight: Tensor, shape: Shape, tiles: Tiles) -> Tensor:
+    argmax = "both" if shape.end == "argmax" else ""
+    return launch(x, weight, shape.split, tiles, swiglu=shape.end == "swiglu", argmax=argmax)[0]
+
+
+def compile_one(job: tuple[Shape, Tiles]) -> str | None:
+    """In a process of its own, so that many compile at once; Triton's cache hands them on.
+
+    Returns what went wrong, where something did.
+    """
+    shape, tiles = job
+    try:
+        x = torch.zeros(shape.n_rows, shape.k, dtype=torch.bfloat16, device="cuda")
+        run(x, torch.zeros(shape.n, shape.k, dtype=torch.bfloat16, device="cuda"), shape, tiles)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def microseconds(step: Callable[[], None], n_products: int) -> float:
+    """Of one product; the median of five replays of a graph that holds ``n_products``."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    spans: list[float] = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return statistics.median(spans) * 1000 / n_products
+
+
+def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Microseconds of ``product`` (x, weight) and of the norm after it."""
+    n_weights = max(2, min(32, STREAMED // (shape.n * shape.k * 2)))
+    kind: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+    weights = torch.randn(n_weights, shape.n, shape.k, **kind)
+    x = torch.randn(shape.n_rows, shape.k, **kind)
+    stream = torch.randn(shape.n_rows, 1024 if shape.end else shape.n, **kind)
+
+    def step() -> None:
+        partials = stream[None]
+        for weight in weights:
+            add_norm(stream, partials, stream[0], 1e-6)
+            of_product = product(x, weight)
+            partials = partials if shape.end else of_product
+
+    return microseconds(step, n_weights)
+
+
+def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
+    """The fastest tiles of each shape, by its key; progress goes to ``log``."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    shared = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    jobs = [(shape, tiles) for shape in shapes for tiles in candidates(shape, shared)]
+    log(f"compiling {len(jobs)} kernels")
+    usable: dict[Shape, list[Tiles]] = {}
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        problems = pool.imap(compile_one, jobs, chunksize=4)
+        for (shape, tiles), problem in zip(jobs, problems, strict=True):
+            if problem is None:
+                usable.setdefault(shape, []).append(tiles)
+    chosen: dict[str, Tiles] = {}
+    for number, (shape, tried) in enumerate(usable.items(), 1):
+        times = {
+            tiles: time_product(shape, lambda x, weight, t=tiles: run(x, weight, shape, t))  # type: ignore[misc]
+            for tiles in tried
+        }
+        best = min(times, key=lambda tiles: times[tiles])
+        chosen[shape.key] = best
+        log(f"{number} of {len(usable)}: {shape.key} {times[best]:.1f} us, {tuple(best)}")
+    return chosen
+
+
+def write_table(path: Path, chosen: dict[str, Tiles]) -> None:
+    """Put the tiles of this chip into a table, in place of those for the same shapes."""
+    try:
+        table = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        table = {"chips": {}}
+    device = torch.device("cuda", torch.cuda.current_device())
+    entry = table["chips"].setdefault(chip_name(device), {"measured_on": "", "tiles": {}})
+    entry["measured_on"] = torch.cuda.get_device_name(device)
+    entry["tiles"] |= {key: list(tiles) for key, tiles in chosen.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(to_json(table), "utf-8")
+    os.replace(draft, path)
+
+
+def to_json(table: object) -> str:
+    """Indented, but a list stays on one line."""
+    return (
+        re.sub(r"\[[^\]]*\]", lambda m: " ".join(m[0].split()), json.dumps(table, indent=1)) + "\n"
+    )
