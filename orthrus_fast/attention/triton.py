@@ -36,7 +36,7 @@ KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divide
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
 TALL_TILES_FROM = LONG_BLOCK + 1  # query rows per KV head from which a tile holds 128 of them
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
-JOIN_UNROLL = 16  # partial results that the second kernel loads before it joins them
+JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
 
 
 class Chip(NamedTuple):
@@ -253,18 +253,30 @@ def _attend_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _join(  # type: ignore[no-untyped-def]
-    row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE: tl.constexpr
-):
-    """Join one more split to those before it; one of which a row saw nothing changes nothing.
+def _join_weights(row_max, part_max, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The maximum with one more split, and by what the sums so far and the split's count now.
 
-    The first split holds key 0, which every row sees, so that new_max is finite.
+    A split of which a row saw nothing counts 0, and the sums so far 1. Key 0, which every row sees,
+    is in the first split: the new maximum is finite.
     """
     new_max = tl.maximum(row_max, part_max)
-    shrink = tl.exp2((row_max - new_max) * SCALE)
-    weight = tl.exp2((part_max - new_max) * SCALE)
-    acc = tl.fma(acc, shrink[:, None], part_acc * weight[:, None])
-    return new_max, tl.fma(row_sum, shrink, part_sum * weight), acc
+    return new_max, tl.exp2((row_max - new_max) * SCALE), tl.exp2((part_max - new_max) * SCALE)
+
+
+@triton.jit
+def _join(total, shrink, part, weight):  # type: ignore[no-untyped-def]
+    """A sum over the splits so far and over one more, which are weighted as above."""
+    return tl.fma(total, shrink, part * weight)
+
+
+@triton.jit
+def _join_rows(  # type: ignore[no-untyped-def]
+    row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE: tl.constexpr
+):
+    """The maximum, sum and weighted values of each row, with one more split."""
+    row_max, shrink, weight = _join_weights(row_max, part_max, SCALE)
+    row_sum = _join(row_sum, shrink, part_sum, weight)
+    return row_max, row_sum, _join(acc, shrink[:, None], part_acc, weight[:, None])
 
 
 @triton.jit
@@ -314,7 +326,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         )
         if WALKS:  # noqa: SIM102
             if first_key + KEY_TILE == _split_begin(split + 1, LINES):
-                row_max, row_sum, acc = _join(
+                row_max, row_sum, acc = _join_rows(
                     row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE
                 )
                 part_max, part_sum, part_acc = _nothing(ROW_TILE, HEAD_DIM)
@@ -325,7 +337,9 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
     if WALKS:
-        row_max, row_sum, acc = _join(row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE)
+        row_max, row_sum, acc = _join_rows(
+            row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE
+        )
         result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
@@ -350,21 +364,21 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else WIDTH)
     n_splits = _splits_of(n_visible, LINES)
     first_split = (block * N_KV_HEADS + head // GROUP) * N_SPLITS
-    row, dim = tl.arange(0, 1), tl.arange(0, HEAD_DIM)
-    row_max, row_sum, acc = _nothing(1, HEAD_DIM)
+    dim = tl.arange(0, HEAD_DIM)
+    row_max = -float("inf")
+    row_sum = 0.0
+    acc = tl.zeros((HEAD_DIM,), tl.float32)
     wait(OVERLAP)
     for first in range(0, n_splits, UNROLL):
         for i in tl.static_range(UNROLL):
-            split = first + i + row
-            seen = split < n_splits
+            split = first + i
             p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
-            at = p_row[:, None] * HEAD_DIM + dim[None, :]
-            part_max = tl.load(partial_max + p_row, mask=seen, other=-float("inf"))
-            part_sum = tl.load(partial_sum + p_row, mask=seen, other=0.0)
-            part_acc = tl.load(partial_acc + at, mask=seen[:, None], other=0.0)
-            row_max, row_sum, acc = _join(
-                row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE
-            )
-    o_row = (block * WIDTH + t) * N_HEADS + head + row
-    result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
-    tl.store(out + o_row[:, None] * HEAD_DIM + dim[None, :], result)
+            values = partial_acc + p_row * HEAD_DIM + dim
+            part_max = tl.load(partial_max + p_row, mask=split < n_splits, other=-float("inf"))
+            part_sum = tl.load(partial_sum + p_row, mask=split < n_splits, other=0.0)
+            part_acc = tl.load(values, mask=split + 0 * dim < n_splits, other=0.0)
+            row_max, shrink, weight = _join_weights(row_max, part_max, SCALE)
+            row_sum = _join(row_sum, shrink, part_sum, weight)
+            acc = _join(acc, shrink, part_acc, weight)
+    o_row = (block * WIDTH + t) * N_HEADS + head
+    tl.store(out + o_row * HEAD_DIM + dim, (acc / row_sum).to(out.dtype.element_ty))

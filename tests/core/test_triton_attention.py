@@ -25,6 +25,7 @@ from orthrus_fast.attention import triton as backend
 # Splits at 0, 64, 128, 256, 384 and 640, two tiles in the shortest; several row tiles a block.
 BANDS = ((64, 128), (128, 384), (256, None))
 TILES = backend.Tiles(rows=16, keys=32, num_warps=4, num_stages=2)
+WHOLE = ((768, None),)
 CAPACITY = 768
 SLOW = pytest.mark.slow
 EDGES = [0, 1, 31, 32, 63, 64, 65, 127, 128, 255, 256, 257, 383, 384, 639, 640, 641]
@@ -39,7 +40,7 @@ def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with interpreted(backend), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "JOIN_UNROLL", 4)  # six splits take two rounds
-        patch.setattr(backend, "LONG_BLOCK", 64)  # a program of more rows walks all splits
+        patch.setattr(backend, "LONG_BLOCK", 24)  # a program of more rows walks all splits
         yield
 
 
@@ -187,16 +188,8 @@ def all_equal(rows: list[Tensor]) -> bool:
     return all(torch.equal(row, rows[0]) for row in rows)
 
 
-def rows_at_every_width(attend: Run, position: int, dtype: torch.dtype) -> list[Tensor]:
-    """One row, a part of a row tile, several of these, and a long block."""
-    return [
-        row
-        for width, n_rows in [(1, 1), (5, 5), (16, 3), (100, 2)]
-        for row in rows_at(attend, position, width, dtype, n_rows)
-    ]
-
-
-QUICK = [(torch.float32, 33), (torch.float32, 642), (torch.bfloat16, 127)]
+TALL = run_with(lambda width: (BANDS, TILES._replace(rows=64)))
+QUICK = [(torch.float32, 33), (torch.float32, 400), (torch.bfloat16, 127)]
 POSITIONS = (0, 31, 33, 63, 64, 66, 127, 258, 383, 642)
 
 
@@ -204,11 +197,16 @@ POSITIONS = (0, 31, 33, 63, 64, 66, 127, 258, 383, 642)
     "dtype, position", slow_but(QUICK, product((torch.float32, torch.bfloat16), POSITIONS))
 )
 def test_a_rows_bits_do_not_depend_on_its_block(dtype: torch.dtype, position: int) -> None:
-    tall = run_with(lambda width: (BANDS, TILES._replace(rows=16 if width == 1 else 64)))
-    rows = rows_at_every_width(run, position, dtype)
-    rows += rows_at(tall, position, 5, dtype, 2) + rows_at(tall, position, 40, dtype, 2)
-    rows += rows_at(run_in_a_small_cache, position, 3, dtype, 2)
-    assert all_equal(rows)
+    """One row, a part of a row tile, several of these, which walk the splits, and very many."""
+    blocks = [(run, 1, 1), (run, 5, 5), (TALL, 5, 1), (run, 16, 3), (TALL, 100, 2)]
+    blocks.append((run_in_a_small_cache, 3, 1))
+    assert all_equal(
+        [
+            row
+            for attend, *size in blocks
+            for row in rows_at(attend, position, size[0], dtype, size[1])
+        ]
+    )
 
 
 class JoinAtOnce:
@@ -239,13 +237,9 @@ class JoinAtOnce:
 
 
 FAULTS: dict[str, Run] = {
-    "splits follow the rows": run_with(lambda w: (((64 if w < 16 else 128, None),), TILES)),
-    "a long block is not split": run_with(
-        lambda w: (BANDS if w < 100 else ((CAPACITY, None),), TILES)
-    ),
-    "key tiles follow the rows": run_with(
-        lambda w: (BANDS, TILES._replace(keys=16 if w < 16 else 32))
-    ),
+    "splits follow the rows": run_with(lambda w: (((64 * w, None),), TILES)),
+    "a long block is not split": run_with(lambda w: (BANDS if w < 16 else WHOLE, TILES)),
+    "key tiles follow the rows": run_with(lambda w: (BANDS, TILES._replace(keys=16 + w % 2 * 16))),
     "an unordered join": run,
 }
 
@@ -254,9 +248,8 @@ FAULTS: dict[str, Run] = {
 def test_a_fault_in_its_bits_would_be_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "an unordered join":
         monkeypatch.setattr(backend, "_join_kernel", JoinAtOnce())
-    rows = rows_at_every_width(FAULTS[fault], 642, torch.float32)
-    assert all(torch.allclose(row, rows[0], atol=2e-6) for row in rows)
-    assert not all_equal(rows)
+    one, many = (rows_at(FAULTS[fault], 400, width, torch.float32, 1)[0] for width in (1, 16))
+    assert torch.allclose(one, many, atol=2e-6) and not torch.equal(one, many)
 
 
 @pytest.mark.parametrize("bands", [backend.SPLITS, BANDS, ((64, None),)])
