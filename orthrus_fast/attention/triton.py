@@ -132,21 +132,18 @@ def attend(
     partial_acc = partial_max.new_empty(*shape, head_dim)
     overlap = overlaps(q.device)
     common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
-    n_tiles = n_kv_heads * triton.cdiv(n_rows, tiles.rows)
-    _split_kernel[(1 if walks else n_splits, n_tiles, n_blocks)](
+    grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
+    _split_kernel[grid](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
         *(walks, tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=False,
-        launch_pdl=overlap,
+        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        **{"enable_fp_fusion": False, "launch_pdl": overlap},
     )
     if not walks:
-        unroll = min(JOIN_UNROLL, triton.next_power_of_2(n_splits))
         _join_kernel[(n_heads, width, n_blocks)](
-            *(partial_max, partial_sum, partial_acc, start, out, *common, unroll),
+            *(partial_max, partial_sum, partial_acc, start, out, *common, JOIN_UNROLL),
             num_warps=1,
             enable_fp_fusion=False,
             launch_pdl=overlap,
@@ -233,13 +230,12 @@ def _nothing(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _attend_tile(  # type: ignore[no-untyped-def]
-    queries, keys, values, seen, row_max, row_sum, acc, SCALE: tl.constexpr
-):
+def _attend_tile(queries, keys, values, seen, sums, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The running maximum, sum and weighted values of each row, with one more tile of keys.
 
     The maximum is that of the scores before they are scaled.
     """
+    row_max, row_sum, acc = sums
     scores = tl.dot(queries, tl.trans(tl.load(keys)), input_precision="ieee")
     scores = tl.where(seen, scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -270,13 +266,11 @@ def _join(total, shrink, part, weight):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _join_rows(  # type: ignore[no-untyped-def]
-    row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE: tl.constexpr
-):
+def _join_rows(sums, part, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The maximum, sum and weighted values of each row, with one more split."""
-    row_max, shrink, weight = _join_weights(row_max, part_max, SCALE)
-    row_sum = _join(row_sum, shrink, part_sum, weight)
-    return row_max, row_sum, _join(acc, shrink[:, None], part_acc, weight[:, None])
+    row_max, shrink, weight = _join_weights(sums[0], part[0], SCALE)
+    row_sum = _join(sums[1], shrink, part[1], weight)
+    return row_max, row_sum, _join(sums[2], shrink[:, None], part[2], weight[:, None])
 
 
 @triton.jit
@@ -305,48 +299,39 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     begin, end, last = _keys_of(
         split, length, first_row, t, WIDTH, GROUP, LINES, CAUSAL, WALKS, ROW_TILE
     )
-    if not WALKS:  # noqa: SIM102 (one is known when compiling, the other is not)
-        if begin >= end:
-            return
-
+    if begin >= end:
+        return
     dim = tl.arange(0, HEAD_DIM)
     q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
     in_block = (row < N_ROWS)[:, None]
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
-    part_max, part_sum, part_acc = _nothing(ROW_TILE, HEAD_DIM)
-    row_max, row_sum, acc = _nothing(ROW_TILE, HEAD_DIM)
+    sums = _nothing(ROW_TILE, HEAD_DIM)  # of the splits that are joined
+    part = _nothing(ROW_TILE, HEAD_DIM)  # of the one at hand
     for first_key in range(begin, end, KEY_TILE):
         key = first_key + tl.arange(0, KEY_TILE)
         tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
         seen = _visible(key, last)
-        part_max, part_sum, part_acc = _attend_tile(
-            queries, k_cache + tile, v_cache + tile, seen, part_max, part_sum, part_acc, SCALE
-        )
-        if WALKS:  # noqa: SIM102
+        part = _attend_tile(queries, k_cache + tile, v_cache + tile, seen, part, SCALE)
+        if WALKS:  # noqa: SIM102 (one is known when compiling, the other is not)
             if first_key + KEY_TILE == _split_begin(split + 1, LINES):
-                row_max, row_sum, acc = _join_rows(
-                    row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE
-                )
-                part_max, part_sum, part_acc = _nothing(ROW_TILE, HEAD_DIM)
+                sums = _join_rows(sums, part, SCALE)
+                part = _nothing(ROW_TILE, HEAD_DIM)
                 split += 1
-
     if block == 0:  # now that its keys and values are here
         n_programs = tl.num_programs(1) * (1 if WALKS else _splits_of(length, LINES))
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
     if WALKS:
-        row_max, row_sum, acc = _join_rows(
-            row_max, row_sum, acc, part_max, part_sum, part_acc, SCALE
-        )
-        result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
+        sums = _join_rows(sums, part, SCALE)
+        result = (sums[2] / sums[1][:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
         p_row = ((block * N_KV_HEADS + kv_head) * N_SPLITS + split) * N_ROWS + row
-        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], part_acc, mask=in_block)
-        tl.store(partial_max + p_row, part_max, mask=row < N_ROWS)
-        tl.store(partial_sum + p_row, part_sum, mask=row < N_ROWS)
+        tl.store(partial_max + p_row, part[0], mask=row < N_ROWS)
+        tl.store(partial_sum + p_row, part[1], mask=row < N_ROWS)
+        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], part[2], mask=in_block)
 
 
 @triton.jit

@@ -355,8 +355,10 @@ def sums_lie(ttgir: str) -> set[str]:
 def share_rows_only(shape: str, dtype: str, width: int, chip: int, tiles: backend.Tiles) -> bool:
     """Whether each warp has 16 rows to itself, with all of their keys."""
     layouts = sums_lie(compile_both(shape, dtype, True, width, chip, tiles)[0][2].asm["ttgir"])
-    return tiles.rows == 16 * tiles.num_warps and all(
-        f"warpsPerCTA = [{tiles.num_warps}, 1]" in layout for layout in layouts
+    return (
+        bool(layouts)
+        and tiles.rows == 16 * tiles.num_warps
+        and all(f"warpsPerCTA = [{tiles.num_warps}, 1]" in layout for layout in layouts)
     )
 
 
