@@ -1,10 +1,15 @@
-"""Attention of a short block over a long cache, in Triton: the keys are split over the chip.
+"""Attention of blocks of any width over a long cache, in Triton: the keys are split over the chip.
 
 Each program walks the tiles of one split with an online softmax (Milakov & Gimelshein 2018, arXiv
 1805.02867) and leaves a partial result; a second kernel joins the splits (Flash-Decoding, Dao et
-al. 2023). Query rows that share a KV head are packed into one tile. A causal row's bits depend on
-its query and on the keys up to its position alone: tiles and splits begin at fixed positions, are
-joined in order, and a tile of which the row sees nothing changes none of its sums.
+al. 2023). A long block fills the chip by its rows: there a program walks all splits and joins as it
+goes. Query rows that share a KV head are packed into one tile.
+
+A causal row's bits depend on its query and on the keys up to its position alone, at every width:
+tiles and splits begin at fixed positions, the warps of a tile share its rows and never its keys, a
+split's sums start afresh and are joined to those before them, one after another, by the same
+arithmetic in both kernels, and a tile or split of which a row sees nothing changes none of its
+sums. Fused operations are written as such: the compiler fuses nothing by itself.
 """
 
 from __future__ import annotations
@@ -29,9 +34,16 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 SPLITS: Bands = ((128, 256), (256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
-LONG_CACHE = 4352  # rows of a slot's cache above which programs are made for long contexts
+TALL_TILES_FROM = LONG_BLOCK + 1  # query rows per KV head from which a tile holds 128 of them
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
-JOIN_BLOCK = 32  # partial results that the second kernel loads together
+JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
+
+
+class Chip(NamedTuple):
+    """What of a GPU the tiles follow: 90 for capability 9.0, and bytes that one block may use."""
+
+    capability: int
+    shared_memory: int
 
 
 class Tiles(NamedTuple):
@@ -51,23 +63,29 @@ def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     return Backend("triton", attend, split_boundaries, row_invariant=True)
 
 
-def choose_tiles(
-    itemsize: int, head_dim: int, n_rows: int, capacity: int, shared_memory: int
-) -> Tiles:
-    """Tiles for ``n_rows`` query rows per KV head and a block's ``shared_memory`` in bytes.
+def choose_tiles(n_rows: int, head_dim: int, itemsize: int, chip: Chip) -> Tiles:
+    """Tiles for ``n_rows`` query rows per KV head, such that all of one chip and dtype agree.
 
-    Two tiles of 64 rows are sooner done than one of 128; but that one reads the keys once, and wins
-    from some thousand keys on. ``capacity``, the cache's, tells which is to be expected.
+    In 2 bytes that is 64 keys and 16 rows a warp: sums over keys then lie alike within a warp
+    (measured on an H100). Elsewhere, and with sm_100's tensor memory, where it was not, one tile
+    serves every number of rows. Two tiles of 64 rows are sooner done than one of 128, which reads
+    the keys once.
     """
-    rows = max(triton.next_power_of_2(n_rows), 16)  # tl.dot takes no fewer
-    large = shared_memory >= 160 * 1024
+    large = chip.shared_memory >= 160 * 1024
     if itemsize == 4:  # no matrix unit multiplies fp32: larger tiles overflow the registers
-        return Tiles(min(rows, 32), 32 if head_dim <= 64 else 16, 4, 2)
+        return Tiles(32, 32 if head_dim <= 64 else 16, 4, 2)
     if head_dim > 128:
-        return Tiles(min(rows, 64), 64 if large else 32, 8, 2)
-    if rows >= 128 and (n_rows > LONG_BLOCK or capacity > LONG_CACHE or not large):
+        return Tiles(64, 64 if large else 32, 8, 2)
+    if 100 <= chip.capability < 120:
+        return Tiles(64, 64, 4, 4 if large else 2)
+    if n_rows <= 16:
+        return Tiles(16, 64, 1, 3 if large else 2)  # fewer stages, more programs side by side
+    # Where there is no wgmma, Triton lays warps over rows only if these are as many as a head's
+    # dimensions; over keys, the sums would be others than those of the tiles above and below.
+    over_rows = chip.capability == 90 or head_dim <= 64
+    if n_rows >= TALL_TILES_FROM or not over_rows:
         return Tiles(128, 64, 8, 3 if large else 2)
-    return Tiles(min(rows, 64), 64, 4, 4 if large else 2)
+    return Tiles(64, 64, 4, 4 if large else 2)
 
 
 def split_boundaries(capacity: int, bands: Bands = SPLITS) -> list[int]:
@@ -104,30 +122,30 @@ def attend(
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert capacity % KEY_TILE == 0 and n_heads % n_kv_heads == 0
     n_rows = width * n_heads // n_kv_heads
-    if tiles is None:
-        tiles = choose_tiles(q.itemsize, head_dim, n_rows, capacity, _shared_memory(q.device))
-    n_splits = 1 if n_rows > LONG_BLOCK else len(split_boundaries(capacity, bands))
+    tiles = tiles or choose_tiles(n_rows, head_dim, q.itemsize, _chip(q.device))
+    n_splits = len(split_boundaries(capacity, bands))
+    walks = n_rows > LONG_BLOCK or n_splits == 1
     out = torch.empty_like(q)
-    shape = (n_blocks, n_kv_heads, n_splits, n_rows) if n_splits > 1 else (0,)
+    shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
     partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     partial_sum = torch.empty_like(partial_max)
     partial_acc = partial_max.new_empty(*shape, head_dim)
     overlap = overlaps(q.device)
     common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
-    _split_kernel[(n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)](
+    grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
+    _split_kernel[grid](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
-        *(tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        launch_pdl=overlap,
+        *(walks, tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
+        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+        **{"enable_fp_fusion": False, "launch_pdl": overlap},
     )
-    if n_splits > 1:
-        block = min(JOIN_BLOCK, triton.next_power_of_2(n_splits))
+    if not walks:
         _join_kernel[(n_heads, width, n_blocks)](
-            *(partial_max, partial_sum, partial_acc, start, out, *common, block),
+            *(partial_max, partial_sum, partial_acc, start, out, *common, JOIN_UNROLL),
             num_warps=1,
+            enable_fp_fusion=False,
             launch_pdl=overlap,
         )
     return out
@@ -150,12 +168,13 @@ def _lines(bands: Bands) -> tuple[tuple[int, int], ...]:
 
 
 @functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes one block may use; on the CPU, for Triton's interpreter, the smallest chip's."""
+def _chip(device: torch.device) -> Chip:
+    """The chip of ``device``; on the CPU, for Triton's interpreter, the smallest one."""
     if device.type != "cuda":
-        return 99 * 1024
+        return Chip(86, 99 * 1024)
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
-    return int(properties.shared_memory_per_block_optin)
+    capability = 10 * properties.major + properties.minor
+    return Chip(capability, int(properties.shared_memory_per_block_optin))
 
 
 @triton.jit
@@ -185,10 +204,10 @@ def _visible(key, last):  # type: ignore[no-untyped-def]
 @triton.jit
 def _keys_of(  # type: ignore[no-untyped-def]
     split, length, first_row, t,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr,
-    CAUSAL: tl.constexpr, ROW_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, CAUSAL: tl.constexpr,
+    WALKS: tl.constexpr, ROW_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The keys of one split that a tile of rows sees: begin, end, and each row's last one."""
+    """The keys of one split, or of all, that a tile of rows sees: begin, end, each row's last."""
     if CAUSAL:
         last = length - WIDTH + t
         # Tiles past the lowest row's position are seen by no row.
@@ -197,28 +216,61 @@ def _keys_of(  # type: ignore[no-untyped-def]
         last = length - 1 + 0 * t
         end = length
     begin = 0
-    if N_SPLITS > 1:
+    if not WALKS:
         begin = _split_begin(split, LINES)
         end = tl.minimum(end, _split_begin(split + 1, LINES))
     return begin, end, last
 
 
 @triton.jit
-def _attend_tile(  # type: ignore[no-untyped-def]
-    queries, keys, values, seen, row_max, row_sum, acc, HEAD_DIM: tl.constexpr
-):
-    """The running maximum, sum and weighted values of each row, with one more tile of keys."""
-    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
-    scores = tl.dot(queries, tl.trans(tl.load(keys)), input_precision="ieee") * SCALE
+def _nothing(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The maximum, sum and weighted values of rows that have seen no key."""
+    row_max = tl.full((ROWS,), -float("inf"), tl.float32)
+    return row_max, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, HEAD_DIM), tl.float32)
+
+
+@triton.jit
+def _attend_tile(queries, keys, values, seen, sums, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The running maximum, sum and weighted values of each row, with one more tile of keys.
+
+    The maximum is that of the scores before they are scaled.
+    """
+    row_max, row_sum, acc = sums
+    scores = tl.dot(queries, tl.trans(tl.load(keys)), input_precision="ieee")
     scores = tl.where(seen, scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     base = tl.where(new_max == -float("inf"), 0.0, new_max)  # of a row that has seen no key yet
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(row_max - base)
+    weights = tl.exp2(tl.fma(scores, SCALE, (base * -SCALE)[:, None]))
+    shrink = tl.exp2((row_max - base) * SCALE)
     value = tl.load(values)
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(value.dtype), value, acc, input_precision="ieee")
-    return new_max, row_sum * shrink + tl.sum(weights, 1), acc
+    return new_max, tl.fma(row_sum, shrink, tl.sum(weights, 1)), acc
+
+
+@triton.jit
+def _join_weights(row_max, part_max, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The maximum with one more split, and by what the sums so far and the split's count now.
+
+    A split of which a row saw nothing counts 0, and the sums so far 1. Key 0, which every row sees,
+    is in the first split: the new maximum is finite.
+    """
+    new_max = tl.maximum(row_max, part_max)
+    return new_max, tl.exp2((row_max - new_max) * SCALE), tl.exp2((part_max - new_max) * SCALE)
+
+
+@triton.jit
+def _join(total, shrink, part, weight):  # type: ignore[no-untyped-def]
+    """A sum over the splits so far and over one more, which are weighted as above."""
+    return tl.fma(total, shrink, part * weight)
+
+
+@triton.jit
+def _join_rows(sums, part, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The maximum, sum and weighted values of each row, with one more split."""
+    row_max, shrink, weight = _join_weights(sums[0], part[0], SCALE)
+    row_sum = _join(sums[1], shrink, part[1], weight)
+    return row_max, row_sum, _join(sums[2], shrink[:, None], part[2], weight[:, None])
 
 
 @triton.jit
@@ -227,14 +279,17 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     capacity,
     WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr, REGION: tl.constexpr,
+    OVERLAP: tl.constexpr, WALKS: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    REGION: tl.constexpr,
 ):  # fmt: skip
-    """One split (or, if there is just one, all keys) for one tile of rows that share a KV head."""
+    """One split, or, if it ``WALKS``, all of them, for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
     N_ROWS: tl.constexpr = WIDTH * GROUP
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
     split = tl.program_id(0)
     kv_head = tl.program_id(1) % N_KV_HEADS
-    first_row = tl.program_id(1) // N_KV_HEADS * ROW_TILE
+    # The last rows see most keys: they go first, so that short work is left for the end.
+    first_row = (tl.cdiv(N_ROWS, ROW_TILE) - 1 - tl.program_id(1) // N_KV_HEADS) * ROW_TILE
     block = tl.program_id(2).to(tl.int64)
 
     release(OVERLAP)
@@ -242,41 +297,41 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     t = row // GROUP
     length = tl.load(start + block).to(tl.int32) + WIDTH
     begin, end, last = _keys_of(
-        split, length, first_row, t, WIDTH, GROUP, LINES, N_SPLITS, CAUSAL, ROW_TILE
+        split, length, first_row, t, WIDTH, GROUP, LINES, CAUSAL, WALKS, ROW_TILE
     )
-    if N_SPLITS > 1:  # noqa: SIM102 (one is known when compiling, the other is not)
-        if begin >= end:
-            return
-
+    if begin >= end:
+        return
     dim = tl.arange(0, HEAD_DIM)
     q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
     in_block = (row < N_ROWS)[:, None]
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
-    row_max = tl.full((ROW_TILE,), -float("inf"), tl.float32)
-    row_sum = tl.zeros((ROW_TILE,), tl.float32)
-    acc = tl.zeros((ROW_TILE, HEAD_DIM), tl.float32)
+    sums = _nothing(ROW_TILE, HEAD_DIM)  # of the splits that are joined
+    part = _nothing(ROW_TILE, HEAD_DIM)  # of the one at hand
     for first_key in range(begin, end, KEY_TILE):
         key = first_key + tl.arange(0, KEY_TILE)
         tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
         seen = _visible(key, last)
-        row_max, row_sum, acc = _attend_tile(
-            queries, k_cache + tile, v_cache + tile, seen, row_max, row_sum, acc, HEAD_DIM
-        )
-
+        part = _attend_tile(queries, k_cache + tile, v_cache + tile, seen, part, SCALE)
+        if WALKS:  # noqa: SIM102 (one is known when compiling, the other is not)
+            if first_key + KEY_TILE == _split_begin(split + 1, LINES):
+                sums = _join_rows(sums, part, SCALE)
+                part = _nothing(ROW_TILE, HEAD_DIM)
+                split += 1
     if block == 0:  # now that its keys and values are here
-        n_splits = _splits_of(length, LINES) if N_SPLITS > 1 else 1
-        program, n_programs = tl.program_id(1) * n_splits + split, tl.num_programs(1) * n_splits
+        n_programs = tl.num_programs(1) * (1 if WALKS else _splits_of(length, LINES))
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
-    if N_SPLITS == 1:
-        result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
+    if WALKS:
+        sums = _join_rows(sums, part, SCALE)
+        result = (sums[2] / sums[1][:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
         p_row = ((block * N_KV_HEADS + kv_head) * N_SPLITS + split) * N_ROWS + row
-        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=in_block)
-        tl.store(partial_max + p_row, row_max, mask=row < N_ROWS)
-        tl.store(partial_sum + p_row, row_sum, mask=row < N_ROWS)
+        tl.store(partial_max + p_row, part[0], mask=row < N_ROWS)
+        tl.store(partial_sum + p_row, part[1], mask=row < N_ROWS)
+        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], part[2], mask=in_block)
 
 
 @triton.jit
@@ -284,10 +339,11 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     partial_max, partial_sum, partial_acc, start, out,
     WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits that a row of one head sees; the first holds key 0, so row_max is finite."""
+    """Join the splits that a row of one head sees."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
+    SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
     head, t, block = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     release(OVERLAP)
     n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else WIDTH)
@@ -298,19 +354,16 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     row_sum = 0.0
     acc = tl.zeros((HEAD_DIM,), tl.float32)
     wait(OVERLAP)
-    for first in range(0, n_splits, BLOCK):
-        split = first + tl.arange(0, BLOCK)
-        seen = split < n_splits
-        p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
-        high = tl.load(partial_max + p_row, mask=seen, other=-float("inf"))
-        sums = tl.load(partial_sum + p_row, mask=seen, other=0.0)
-        at = p_row[:, None] * HEAD_DIM + dim[None, :]
-        accs = tl.load(partial_acc + at, mask=seen[:, None], other=0.0)
-        new_max = tl.maximum(row_max, tl.max(high, 0))
-        weights = tl.exp2(high - new_max)
-        shrink = tl.exp2(row_max - new_max)
-        acc = acc * shrink + tl.sum(accs * weights[:, None], 0)
-        row_sum = row_sum * shrink + tl.sum(sums * weights, 0)
-        row_max = new_max
+    for first in range(0, n_splits, UNROLL):
+        for i in tl.static_range(UNROLL):
+            split = first + i
+            p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
+            values = partial_acc + p_row * HEAD_DIM + dim
+            part_max = tl.load(partial_max + p_row, mask=split < n_splits, other=-float("inf"))
+            part_sum = tl.load(partial_sum + p_row, mask=split < n_splits, other=0.0)
+            part_acc = tl.load(values, mask=split + 0 * dim < n_splits, other=0.0)
+            row_max, shrink, weight = _join_weights(row_max, part_max, SCALE)
+            row_sum = _join(row_sum, shrink, part_sum, weight)
+            acc = _join(acc, shrink, part_acc, weight)
     o_row = (block * WIDTH + t) * N_HEADS + head
     tl.store(out + o_row * HEAD_DIM + dim, (acc / row_sum).to(out.dtype.element_ty))

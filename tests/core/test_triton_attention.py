@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from orthrus_fast.attention import triton as backend
 # Splits at 0, 64, 128, 256, 384 and 640, two tiles in the shortest; several row tiles a block.
 BANDS = ((64, 128), (128, 384), (256, None))
 TILES = backend.Tiles(rows=16, keys=32, num_warps=4, num_stages=2)
+WHOLE = ((768, None),)
 CAPACITY = 768
 SLOW = pytest.mark.slow
 EDGES = [0, 1, 31, 32, 63, 64, 65, 127, 128, 255, 256, 257, 383, 384, 639, 640, 641]
@@ -35,12 +39,31 @@ def interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with interpreted(backend), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "JOIN_BLOCK", 4)  # six splits take two rounds
+        patch.setattr(backend, "JOIN_UNROLL", 4)  # six splits take two rounds
+        patch.setattr(backend, "LONG_BLOCK", 24)  # a program of more rows walks all splits
         yield
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, causal: bool) -> Tensor:
     return backend.attend(q, k, v, start, slot, causal=causal, bands=BANDS, tiles=TILES)
+
+
+def run_with(choose: Callable[[int], tuple[backend.Bands, backend.Tiles]]) -> Run:
+    """``run``, with splits and tiles that follow the width of the block."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, c: bool) -> Tensor:
+        bands, tiles = choose(q.shape[1])
+        return backend.attend(q, k, v, start, slot, causal=c, bands=bands, tiles=tiles)
+
+    return attend
+
+
+def run_in_a_small_cache(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, causal: bool
+) -> Tensor:
+    capacity = -(-(int(start.max()) + q.shape[1]) // 64) * 64
+    k, v = k[:, :, :capacity].contiguous(), v[:, :, :capacity].contiguous()
+    return run(q, k, v, start, slot, causal)
 
 
 def make_cache(
@@ -80,7 +103,7 @@ def error(
         pytest.param(EDGES[9:], 5, (3, 1, 16), marks=SLOW),
         ([0, 121, 377], 16, (4, 2, 64)),  # the last row of a tile begins a split
         pytest.param([50, 620], 32, (2, 1, 16), marks=SLOW),
-        ([27], 100, (6, 2, 16)),  # a long block: its keys are not split
+        ([27], 100, (6, 2, 16)),  # a long block, which walks all splits
         pytest.param([0, 27, 400], 100, (6, 2, 16), marks=SLOW),
     ],
 )
@@ -130,6 +153,7 @@ def test_a_split_of_which_a_row_sees_nothing_adds_nothing(monkeypatch: pytest.Mo
 def test_a_mask_one_wide_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_visible", lambda key, last: key[None, :] <= last[:, None] + 1)
     assert error(run, [5, 300], 5, (2, 1, 16), torch.float32) > 1e-3
+    assert not all_equal(rows_at(run, 300, 5, torch.float32))
 
 
 def rows_at(
@@ -164,31 +188,68 @@ def all_equal(rows: list[Tensor]) -> bool:
     return all(torch.equal(row, rows[0]) for row in rows)
 
 
-QUICK = [(torch.float32, 33), (torch.float32, 127), (torch.float32, 642), (torch.bfloat16, 64)]
-POSITIONS = (31, 33, 64, 66, 127, 258, 383, 642)
+TALL = run_with(lambda width: (BANDS, TILES._replace(rows=64)))
+QUICK = [(torch.float32, 33), (torch.float32, 400), (torch.bfloat16, 127)]
+POSITIONS = (0, 31, 33, 63, 64, 66, 127, 258, 383, 642)
 
 
 @pytest.mark.parametrize(
     "dtype, position", slow_but(QUICK, product((torch.float32, torch.bfloat16), POSITIONS))
 )
 def test_a_rows_bits_do_not_depend_on_its_block(dtype: torch.dtype, position: int) -> None:
-    assert all_equal(rows_at(run, position, 6, dtype))
+    """One row, a part of a row tile, several of these, which walk the splits, and very many."""
+    blocks = [(run, 1, 1), (run, 5, 5), (TALL, 5, 1), (run, 16, 3), (TALL, 100, 2)]
+    blocks.append((run_in_a_small_cache, 3, 1))
+    assert all_equal(
+        [
+            row
+            for attend, *size in blocks
+            for row in rows_at(attend, position, size[0], dtype, size[1])
+        ]
+    )
 
 
-def test_a_rows_bits_do_not_depend_on_its_long_block() -> None:
-    assert all_equal(rows_at(run, 150, 130, torch.float32, n_rows=3))
+class JoinAtOnce:
+    """In the place of the join kernel: the splits that a row sees, in no order."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(
+        self,
+        high: Tensor,
+        sums: Tensor,
+        acc: Tensor,
+        start: Tensor,
+        out: Tensor,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        n_heads = out.shape[2]
+        edges = torch.tensor(backend.split_boundaries(CAPACITY, BANDS))
+        for block, t, head in product(*map(range, out.shape[:3])):
+            n_splits = int((edges <= start[block] + t).sum())
+            group = n_heads // high.shape[1]
+            at = (block, head // group, slice(n_splits), t * group + head % group)
+            scale = out.shape[3] ** -0.5 / math.log(2)
+            weights = torch.exp2((high[at] - high[at].max()) * scale)
+            out[block, t, head] = weights @ acc[at] / (weights @ sums[at])
 
 
-def test_one_ulp_that_follows_the_length_would_be_noticed() -> None:
-    """As from splits of half the length each, whose bits another machine may leave as they are."""
+FAULTS: dict[str, Run] = {
+    "splits follow the rows": run_with(lambda w: (((64 * w, None),), TILES)),
+    "a long block is not split": run_with(lambda w: (BANDS if w < 16 else WHOLE, TILES)),
+    "key tiles follow the rows": run_with(lambda w: (BANDS, TILES._replace(keys=16 + w % 2 * 16))),
+    "an unordered join": run,
+}
 
-    def moved(q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, c: bool) -> Tensor:
-        out = run(q, k, v, start, slot, c)
-        odd = (start % 2 == 1)[:, None, None, None]
-        return torch.where(odd, torch.nextafter(out, torch.full_like(out, torch.inf)), out)
 
-    assert error(moved, [125], 6, (2, 1, 16), torch.float32) < 2e-6
-    assert not all_equal(rows_at(moved, 126, 6, torch.float32))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_its_bits_would_be_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "an unordered join":
+        monkeypatch.setattr(backend, "_join_kernel", JoinAtOnce())
+    one, many = (rows_at(FAULTS[fault], 400, width, torch.float32, 1)[0] for width in (1, 16))
+    assert torch.allclose(one, many, atol=2e-6) and not torch.equal(one, many)
 
 
 @pytest.mark.parametrize("bands", [backend.SPLITS, BANDS, ((64, None),)])
@@ -209,54 +270,119 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "1.7B": (16, 8, 128, 32),
     "8B": (32, 8, 128, 32),  # and the 4B
     "embedded": (EMBEDDED.n_heads, EMBEDDED.n_kv_heads, EMBEDDED.head_dim, EMBEDDED.block_size),
+    "wide heads": (8, 4, 256, 32),
 }
+PREFILL = 2048
 
 
-@pytest.mark.parametrize("capability", EVERY_CHIP)
-@pytest.mark.parametrize(
-    "shape, dtype, causal, width, capacity",
-    [
-        ("8B", "bf16", True, None, 4160),
-        pytest.param("8B", "bf16", True, None, 32832, marks=SLOW),
-        pytest.param("1.7B", "fp16", False, None, 4160, marks=SLOW),
-        ("8B", "bf16", True, 512, 4160),
-        ("embedded", "bf16", False, None, 4160),
-        pytest.param("embedded", "fp32", True, None, 4160, marks=SLOW),
-        pytest.param("1.7B", "fp32", True, None, 4160, marks=SLOW),
-    ],
-)
-def test_compiles_within_each_chips_shared_memory(
-    capability: int, shape: str, dtype: str, causal: bool, width: int | None, capacity: int
-) -> None:
-    n_heads, n_kv_heads, head_dim, block = SHAPES[shape]
-    width = width or block
+def tiles_for(shape: str, dtype: str, width: int, capability: int) -> backend.Tiles:
+    n_heads, n_kv_heads, head_dim, _ = SHAPES[shape]
+    chip = backend.Chip(capability, CHIPS[capability])
     n_rows = width * n_heads // n_kv_heads
-    itemsize = 4 if dtype == "fp32" else 2
-    tiles = backend.choose_tiles(itemsize, head_dim, n_rows, capacity, CHIPS[capability])
-    n_splits = 1 if n_rows > backend.LONG_BLOCK else 20
+    return backend.choose_tiles(n_rows, head_dim, 4 if dtype == "fp32" else 2, chip)
+
+
+def compile_both(
+    shape: str, dtype: str, causal: bool, width: int, capability: int, tiles: backend.Tiles
+) -> list[tuple[Any, dict[str, Any], Any, set[str]]]:
+    """The split kernel and, if the block is short, the one that joins.
+
+    Each with its constants, what was made of it, and what it reads before it waits.
+    """
+    n_heads, n_kv_heads, head_dim, _ = SHAPES[shape]
+    walks = width * n_heads // n_kv_heads > backend.LONG_BLOCK
     signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "prefetch"], f"*{dtype}")
     signature |= dict.fromkeys(["partial_max", "partial_sum", "partial_acc"], "*fp32")
     signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
     names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
-    lines = backend._lines(backend.SPLITS)
-    values = (width, n_heads, n_kv_heads, head_dim, lines, n_splits, causal)
+    values = (width, n_heads, n_kv_heads, head_dim, backend._lines(backend.SPLITS), 20, causal)
     common = dict(zip(names, values, strict=True))
-    own = common | {"ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
+    own = common | {"WALKS": walks, "ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
     own |= {"REGION": (2048, 4096, 4096)}
-    kernel = backend._split_kernel
     options = (capability, tiles.num_warps, tiles.num_stages)
-    split = compile_for(kernel, signature, own, *options)
-    assert split.metadata.shared <= CHIPS[capability]
-    assert ("bulk.prefetch" in split.asm["ptx"]) is (capability >= 90)
-    assert ("tf32" not in split.asm["ptx"]) and (dtype == "fp32" or "mma" in split.asm["ptx"])
-    compiled = [(kernel, own, split, {"start", "slot"})]  # see attend: these stand still
-    if n_splits > 1:
-        own = common | {"BLOCK": 32}
+    split = compile_for(backend._split_kernel, signature, own, *options)
+    made = [(backend._split_kernel, own, split, {"start", "slot"})]  # see attend: these stand still
+    if not walks:
+        own = common | {"UNROLL": backend.JOIN_UNROLL}
         joined = compile_for(backend._join_kernel, signature, own, capability, 1, 3)
-        assert joined.metadata.shared <= CHIPS[capability]
-        compiled.append((backend._join_kernel, own, joined, {"start"}))
+        made.append((backend._join_kernel, own, joined, {"start"}))
+    return made
+
+
+@pytest.mark.parametrize("capability", EVERY_CHIP)
+@pytest.mark.parametrize(
+    "shape, dtype, causal, width",
+    [
+        ("8B", "bf16", True, None),
+        pytest.param("1.7B", "fp16", False, None, marks=SLOW),
+        pytest.param("1.7B", "bf16", True, 1, marks=SLOW),
+        ("8B", "bf16", True, 1),
+        ("8B", "bf16", True, PREFILL),
+        ("embedded", "bf16", False, None),
+        pytest.param("embedded", "bf16", True, PREFILL, marks=SLOW),
+        pytest.param("embedded", "fp32", True, None, marks=SLOW),
+        pytest.param("1.7B", "fp32", True, None, marks=SLOW),
+        pytest.param("1.7B", "fp32", True, PREFILL, marks=SLOW),
+        pytest.param("wide heads", "bf16", True, PREFILL, marks=SLOW),
+    ],
+)
+def test_compiles_within_each_chips_shared_memory(
+    capability: int, shape: str, dtype: str, causal: bool, width: int | None
+) -> None:
+    width = width or SHAPES[shape][3]
+    tiles = tiles_for(shape, dtype, width, capability)
+    compiled = compile_both(shape, dtype, causal, width, capability, tiles)
+    ptx = compiled[0][2].asm["ptx"]
+    assert ("bulk.prefetch" in ptx) is (capability >= 90)
+    assert ("tf32" not in ptx) and (dtype == "fp32" or "mma" in ptx)
     for kernel, own, made, early in compiled:
+        assert made.metadata.shared <= CHIPS[capability]
         if capability >= 90:
             assert read_before_waiting(kernel, own, made.asm["ptx"]) == early
         else:
             assert "griddepcontrol" not in made.asm["ptx"]
+
+
+def sums_lie(ttgir: str) -> set[str]:
+    """How the scores and the weighted values of a tile are spread over threads and warps."""
+    results = r"(?:tt\.dot|warp_group_dot|tmem_load) .*-> tensor<[^#]*, (#\w+)>"
+    return {
+        re.findall(rf"^{name} = (.*)$", ttgir, re.MULTILINE)[0]
+        for name in re.findall(results, ttgir)
+    }
+
+
+def share_rows_only(shape: str, dtype: str, width: int, chip: int, tiles: backend.Tiles) -> bool:
+    """Whether each warp has 16 rows to itself, with all of their keys."""
+    layouts = sums_lie(compile_both(shape, dtype, True, width, chip, tiles)[0][2].asm["ttgir"])
+    return (
+        bool(layouts)
+        and tiles.rows == 16 * tiles.num_warps
+        and all(f"warpsPerCTA = [{tiles.num_warps}, 1]" in layout for layout in layouts)
+    )
+
+
+@pytest.mark.parametrize("capability", EVERY_CHIP)
+@pytest.mark.parametrize(
+    "shape, dtype", slow_but([("8B", "bf16")], [*product(SHAPES, ["bf16"]), ("1.7B", "fp32")])
+)
+def test_compiles_sums_of_one_order_at_every_width(capability: int, shape: str, dtype: str) -> None:
+    """Nothing but the GPU can show the bits; this shows what they were seen to follow there."""
+    widths = (1, SHAPES[shape][3], PREFILL)
+    tiles = [tiles_for(shape, dtype, width, capability) for width in widths]
+    if len({(tile.rows, tile.num_warps) for tile in tiles}) > 1:
+        assert {tile.keys for tile in tiles} == {64}
+        for width, tile in zip(widths, tiles, strict=True):
+            assert share_rows_only(shape, dtype, width, capability, tile)
+    else:
+        made = [
+            compile_both(shape, dtype, True, width, capability, tile)[0][2]
+            for width, tile in zip(widths, tiles, strict=True)
+        ]
+        layouts = [sums_lie(each.asm["ttgir"]) for each in made]
+        assert layouts[0] and all(each == layouts[0] for each in layouts)
+
+
+@pytest.mark.parametrize("chip, rows", slow_but([(90, 16)], [(90, 16), (80, 16), (80, 64)]))
+def test_compiles_show_where_warps_share_keys(chip: int, rows: int) -> None:
+    assert not share_rows_only("8B", "bf16", 1, chip, backend.Tiles(rows, 64, 4, 2))
