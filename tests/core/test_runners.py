@@ -652,13 +652,14 @@ def test_memory_spelled_out() -> None:
 
 
 def test_memory_of_a_gpus_passes_is_that_of_the_graphs_that_are_kept() -> None:
-    """Each further slot's: two graphs a width keep logits, and sampling has as many at work."""
+    """Each further slot's: logits of two graphs a width and of sampling; attention's splits."""
     config = shape_config("1.7B")
     passes = [
         memory_needed(config, torch.bfloat16, CUDA, 4096, slots).passes for slots in (1, 2, 32)
     ]
     logits = 2 * config.vocab_size
-    assert passes[1] - passes[0] == (2 * (32 + 1) + 2 * 32) * logits
+    splits = 32 * 16 * 18 * (128 + 2) * 4  # rows, heads, of 4160 keys
+    assert passes[1] - passes[0] == (2 * (32 + 1) + 2 * 32) * logits + splits
     assert passes[2] - passes[0] == 31 * (passes[1] - passes[0])
     assert passes[0] < 800_000_000
 
@@ -1139,14 +1140,14 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     eager, other = (load(directory, max_seq_len=400, slots=3) for _ in range(2))
     runner = graph_runner_of(other)
     runner.prepare_prefill()
-    assert list(runner.prefill_widths) == [64, 128, 256]  # of a cache of 512, but for block_size
+    assert list(runner.prefill_widths) == [64, 128, 256, 512]  # as the cache has rows
 
     def n_replays() -> list[int]:
         graphs: Any = [graph for graph, _ in runner._prefill_graphs.values()]
         return [graph.n_replays for graph in graphs]
 
     text = torch.arange(330) * 7 % 250
-    for begin, end, slot, replays in ((0, 330, 2, [0, 1, 1]), (70, 75, 2, [1, 0, 0])):
+    for begin, end, slot, replays in ((0, 330, 2, [0, 1, 1, 0]), (70, 75, 2, [1, 0, 0, 0])):
         before = n_replays()
         got = runner.prefill_logits(text[:end], slot, begin)
         assert [b - a for a, b in zip(before, n_replays(), strict=True)] == replays
@@ -1158,7 +1159,9 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     assert n_replays() == before
 
 
-def test_each_kind_of_block_is_warmed_up_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_block_is_warmed_up_once(
+    tiny: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A graph of what has not been warmed up would be captured while it compiles."""
     runner = load(tiny, runner="compiled", block_size=2).runner
     assert isinstance(runner, runners.CompiledRunner)
@@ -1166,7 +1169,7 @@ def test_each_kind_of_block_is_warmed_up_once(tiny: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(runner, "_warm_up", lambda *of: warmed.append(of))
     for trees, expected in (
         (False, [(3, True), (1, True)]),  # load has prepared greedy ones: one row, and several
-        (True, [(3, False), (4, False), (4, True)]),  # torch's own graphs are of one size
+        (True, [*product((3, 4), (False, True))]),  # torch's own graphs are of one size
     ):
         runner._cudagraph_trees = trees
         for width, sampling in product((3, 4, 1), (False, True)):
