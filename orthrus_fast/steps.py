@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus_fast.cache import KVCache
@@ -239,8 +238,10 @@ def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
 
 def accept(block: Tensor, target: Tensor) -> Tensor:
     """block and target [B, T] -> n_accepted [B], 0 … T-1: the length of the agreeing prefix."""
-    agrees = F.pad(block[:, 1:] == target[:, :-1], (0, 1))  # nothing follows the last row
-    return _first(~agrees)
+    last = block.shape[1] - 1
+    row = torch.arange(block.shape[1], device=block.device)
+    proposed = block[:, (row + 1).clamp(max=last)]
+    return _first((proposed != target) | (row == last))  # after the last row nothing is proposed
 
 
 def _first(where: Tensor) -> Tensor:
