@@ -70,18 +70,19 @@ def prefill_chunks(
 ) -> Iterator[tuple[int, int, int]]:
     """(first, last + 1, width) of each pass over the tokens ``begin`` … ``end`` - 1 of a prompt.
 
-    Without ``widths`` a pass is as wide as its tokens. Else it has one of those, padded where that
-    takes less time than another pass; a padded pass ends within ``capacity`` rows.
+    Without ``widths`` a pass is as wide as its tokens. Else it has one of those, in rising order,
+    padded where that takes less time than another pass, and never past ``capacity`` rows; tokens so
+    near the end that none of them fits make a pass of their own width.
     """
     while begin < end:
         rest = end - begin
-        width = min(rest, PREFILL_CHUNK)
-        if widths:
-            fitting = [width for width in widths if width <= max(rest, widths[0])]
-            above = [w for w in widths if w >= rest and begin + w <= capacity]
-            width = fitting[-1]
-            if above and (above[0] <= CHEAP_WIDTH or 4 * rest > 3 * above[0]):
-                width = above[0]
+        full = [width for width in widths if width <= rest]
+        padded = [width for width in widths if width >= rest and begin + width <= capacity]
+        width = full[-1] if full else padded[0] if padded else rest
+        if not widths:
+            width = min(rest, PREFILL_CHUNK)
+        elif padded and (padded[0] <= CHEAP_WIDTH or 4 * rest > 3 * padded[0]):
+            width = padded[0]
         yield begin, min(begin + width, end), width
         begin += width
 
@@ -92,12 +93,15 @@ def cache_rows(max_seq_len: int, block_size: int) -> int:
     return -(-(max_seq_len + max(block_size, multiple)) // multiple) * multiple
 
 
-def prefill(model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor) -> Tensor:
-    """One pass over tokens [1, W] of a prompt, from ``start`` [1] of ``slot`` [1] -> hidden [1, W, H].
+def prefill(
+    model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor
+) -> Tensor:
+    """One pass over tokens [1, W] of a prompt, at ``start`` [1] … of ``slot`` [1] -> their hidden.
 
-    Padding at the end is whatever token: it lands in scratch rows.
+    hidden [1, W, hidden_size]. Padding at the end may be any token: it lands in scratch rows.
     """
-    return model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
+    hidden: Tensor = model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
+    return hidden
 
 
 def start_sequence(
@@ -111,7 +115,8 @@ def start_sequence(
 ) -> None:
     """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place.
 
-    NO_TOKEN ends the slot at once; the model is never given it.
+    ``drafting``: whether verification is to use its proposals. NO_TOKEN ends the slot at once; the
+    model is never given it.
     """
     n_tokens = len(prompt)
     state.tokens[slot, :n_tokens] = prompt
@@ -154,7 +159,7 @@ def draft(
     width: int,
     sample_tokens: Callable[[State, Tensor], Tensor] | None = None,
 ) -> None:
-    """One pass of the draft view over blocks of ``width``: so many proposals less one, in place.
+    """One pass of the draft view over blocks of ``width``: a proposal less than that, in place.
 
     Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
     the last row's logits are not needed. The pass leaves its K and V in scratch rows; verification
@@ -164,12 +169,13 @@ def draft(
     masks = torch.full_like(proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    tokens, logits = model.greedy(hidden[:, :-1].contiguous(), sample_tokens is not None)
+    hidden = hidden[:, :-1].contiguous()  # or a library reads the output head once for each slot
+    tokens, logits = model.greedy(hidden, sample_tokens is not None)
     proposals.copy_(tokens if sample_tokens is None else sample_tokens(state, logits))
 
 
 def make_block(state: State, width: int) -> Tensor:
-    """The block [B, T] to verify: the anchor and proposals, or in AR the anchor throughout."""
+    """The block [B, width] to verify: the anchor and proposals, or in AR the anchor throughout."""
     anchor = state.anchor[:, None]
     proposals = torch.where(state.drafting[:, None], state.proposals[:, : width - 1], anchor)
     return torch.cat((anchor, proposals), dim=1)
@@ -226,12 +232,25 @@ def _where_finite(tokens: Tensor, logits: Tensor, greedy: Tensor) -> Tensor:
 
 def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
     """Whether no token may follow these: an end-of-sequence id, ``eos`` [E], or NO_TOKEN."""
+    # torch.isin takes one of two ways by the sizes, which a compiler may not know.
     return (tokens[..., None] == eos).any(dim=-1) | (tokens == NO_TOKEN)
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:
     """block and target [B, T] -> n_accepted [B], 0 … T-1: the length of the agreeing prefix."""
-    return (block[:, 1:] == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
+    last = block.shape[1] - 1
+    row = torch.arange(block.shape[1], device=block.device)
+    proposed = block[:, (row + 1).clamp(max=last)]
+    return _first((proposed != target) | (row == last))  # after the last row nothing is proposed
+
+
+def _first(where: Tensor) -> Tensor:
+    """where [B, T] bool -> the first index at which it is true [B]; T where there is none.
+
+    A minimum, not a scan: a compiler that knows no sizes has no code for scans on every device.
+    """
+    n_rows = where.shape[1]
+    return torch.where(where, torch.arange(n_rows, device=where.device), n_rows).amin(dim=-1)
 
 
 def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Tensor:
@@ -242,10 +261,10 @@ def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Ten
     committed, all of them written by verification from tokens that were accepted.
     """
     offset = torch.arange(target.shape[1], device=target.device)
-    is_end = _is_end(target, eos).long()
-    no_end_before = (is_end.cumsum(dim=-1) - is_end) == 0
+    is_end = _is_end(target, eos)
+    last = torch.minimum(n_accepted, _first(is_end))[:, None]
     room = (state.max_length - state.length - 1)[:, None]
-    keep = (offset <= n_accepted[:, None]) & no_end_before & (offset < room) & ~state.done[:, None]
+    keep = (offset <= last) & (offset < room) & ~state.done[:, None]
     n_new = keep.sum(dim=-1)
 
     positions = state.length[:, None].long() + 1 + offset
@@ -256,7 +275,7 @@ def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Ten
     last = (n_new - 1).clamp(min=0)[:, None]
     moved = n_new > 0
     state.anchor.copy_(torch.where(moved, tokens.gather(1, last)[:, 0], state.anchor))
-    ended = moved & is_end.gather(1, last)[:, 0].bool()
+    ended = moved & is_end.gather(1, last)[:, 0]
     state.length.add_(n_new)
     state.done.logical_or_(ended | (state.length + 1 >= state.max_length))
     return n_new
