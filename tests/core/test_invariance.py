@@ -429,6 +429,12 @@ def every_slot_reads_the_first_ones_cache(runner: EagerRunner, patch: Patch) -> 
     use(runner, attend=attend)
 
 
+def a_term_follows_the_slot(runner: EagerRunner, patch: Patch) -> None:
+    """As where a block's place among all rows of a pass decides how they are summed."""
+    term = 1e-6 * torch.arange(SLOTS)[:, None, None, None]
+    use(runner, attend=adding(lambda start, width: term if len(start) == SLOTS else 0.0))
+
+
 def weight_of(model: Transformer, name: str, layer: int = 0) -> Tensor:
     """The weight of a product of a verify pass."""
     module: Any = model.layers[layer]
@@ -567,6 +573,7 @@ PLANTS = [
     the_caches_last_row_is_read,
     verification_looks_both_ways,
     every_slot_reads_the_first_ones_cache,
+    a_term_follows_the_slot,
     the_split_of_a_product_follows_the_rows,
     a_later_layers_product_follows_the_row,
     the_choice_follows_the_row,
