@@ -294,10 +294,10 @@ class _Probe:
     def _drafts(self, known: Tensor, width: int) -> Tensor:
         """Proposals [B, width - 1] after each slot's anchor: the known tokens, but every sixth."""
         positions = self.state.length[:, None] + torch.arange(1, width, device=self.device)
-        right, shifted = known.gather(1, positions), positions + self.state.slots[:, None]
-        return torch.where(
-            shifted % 6 == 0, (right + 1) % self.runner.model.config.vocab_size, right
-        )
+        right = known.gather(1, positions)
+        wrong = (right + 1) % self.runner.model.config.vocab_size
+        is_wrong = (positions + self.state.slots[:, None]) % 6 == 0
+        return torch.where(is_wrong, wrong, right)
 
 
 def _evenly(values: list[int], n: int) -> list[int]:
