@@ -61,14 +61,16 @@ def _attend_tiles(
     """``attend`` on the CPU."""
     n_sequences, width, n_heads, head_dim = q.shape
     n_tiles = -(-width // ROW_MULTIPLE)
-    q = F.pad(q, (0, 0, 0, 0, 0, n_tiles * ROW_MULTIPLE - width))
+    if width % ROW_MULTIPLE:
+        q = F.pad(q, (0, 0, 0, 0, 0, n_tiles * ROW_MULTIPLE - width))
     row = arange(n_tiles * ROW_MULTIPLE)
     last = start[:, None] + (row if causal else width - 1)  # [R, N · ROW_MULTIPLE], or [R, 1]
     last = last.expand(-1, len(row))
     group = n_heads // k_cache.shape[1]
+    starts: list[int] = start.tolist()
     slots: list[int] = slot.tolist()
     outs = []
-    for begin, end, n_keys in _calls(start.tolist(), width, n_tiles, group * q.itemsize, causal):
+    for begin, end, n_keys in _calls(starts, width, n_tiles, group * q.itemsize, causal):
         rows = slice(begin * ROW_MULTIPLE, end * ROW_MULTIPLE)
         n_batch = n_sequences * (end - begin)  # of which one factor is 1
         out = _attend_rows(
@@ -76,6 +78,7 @@ def _attend_tiles(
             _first_keys(k_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
             _first_keys(v_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
             last[:, rows].reshape(n_batch, ROW_MULTIPLE),
+            n_shared=min(starts) + 1 + (begin * ROW_MULTIPLE if causal else 0),
         )
         outs.append(out.view(n_sequences, -1, n_heads, head_dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -120,15 +123,20 @@ def _first_keys(cache: Tensor, slots: list[int], n_keys: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, n_keys - rows.shape[2])) if rows.shape[2] < n_keys else rows
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
-    """q [R, T, H, D] over k and v [R, KV, S, D], each row up to the key ``last`` [R, T] -> like q."""
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, last: Tensor, n_shared: int = 0) -> Tensor:
+    """q [R, T, H, D] over k and v [R, KV, S, D], each row up to key ``last`` [R, T] -> like q.
+
+    Every row sees the first ``n_shared`` keys, so there is nothing to compare.
+    """
     n_sequences, width, n_heads, head_dim = q.shape
     n_kv_heads, n_keys = k.shape[1:3]
     group = n_heads // n_kv_heads
     # Query heads that share a KV head become rows of one product: [R, KV, G · T, D].
     q = q.view(n_sequences, width, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(n_sequences, n_kv_heads, group * width, head_dim)
-    mask = arange(n_keys, device=q.device) <= last.repeat(1, group)[:, None, :, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    mask = q.new_zeros(n_sequences, group, width, n_keys)
+    hidden = arange(n_shared, n_keys, device=q.device) > last[:, None, :, None]
+    mask[..., n_shared:] = mask.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.view(n_sequences, 1, -1, n_keys))
     out = out.view(n_sequences, n_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(n_sequences, width, n_heads, head_dim).contiguous()
