@@ -290,7 +290,8 @@ def attend_untiled(
 ) -> Tensor:
     """A block's queries at once, as many as there are."""
     last = start[:, None] + torch.arange(q.shape[1])
-    return sdpa._attend_rows(q, k[slot, :, :576], v[slot, :, :576], last)
+    mask = sdpa._mask(last, q.shape[2] // k.shape[1], 576, q.dtype)
+    return sdpa._attend_rows(q, k[slot, :, :576], v[slot, :, :576], mask)
 
 
 FAULTS: dict[str, dict[str, Any]] = {
