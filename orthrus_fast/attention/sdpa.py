@@ -11,6 +11,7 @@ Shapes: R sequences, T rows of a block, N tiles of rows, G query heads that shar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -49,10 +50,11 @@ def attend(
     k, v = k_cache, v_cache
     if len(k_cache) > 1:  # with one slot there is nothing to gather, and so nothing to copy
         k, v = k[slot], v[slot]
-    width = q.shape[1]
+    width, group = q.shape[1], q.shape[2] // k.shape[1]
     row = arange(width, device=start.device)
     last = start[:, None] + (row if causal else width - 1)  # [R, T], or [R, 1]
-    return _attend_rows(q, k, v, last.expand(-1, width))
+    mask = _mask(last.expand(-1, width), group, k.shape[2], q.dtype)
+    return _attend_rows(q, k, v, mask)
 
 
 def _attend_tiles(
@@ -61,21 +63,20 @@ def _attend_tiles(
     """``attend`` on the CPU."""
     n_sequences, width, n_heads, head_dim = q.shape
     n_tiles = -(-width // ROW_MULTIPLE)
-    q = F.pad(q, (0, 0, 0, 0, 0, n_tiles * ROW_MULTIPLE - width))
-    row = arange(n_tiles * ROW_MULTIPLE)
-    last = start[:, None] + (row if causal else width - 1)  # [R, N · ROW_MULTIPLE], or [R, 1]
-    last = last.expand(-1, len(row))
+    if width % ROW_MULTIPLE:
+        q = F.pad(q, (0, 0, 0, 0, 0, n_tiles * ROW_MULTIPLE - width))
     group = n_heads // k_cache.shape[1]
-    slots: list[int] = slot.tolist()
+    starts, slots = tuple(start.tolist()), slot.tolist()
+    last_row = None if causal else width - 1
     outs = []
-    for begin, end, n_keys in _calls(start.tolist(), width, n_tiles, group * q.itemsize, causal):
+    for begin, end, n_keys in _calls(starts, width, n_tiles, group * q.itemsize, causal):
         rows = slice(begin * ROW_MULTIPLE, end * ROW_MULTIPLE)
         n_batch = n_sequences * (end - begin)  # of which one factor is 1
         out = _attend_rows(
             q[:, rows].reshape(n_batch, ROW_MULTIPLE, n_heads, head_dim),
             _first_keys(k_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
             _first_keys(v_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
-            last[:, rows].reshape(n_batch, ROW_MULTIPLE),
+            _tile_mask(starts, rows.start, rows.stop, last_row, group, n_keys, q.dtype),
         )
         outs.append(out.view(n_sequences, -1, n_heads, head_dim))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -83,7 +84,7 @@ def _attend_tiles(
 
 
 def _calls(
-    starts: list[int], width: int, n_tiles: int, key_bytes: int, causal: bool
+    starts: tuple[int, ...], width: int, n_tiles: int, key_bytes: int, causal: bool
 ) -> Iterator[tuple[int, int, int]]:
     """(first tile, last + 1, keys) of each call: tiles that see as many keys, within MASK_BYTES.
 
@@ -101,7 +102,7 @@ def _calls(
         begin = end
 
 
-def _n_keys(starts: list[int], width: int, tile: int, causal: bool) -> int:
+def _n_keys(starts: tuple[int, ...], width: int, tile: int, causal: bool) -> int:
     """The keys that a tile of rows is given: those that it sees, in whole multiples."""
     n_rows = min((tile + 1) * ROW_MULTIPLE, width) if causal else width
     return -(-(max(starts) + n_rows) // KEY_MULTIPLE) * KEY_MULTIPLE
@@ -120,15 +121,44 @@ def _first_keys(cache: Tensor, slots: list[int], n_keys: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, n_keys - rows.shape[2])) if rows.shape[2] < n_keys else rows
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
-    """q [R, T, H, D] over k and v [R, KV, S, D], each row up to the key ``last`` [R, T] -> like q."""
+@functools.lru_cache(maxsize=1)  # the layers of a pass have the same
+def _tile_mask(
+    starts: tuple[int, ...],
+    begin: int,
+    end: int,
+    last_row: int | None,
+    group: int,
+    n_keys: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The mask of the tiles that are rows ``begin`` … ``end`` - 1 of each block.
+
+    A row sees the keys up to its own position, or to that of ``last_row``.
+    """
+    row = arange(begin, end) if last_row is None else torch.full((end - begin,), last_row)
+    last = torch.tensor(starts)[:, None] + row
+    return _mask(last.view(-1, ROW_MULTIPLE), group, n_keys, dtype, n_shared=int(last.min()) + 1)
+
+
+def _mask(last: Tensor, group: int, n_keys: int, dtype: torch.dtype, n_shared: int = 0) -> Tensor:
+    """[R, 1, G · T, S] to add to the scores, where a row sees up to the key ``last`` [R, T].
+
+    Every row sees the first ``n_shared`` keys, so there is nothing to compare.
+    """
+    mask = torch.zeros(len(last), group, last.shape[1], n_keys, dtype=dtype, device=last.device)
+    hidden = arange(n_shared, n_keys, device=last.device) > last[:, None, :, None]
+    mask[..., n_shared:] = mask.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return mask.flatten(1, 2)[:, None]
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [R, T, H, D] over k and v [R, KV, S, D] under ``_mask``'s mask -> like q."""
     n_sequences, width, n_heads, head_dim = q.shape
-    n_kv_heads, n_keys = k.shape[1:3]
+    n_kv_heads = k.shape[1]
     group = n_heads // n_kv_heads
     # Query heads that share a KV head become rows of one product: [R, KV, G · T, D].
     q = q.view(n_sequences, width, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(n_sequences, n_kv_heads, group * width, head_dim)
-    mask = arange(n_keys, device=q.device) <= last.repeat(1, group)[:, None, :, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out = out.view(n_sequences, n_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
     return out.reshape(n_sequences, width, n_heads, head_dim).contiguous()

@@ -19,22 +19,47 @@ from orthrus_fast.kernels.interface import Attend, Kernels
 from orthrus_fast.kernels.plain_sampling import choose, logprobs, sample
 
 ROW_MULTIPLE = 16  # of rows that a CPU's library multiplies at once, and of queries that attend
+MOST_OF_A_THREAD = 2**15 - 1  # numbers; PyTorch shares larger tensors among its threads
 
 
-def padded_linear(x: Tensor, weight: Tensor, row_multiple: int) -> Tensor:
-    """x [..., K] times weight [N, K] transposed; on a CPU with rows up to a multiple, all zeros."""
+def padded_linear(x: Tensor, weight: Tensor, row_multiple: int, gated: bool) -> Tensor:
+    """x [..., K] times weight [N, K] transposed; on a CPU with rows up to a multiple, all zeros.
+
+    ``gated``: then SwiGLU of its two halves, [..., N / 2].
+    """
     rows = x.reshape(-1, x.shape[-1])
     n_rows = len(rows)
     if x.device.type == "cpu" and n_rows % row_multiple:
         rows = F.pad(rows, (0, 0, 0, -n_rows % row_multiple))
-    return F.linear(rows, weight)[:n_rows].view(*x.shape[:-1], len(weight))
+    out = F.linear(rows, weight)[:n_rows]
+    out = gate_up(out) if gated else out
+    return out.view(*x.shape[:-1], -1)
+
+
+def gate_up(rows: Tensor) -> Tensor:
+    """rows [M, 2 · I], gate and up -> silu(gate) · up [M, I].
+
+    PyTorch's silu on the CPU takes another exp for the last few numbers of a row, and of what a
+    thread is given, which follows M. So it is given too little at once to share among threads.
+    """
+    gate, up = rows.chunk(2, dim=-1)
+    n_at_once = max(1, MOST_OF_A_THREAD // gate.shape[1])
+    if rows.device.type != "cpu" or len(rows) <= n_at_once:
+        return F.silu(gate) * up
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    for begin in range(0, len(rows), n_at_once):
+        some = slice(begin, begin + n_at_once)
+        torch.mul(F.silu(gate[some]), up[some], out=out[some])
+    return out
 
 
 # The same as a custom operator: a compiler calls it without looking inside.
 padded_linear_op: Any = torch.library.custom_op("orthrus_fast::padded_linear", mutates_args=())(
     padded_linear
 )
-padded_linear_op.register_fake(lambda x, weight, _: x.new_empty(*x.shape[:-1], len(weight)))
+padded_linear_op.register_fake(
+    lambda x, weight, _, gated: x.new_empty(*x.shape[:-1], len(weight) // (2 if gated else 1))
+)
 
 
 def plain_kernels(attend: Attend) -> Kernels:
@@ -51,32 +76,19 @@ class PlainProducts:
     """
 
     row_multiple: int = ROW_MULTIPLE
-    linear: Callable[[Tensor, Tensor, int], Tensor] = padded_linear
+    linear: Callable[[Tensor, Tensor, int, bool], Tensor] = padded_linear
 
     def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
-        return self.linear(x, weight, self.row_multiple)[None]
+        return self.linear(x, weight, self.row_multiple, False)[None]
 
     def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
-        gate, up = self.linear(x, weight, self.row_multiple).chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return self.linear(x, weight, self.row_multiple, True)
 
     def lm_head_argmax(
         self, x: Tensor, weight: Tensor, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
-        logits = self.linear(x, weight, self.row_multiple)
+        logits = self.linear(x, weight, self.row_multiple, False)
         return choose(logits), logits
-
-
-def silu(x: Tensor) -> Tensor:
-    """x · sigmoid(x), a new tensor.
-
-    On the CPU PyTorch's own takes another exp for the last few numbers of what a thread is given,
-    which the number of rows decides; ``torch.exp`` has one. The operations are the same.
-    """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
-        return F.silu(x)
-    denominator = x.neg().exp_().add_(1)
-    return torch.div(x, denominator, out=denominator)
 
 
 def add_norm(
