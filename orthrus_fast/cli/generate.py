@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthrus_fast.cli.flags import build_generate_parser, check_flags, spelled
 from orthrus_fast.cli.session import (
-    announce_loading,
+    begin_loading,
     budget,
     check_template_flags,
     decode,
@@ -39,8 +39,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     parser = build_generate_parser(prog)
     args = parser.parse_args(arguments)
     check_flags(parser, args)
-    announce_loading(args)
-    sampling(args)  # refuses what is out of range, before anything is loaded
+    begin_loading(args)
     if args.prompts_file is not None:
         from orthrus_fast.cli.batch import run_batch
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
-def announce_loading(args: argparse.Namespace) -> None:
-    """Say on a terminal what is loaded, before the import of torch, which takes seconds itself."""
+def begin_loading(args: argparse.Namespace) -> None:
+    """Say on a terminal what is loaded, then refuse sampling settings that are out of range.
+
+    In this order: what checks them imports torch, which takes seconds itself.
+    """
     if sys.stderr.isatty():
         name = printable(args.checkpoint or "the embedded checkpoint", True)
         print(f"loading {name} …", file=sys.stderr, flush=True)
+    sampling(args)
 
 
 def load_decoder(args: argparse.Namespace) -> Decoder:

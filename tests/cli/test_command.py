@@ -239,10 +239,11 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str
 MAIN = "from orthrus_fast.cli.main import main; sys.exit(main(sys.argv[1:] or {words!r}))"
 
 
-def test_a_terminal_is_told_of_the_loading_before_torch_is_imported() -> None:
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_terminal_is_told_of_the_loading_before_torch_is_imported(command: str) -> None:
     for terminal in (True, False):
         code = f"import sys; sys.modules['torch'] = None; sys.stderr.isatty = lambda: {terminal};"
-        got = in_process(code + MAIN.format(words=["generate", "--prompt", "x"]))
+        got = in_process(code + MAIN.format(words=[command]))
         *told, error = got.stderr.splitlines()
         assert told == ["loading the embedded checkpoint …"] * terminal
         assert error.startswith("error: torch is not installed")
