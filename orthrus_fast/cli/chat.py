@@ -14,7 +14,7 @@ from orthrus_fast.cli.session import (
     begin_loading,
     check_template_flags,
     decode,
-    encode_chat,
+    encode,
     has_template,
     load_decoder,
     message,
@@ -130,8 +130,8 @@ def fit(
     """
     quarter = decoder.max_seq_len // 4
     answer_room = args.max_new_tokens or (quarter if args.thinks else min(MAX_NEW_TOKENS, quarter))
-    ids = encode_chat(decoder, args, messages)
+    ids = encode(decoder, args, messages)
     while len(ids) + answer_room > decoder.max_seq_len and len(messages) > 1:
         messages = messages[2:]
-        ids = encode_chat(decoder, args, messages)
+        ids = encode(decoder, args, messages)
     return ids, messages

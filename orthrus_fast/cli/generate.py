@@ -45,14 +45,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
         return run_batch(args)
     demo = choose_demo(args)
-    prompt = demo or {"text": read_prompt(args)}
+    prompt = demo.get("messages") or demo.get("text") or read_prompt(args)
     args.stop = args.stop or demo.get("stop")
     decoder = load_decoder(args)
     check_template_flags(decoder, args)
     if args.check and not decoder.config.has_draft_view:
         raise RequestError(f"--check: {decoder.name} has one mode only, ar")
     if demo:
-        show_prompt(demo["messages"][-1]["content"] if "messages" in demo else demo["text"])
+        show_prompt(prompt if isinstance(prompt, str) else prompt[-1]["content"])
     return answer(decoder, args, encode(decoder, args, prompt), demo.get("expected"))
 
 

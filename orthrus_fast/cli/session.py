@@ -101,33 +101,33 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the message of --system, or nothing."""
-    return [] if args.system is None else [message("system", args.system)]
+def is_chat(prompt: Any) -> bool:
+    """Return whether a prompt is chat messages, neither text nor ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -> list[int]:
-    """Return the ids of a prompt.
+def prompt_of(decoder: Decoder, args: argparse.Namespace, prompt: Any) -> Any:
+    """Return what the decoder encodes: ids or text as they are, or chat messages.
 
-    "messages" are chat messages. "text" is a user message where there is a chat template; with
-    ``--raw``, and in a demo, the model continues the text as it is.
+    Text is a user's message where there is a chat template, but for --raw and in a demo; --system's
+    message comes first where the chat has none.
     """
-    if "messages" in prompt:
-        return encode_chat(decoder, args, prompt["messages"])
-    if has_template(decoder) and not args.raw and not args.demo:
-        return encode_chat(decoder, args, [message("user", prompt["text"])])
-    return decoder.encode(prompt["text"])
+    if isinstance(prompt, str) and has_template(decoder) and not args.raw and not args.demo:
+        prompt = [message("user", prompt)]
+    if args.system is None or not is_chat(prompt) or prompt[0].get("role") == "system":
+        return prompt
+    return [message("system", args.system), *prompt]
 
 
-def encode_chat(
-    decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
-) -> list[int]:
-    """Return the ids of a chat; --system's message comes first where the chat has none."""
-    if decoder.tokenizer is None:
-        return decoder.encode(messages)  # which says what is missing
-    if messages and messages[0].get("role") != "system":
-        messages = [*system_message(args), *messages]
-    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+def encode(decoder: Decoder, args: argparse.Namespace, prompt: Any) -> list[int]:
+    """Return the ids of text or chat messages, as ``prompt_of`` has them."""
+    prompt = prompt_of(decoder, args, prompt)
+    return decoder.encode(prompt, **template_arguments(args, prompt))
+
+
+def template_arguments(args: argparse.Namespace, *prompts: Any) -> dict[str, Any]:
+    """Return the arguments of the chat template, where any of the prompts is a chat."""
+    return {"enable_thinking": args.thinking} if any(map(is_chat, prompts)) else {}
 
 
 def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
