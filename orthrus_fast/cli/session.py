@@ -146,12 +146,15 @@ def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
     return params.resolved(dict(decoder.config.sampling_defaults))
 
 
-def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int:
-    """Return the limit of new tokens: as given, or what fits, up to 256 where nobody thinks."""
-    if args.max_new_tokens is not None:
-        return int(args.max_new_tokens)
-    room = max(1, decoder.max_seq_len - n_prompt)
-    return room if args.thinks else min(room, MAX_NEW_TOKENS)
+def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int | None:
+    """Return the limit of new tokens; None is the decoder's own, which is too short for thoughts.
+
+    A model that thinks gets all that fits.
+    """
+    if args.max_new_tokens is None and args.thinks:
+        return max(1, decoder.max_seq_len - n_prompt)
+    limit: int | None = args.max_new_tokens
+    return limit
 
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
@@ -193,8 +196,8 @@ def report(
     if interrupted:
         print("interrupted: the text above is what was written so far", file=sys.stderr)
     elif result.finish_reason == "length":
-        limit = budget(decoder, args, stats.prompt_tokens)
-        print(f"the text ended at {which_limit(decoder, args, limit)}", file=sys.stderr)
+        limit = which_limit(decoder, args, len(result.tokens))
+        print(f"the text ended at {limit}", file=sys.stderr)
 
 
 def which_limit(decoder: Decoder, args: argparse.Namespace, limit: int) -> str:
