@@ -135,7 +135,7 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
     from orthrus_fast import SamplingParams
 
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-    given |= {"stop": tuple(given.get("stop", ()))} | instead
+    given |= instead
     if args.sampling == "checkpoint":
         return SamplingParams.from_checkpoint(**given)
     return SamplingParams(**given)
