@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,12 +292,12 @@ def test_a_default_limit_shrinks_to_the_room_and_a_given_one_does_not(
 # Thinking.
 
 
-def tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int]]:
+def tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int | None]]:
     """The prompt and the limit of each request to come, which then decodes one token."""
-    asked: list[tuple[bytes, int]] = []
+    asked: list[tuple[bytes, int | None]] = []
     stream = orthrus_fast.Decoder.stream
 
-    def spy(self: Any, ids: list[int], limit: int, *rest: Any) -> Any:
+    def spy(self: Any, ids: list[int], limit: int | None, *rest: Any) -> Any:
         asked.append((bytes(ids), limit))
         return stream(self, ids, 1, *rest)
 
@@ -321,7 +322,7 @@ def test_thinking_is_off_unless_it_is_asked_for(
 
     assert said() == (True, False)
     assert said("--no-thinking") == (False, False)
-    assert asked == [(b"<user>hi<assistant>[no thoughts]", 256)] * 2
+    assert asked == [(b"<user>hi<assistant>[no thoughts]", None)] * 2
     assert said("--thinking") == (False, True)
     assert said("--thinking", "--temperature", 0.6) == (False, False)
     assert asked[2:] == [(b"<user>hi<assistant>", 512 - 19)] * 2
@@ -347,24 +348,28 @@ def test_a_template_that_only_mentions_thinking_is_not_touched(
     asked = tokens_asked_for(monkeypatch)
     template = "{# enable_thinking #}{{ messages[0].content }}"
     got = run(capsys, "--checkpoint", with_template(tmp_path / "model", template), "--prompt", "hi")
-    assert (got.code, OFF in got.err, asked) == (0, False, [(b"hi", 256)])
+    assert (got.code, OFF in got.err, asked) == (0, False, [(b"hi", None)])
 
 
 # How it ends.
 
 
 def test_speeds_are_told_in_those_of_ar(capsys: pytest.CaptureFixture[str]) -> None:
-    def told(diffusion: float) -> str:
-        rates = {"diffusion": diffusion, "ar": 50.0, "one row": 100.0}
+    def told(diffusion: float, device: str, width: int) -> str:
         results = {
             name: Generation("", [], "eos", None, Stats(1, 1, 1.0, (), 0.1, 1.0, rate))
-            for name, rate in rates.items()
+            for name, rate in (("diffusion", diffusion), ("ar", 100.0))
         }
-        generate.show_speeds(results, results["one row"], "AR by one row")
+        runner = SimpleNamespace(device=torch.device(device))
+        decoder: Any = SimpleNamespace(runner=runner, ar_width=width)
+        generate.show_speeds(decoder, results)
         return capsys.readouterr().err.strip().rpartition("; ")[2]
 
-    assert told(49.0) == "0.49× the speed of AR (slower)"
-    assert told(276.0) == "2.76× the speed of AR"
+    assert told(49.0, "cuda", 1) == "0.49× the speed of AR (slower)"
+    assert told(276.0, "cuda", 1) == "2.76× the speed of AR"
+    for device, width, n_rows in (("cuda", 32, 32), ("cpu", 1, 16), ("cpu", 17, 32)):
+        rows = f"which multiplies {n_rows} rows a token here (orthrus bench has a one-row AR)"
+        assert told(276.0, device, width) == f"2.76× the speed of AR, {rows}"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -119,7 +119,7 @@ SCHEMA = {
             "required": ["weights"],
             "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
         },
-        "invariance": {"type": ["object", "null"], "required": ["holds", "replaced"]},
+        "invariance": {"type": ["object", "null"], "required": ["holds", "widths"]},
         "text": {"type": "string"},
         "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "finish_reason": {"enum": ["eos", "length", "stop", "error", None]},
@@ -486,7 +486,7 @@ def test_what_was_decoded_is_printed_whatever_becomes_of_its_check(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(orthrus_fast.Decoder, "generate_one_row", fail)
+    monkeypatch.setattr(orthrus_fast.Decoder, "generate", fail)
     got = run(
         capsys, "--checkpoint", raw, "--prompt", "x", "--max-new-tokens", 8, "--check", "--json"
     )
