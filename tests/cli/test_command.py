@@ -329,7 +329,7 @@ def test_thinking_is_off_unless_it_is_asked_for(
     assert said("--thinking", "--max-new-tokens", 7) == (False, True)
     assert asked[4][1] == 7
     assert said("--raw") == (False, False)
-    assert asked[5] == (b"hi", 256)
+    assert asked[5] == (b"hi", None)
 
 
 def test_a_template_that_always_thinks_is_warned_of_and_has_the_room(
