@@ -218,13 +218,19 @@ def test_acceptance_by_position_in_both_ways() -> None:
 
 
 def test_the_slots_chart_says_where_drafting_stops_paying() -> None:
-    def at(drafting: float, n: int) -> Any:
-        rates = {"diffusion": {"median": drafting}, "ar_one_row": {"median": 10.0}}
-        return {"slots": n, "tokens_per_second": rates}
+    def at(speedup: float, n: int) -> Any:
+        return {"slots": n, "speedup_over_faster_ar": speedup}
 
-    assert report.verdict([at(30, 1), at(20, 4), at(9, 8)]) == "drafting ahead up to 4 slots"
-    assert report.verdict([at(30, 1), at(20, 4)]) == "drafting ahead at all measured, 1 to 4"
-    assert report.verdict([at(10, 1), at(20, 4)]) == "AR ahead"
+    assert report.verdict([at(3, 1), at(2, 4), at(0.9, 8)]) == "drafting ahead up to 4 slots"
+    assert report.verdict([at(3, 1), at(2, 4)]) == "drafting ahead at all measured, 1 to 4"
+    assert report.verdict([at(1, 1), at(2, 4)]) == "AR ahead"
+
+
+def test_files_of_before_have_the_keys_of_today() -> None:
+    before = {"ar": {"padded_ms": 1, "one_row_ms": 2}, "of": [{"ar_padded": 3, "ar_one_row": 4}]}
+    today = {"ar": {"ms": 1, "baseline_ms": 2}, "of": [{"ar": 3, "ar_baseline": 4}]}
+    file = file_of(changed(content("1.7B"), lambda c: c.update(parts={"passes": before})))
+    assert file.parts == {"passes": today}
 
 
 def test_rows_of_different_columns_share_a_table_and_bars_are_escaped() -> None:
