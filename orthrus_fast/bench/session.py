@@ -4,11 +4,12 @@ import argparse
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from orthrus_fast.bench.baseline import make_baseline
 from orthrus_fast.bench.common import CONTEXTS, LONGEST_PROMPT, PREFILL_LENGTHS, Result
 from orthrus_fast.bench.decoding import Replay, share_of_right_drafts
 from orthrus_fast.bench.flags import number_and_source, prompts_path
@@ -20,6 +21,7 @@ from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
 from orthrus_fast.prompts import read_prompts
+from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
 
 
@@ -35,6 +37,11 @@ class Session:
         limit = decoder.max_seq_len - args.new_tokens
         self.contexts_with_room = [n for n in contexts if n <= limit]  # for a whole decode
         self.sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+
+    @cached_property
+    def baseline(self) -> EagerRunner:
+        """What AR is measured against: one row a pass without the promise."""
+        return make_baseline(self.decoder)
 
     @property
     def acceptance(self) -> Result:
