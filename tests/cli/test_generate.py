@@ -344,14 +344,14 @@ def test_control_characters_are_escaped_on_a_terminal_only() -> None:
 def test_help_and_version_need_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from orthrus_fast.cli.main import main\n"
-        "for command in ('generate', 'chat', 'info', 'bench'):\n"
+        "for command in ('generate', 'chat', 'info', 'bench', 'tune'):\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
     )
     line = [sys.executable, "-c", code]
     got = subprocess.run(line, cwd=ROOT, check=True, timeout=60, capture_output=True, text=True)
-    assert got.stdout.count("usage: orthrus ") == 4
-    assert got.stdout.count("Exit codes: 0 done; 1 --check") == 3
+    assert got.stdout.count("usage: orthrus ") == 5
+    assert got.stdout.count("Exit codes: 0 done; 1 --check") == 4
     assert command("--version").stdout.decode() == f"orthrus-fast {orthrus_fast.__version__}\n"
 
 
