@@ -19,7 +19,7 @@ from torch import Tensor
 from orthrus_fast.checkpoint import Checkpoint
 from orthrus_fast.errors import BusyError, OrthrusError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.invariance import Invariance
-from orthrus_fast.options import MAX_NEW_TOKENS, MODES, listed
+from orthrus_fast.options import MAX_NEW_TOKENS, MODES, ONE_ROW, listed
 from orthrus_fast.request import Request
 from orthrus_fast.results import Chunk, Generation
 from orthrus_fast.runners import EagerRunner, SlotOutput
@@ -35,9 +35,10 @@ Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt
 class Decoder:
     """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time.
 
-    ``configuration`` is what its promise holds within; ``invariance`` what the check of the verify
-    pass found (None without CUDA graphs or a ``compile_mode``); ``startup`` seconds by stage;
-    ``checkpoint`` the files behind it, None for weights that come from elsewhere.
+    ``configuration`` is what its promise holds within; ``invariance`` what the check of the passes
+    found; ``startup`` seconds by stage; ``checkpoint`` the files behind it, None for weights that
+    come from elsewhere. Mode ar runs passes of ``ar_width`` rows: one, or as many as a block's
+    where a row's bits may depend on that.
     """
 
     def __init__(
@@ -49,14 +50,16 @@ class Decoder:
         max_seq_len: int,
         configuration: Mapping[str, Any],
         startup: Mapping[str, float],
-        invariance: Invariance | None,
+        invariance: Invariance,
     ) -> None:
         self.name = name
-        self.runner = runner  # prepared for blocks of ``block_width``
+        self.runner = runner  # prepared for blocks of ``block_width`` and ``ar_width``
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self.config = runner.model.config
         self.block_width = self.config.block_size or 1  # a plain Qwen3 drafts nothing
+        one_row = configuration["promise"] == ONE_ROW
+        self.ar_width = 1 if one_row else self.block_width
         self.default_mode = "diffusion" if runner.model.has_draft_view else "ar"
         self.slots = runner.cache.n_slots
         self.max_seq_len = max_seq_len
@@ -150,7 +153,7 @@ class Decoder:
                 yield request
 
         samples = any(params.samples for params in resolved)
-        run = self._run(encoded(), drafting, self.block_width, samples)
+        run = self._run(encoded(), drafting, self._width(drafting), samples)
         return ((request.index, request.result()) for request, _ in run if request.finish_reason)
 
     def stream(
@@ -167,21 +170,8 @@ class Decoder:
         """
         drafting, [params] = self._check([max_new_tokens], [sampling], mode)
         request = self._request(prompt, max_new_tokens, params, template_arguments)
-        return Stream(request, self._run([request], drafting, self.block_width, params.samples))
-
-    def generate_one_row(
-        self, prompt: Prompt, max_new_tokens: int | None = None, **template_arguments: Any
-    ) -> Generation:
-        """Plain AR decoding, one row a pass: what a speed-up must be measured against.
-
-        Its products have another shape than verification's, so their rounding may differ: no
-        identity is claimed for its text. Raises as ``generate`` does.
-        """
-        _, [greedy] = self._check([max_new_tokens], [None], "ar")
-        request = self._request(prompt, max_new_tokens, greedy, template_arguments)
-        for _ in self._run([request], drafting=False, width=1):
-            pass
-        return request.result()
+        width = self._width(drafting)
+        return Stream(request, self._run([request], drafting, width, params.samples))
 
     def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
@@ -282,11 +272,15 @@ class Decoder:
         eos = self.config.eos_token_ids
         return Request(ids, max_new_tokens, params, eos, detokenizer, dtype, index)
 
+    def _width(self, drafting: bool) -> int:
+        return self.block_width if drafting else self.ar_width
+
     def _run(
-        self, requests: Iterable[Request], drafting: bool, width: int, samples: bool = False
+        self, requests: Iterable[Request], drafting: bool, width: int, samples: bool
     ) -> Generator[tuple[Request, Chunk], None, None]:
         """Serve requests in order, as many at once as there are slots, each to its end.
 
+        Verify passes have ``width`` rows.
         The next one is asked for once a slot is free; one that has failed by then takes none.
         ``samples``: whether any may sample.
         """
@@ -314,7 +308,7 @@ class Decoder:
                     request.start()
                     active[slot] = request
                     wanted = (request.prompt, slot, request.max_length, request.params)
-                    emitted = {slot: runner.prefill(*wanted)}
+                    emitted = {slot: runner.prefill(*wanted, drafting)}
                 else:
                     sampling = any(request.params.samples for request in active.values())
                     while upcoming is None and runner.in_flight <= runner.lookahead:

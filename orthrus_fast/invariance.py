@@ -1,307 +1,344 @@
-"""The invariance check: do a row's bits in the captured verify pass depend on that row alone, here?
+"""The invariance check: is a row of a pass a function of its tokens alone, here?
 
-AR and diffusion put the same token, after the same text, into different rows of the block, with
-other neighbours. Their texts are equal to the bit if a row's bits do not depend on that. This is a
-property of the GPU, the libraries and the shapes, so every decoder checks it when it is built, on
-the very graph that will decode.
+A token may come as one row, in a block of any width, in any slot or in a chunk of a prompt. A text
+is the same in all cases if the token's K, V and logits are, to the bit. That is a property of the
+processor, the libraries and the shapes, so every decoder checks it when it is built, on the very
+passes that will decode.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from orthrus_fast.model import Transformer, View
-from orthrus_fast.runners import EagerRunner, full_precision_matmul
+from orthrus_fast.model import Transformer
+from orthrus_fast.runners import (
+    CompiledRunner,
+    EagerRunner,
+    GraphRunner,
+    compiler_limits,
+    full_precision_matmul,
+)
 
-N_REPLAYED = 64  # tokens decoded in both modes
 _log = logging.getLogger("orthrus_fast")
 
 
 @dataclass(frozen=True)
 class Invariance:
-    """What the check found. ``holds`` False: the two modes' texts may differ on this machine."""
+    """What the check found. ``holds`` False: a text may depend on how it was decoded here."""
 
     holds: bool
-    n_rows: int  # rows of logits compared, in another place of the block or among other neighbours
+    widths: tuple[int, ...]  # of the blocks compared; several: prefill is, too
+    n_rows: int  # rows compared: K and V in every layer, logits, the token chosen
     n_differing: int
-    n_replayed: int  # tokens decoded in both modes, their logits and cache rows compared
+    n_replayed: int  # tokens decoded twice, their logits and cache rows compared
     replay_equal: bool
-    replaced: tuple[str, ...]  # products (N × K) that a custom kernel computes instead of cuBLAS
     seconds: float
 
     def __str__(self) -> str:
+        passes = f"blocks of {', '.join(map(str, self.widths))}"
+        passes += " and prefill" if len(self.widths) > 1 else ""
         rows = f"{self.n_differing} differ" if self.n_differing else "equal to the bit"
-        text = f"{self.n_rows} rows in other places {rows}; {self.n_replayed} tokens replayed "
-        text += "equal to the bit" if self.replay_equal else "differ"
-        if self.replaced:
-            text += f"; custom kernels in place of cuBLAS: {', '.join(self.replaced)}"
+        replay = "equal to the bit" if self.replay_equal else "differ"
+        text = f"{self.n_rows} rows in {passes} {rows}; {self.n_replayed} tokens replayed {replay}"
         return f"{text} ({self.seconds:.1f} s)"
 
 
-def ensure_row_invariance(
-    model: Transformer,
-    build: Callable[[], EagerRunner],
-    n_slots: int,
-    width: int,
-    boundaries: list[int],
-) -> tuple[EagerRunner, Invariance]:
-    """A runner prepared for ``width``, made invariant where that is possible, and what was found.
+class Effort(NamedTuple):
+    """What a check may cost."""
 
-    A product of cuBLAS that is not invariant on its own is replaced by a custom kernel before
-    anything is compiled. If the whole pass fails nevertheless, all products are replaced, and the
-    runner is built once more.
+    n_passes: int
+    n_boundaries: int
+    n_replayed: int  # tokens a slot
+
+
+CAPTURED = Effort(n_passes=150, n_boundaries=12, n_replayed=32)
+STEPWISE = Effort(n_passes=36, n_boundaries=3, n_replayed=8)  # kernel by kernel, which is slow
+N_LAYERS = 2  # that are checked there: all layers share their arithmetic
+
+
+def check(runner: EagerRunner, widths: Sequence[int], boundaries: list[int]) -> Invariance:
+    """Compare rows of a prepared runner's passes. Leaves its state and cache as new.
+
+    ``widths``, ascending, are those of the blocks that it may verify; with only one, it promises
+    nothing of prefill. ``boundaries`` are positions at which attention's tiles or splits begin.
     """
     begin = time.perf_counter()
-    n_rows = n_slots * width
-    every = set(cublas_products(model, n_rows))
-    shapes = variant_products(model, n_rows)
-    replace_products(model, shapes)
-    if every - shapes:
-        _log.info("no tiles for %s at %d rows: cuBLAS", _names(every - shapes), n_rows)
-    on_products = time.perf_counter() - begin
-    runner = build()
-    runner.prepare(width)
-    found = check(runner, width, boundaries)
-    if not found.holds and shapes != every:
-        _log.warning("the verify pass is not row-invariant with products of cuBLAS: %s", found)
-        shapes = every
-        replace_products(model, shapes)
-        runner = build()
-        runner.prepare(width)
-        found = check(runner, width, boundaries)
-    names = tuple(_names({shape}) for shape in sorted(shapes))
-    found = replace(found, replaced=names, seconds=found.seconds + on_products)
-    level = logging.INFO if found.holds else logging.WARNING
-    _log.log(level, "row invariance %s: %s", "holds" if found.holds else "DOES NOT HOLD", found)
-    return runner, found
-
-
-def check(runner: EagerRunner, width: int, boundaries: list[int]) -> Invariance:
-    """Compare rows of a prepared runner's verify pass. Leaves its state and cache as new.
-
-    ``boundaries`` are the positions around which the attention kernel's tiles or splits begin.
-    """
-    begin = time.perf_counter()
-    with torch.inference_mode(), full_precision_matmul(runner.device):
-        probe = _Probe(runner, width)
-        n_rows, n_differing = probe.rows_in_other_places(boundaries)
-        n_replayed, replay_equal = probe.replay(boundaries)
+    effort = CAPTURED if isinstance(runner, GraphRunner) else STEPWISE
+    compiles = isinstance(runner, CompiledRunner)
+    limits = compiler_limits() if compiles else contextlib.nullcontext()
+    with torch.inference_mode(), full_precision_matmul(runner.device), limits:
+        probe = _Probe(runner if effort is CAPTURED else _first_layers(runner), widths)
+        chosen = probe.choose(boundaries, effort)
+        for boundary in reversed(chosen):  # what a pass leaves above is not read below
+            probe.around(boundary)
+        n_replayed, replay_equal = probe.replay(chosen, effort.n_replayed)
+        n_differing = int(probe.n_differing)
         runner.state.reset()
-        runner.cache.reset()
-    holds = n_differing == 0 and replay_equal
-    seconds = time.perf_counter() - begin
-    return Invariance(holds, n_rows, n_differing, n_replayed, replay_equal, (), seconds)
+        probe.runner.cache.reset()
+    holds, seconds = n_differing == 0 and replay_equal, time.perf_counter() - begin
+    of_rows = (tuple(widths), probe.n_rows, n_differing)
+    found = Invariance(holds, *of_rows, n_replayed, replay_equal, seconds)
+    level = logging.INFO if holds else logging.WARNING
+    _log.log(level, "row invariance %s: %s", "holds" if holds else "DOES NOT HOLD", found)
+    return found
+
+
+def _first_layers(runner: EagerRunner) -> EagerRunner:
+    """The same runner over the first layers of its model and cache."""
+    twin = copy.copy(runner)
+    twin.cache = copy.copy(runner.cache)
+    twin.cache.k, twin.cache.v = runner.cache.k[:N_LAYERS], runner.cache.v[:N_LAYERS]
+    for name, model in vars(runner).items():
+        if isinstance(model, Transformer):
+            shallow = copy.copy(model)
+            shallow._modules = {**model._modules, "layers": model.layers[:N_LAYERS]}
+            setattr(twin, name, shallow)
+    return twin
+
+
+class _Place(NamedTuple):
+    """A verify pass by a boundary: the text from ``start`` on, relative to it, then neighbours."""
+
+    width: int
+    start: int
+    n_true: int  # rows of the text
+    drafting: bool = True  # else the neighbours are copies of the anchor, as in AR
+
+
+class _Rows(NamedTuple):
+    """What every other pass must give at the positions ``begin`` … ``end`` - 1."""
+
+    begin: int
+    end: int
+    logits: Tensor  # bits [end - begin, V]
+    ids: Tensor  # [end - begin]
+    caches: list[Tensor]  # [1, n_kv_heads, end - begin, head_dim], of K and V of every layer
 
 
 class _Probe:
-    """Runs the verify pass by hand over random tokens and a cache full of random rows."""
+    """Runs passes by hand over one random text, after random cached rows alike in all slots.
 
-    def __init__(self, runner: EagerRunner, width: int) -> None:
-        self.runner, self.width = runner, width
-        self.random = torch.Generator(runner.device).manual_seed(0)
-        for rows in (*runner.cache.k, *runner.cache.v):
-            rows.normal_(generator=self.random)
+    Every slot is done, so nothing is committed, until the replay.
+    """
+
+    def __init__(self, runner: EagerRunner, widths: Sequence[int]) -> None:
+        self.runner, self.state, self.device = runner, runner.state, runner.device
+        self.widths, self.width = tuple(widths), widths[-1]
+        assert list(widths) == sorted(set(widths))
+        self.random = torch.Generator(self.device).manual_seed(0)
+        self.caches = (*runner.cache.k, *runner.cache.v)
+        noise = self._noise(runner.cache.capacity)
+        for index, rows in enumerate(self.caches):
+            rows.copy_(noise.roll(index, dims=2))
         self.text = self._tokens(runner.cache.capacity)
+        self.state.reset()
+        self.offset = self.state.slots % self.width  # slot b runs so many positions later
+        self.offsets = [slot % self.width for slot in range(len(self.state.slots))]
+        self.n_rows = 0
+        self.n_differing = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def _tokens(self, n: int) -> Tensor:
-        """Random ids [B, n]."""
-        shape = (len(self.runner.state.slots), n)
+    def _tokens(self, *shape: int) -> Tensor:
         vocab_size = self.runner.model.config.vocab_size
-        return torch.randint(vocab_size, shape, generator=self.random, device=self.runner.device)
+        return torch.randint(vocab_size, shape, generator=self.random, device=self.device)
 
-    def _pass(self, start: int, n_true: int, drafting: bool = True) -> Tensor:
-        """Logits [B, K, V] of one pass at ``start``: n_true tokens of the text, then neighbours.
+    def _noise(self, n_rows: int) -> Tensor:
+        """Rows [1, n_kv_heads, n_rows, head_dim] for a slot's K or V."""
+        rows = self.caches[0]
+        shape = (1, rows.shape[1], n_rows, rows.shape[3])
+        return torch.randn(shape, generator=self.random, dtype=rows.dtype, device=self.device)
 
-        In AR the neighbours are copies of the anchor, else they are drawn anew. Slot b begins b
-        positions later, so that lengths differ. Every slot is done, so nothing is committed.
-        """
-        state = self.runner.state
-        state.reset()
-        at = start + state.slots[:, None] + torch.arange(self.width, device=self.runner.device)
-        block = torch.cat(
-            (self.text.gather(1, at)[:, :n_true], self._tokens(self.width - n_true)), 1
-        )
-        state.length.add_(start + state.slots)
+    def choose(self, boundaries: list[int], effort: Effort) -> list[int]:
+        """Those to look at: the first, the last, where their distance changes, and some others."""
+        room = range(self.width, self.runner.cache.capacity - 2 * self.width)
+        usable = sorted(boundary for boundary in set(boundaries) if boundary in room)
+        n_passes = effort.n_passes - effort.n_replayed * 3 // 2
+        n_passes //= len(self._places()) + (4 if len(self.widths) > 1 else 2)
+        n = max(1, min(effort.n_boundaries, n_passes))
+        triples = zip(usable, usable[1:], usable[2:], strict=False)
+        edges = [b for a, b, c in triples if b - a != c - b]
+        edges = _evenly(sorted({*usable[:1], *edges, *usable[-1:]}), n)
+        rest = [boundary for boundary in usable if boundary not in edges]
+        return sorted(edges + _evenly(rest, n - len(edges)))
+
+    def _places(self) -> list[_Place]:
+        """Where a row is first, last or in the middle of a block of each width."""
+        most = self.width - self.width // 4
+        places = [_Place(self.width, -(self.width // 2), most)]
+        if len(self.widths) == 1:
+            return [*places, *(_Place(self.width, start, 1, drafting=False) for start in (-1, 0))]
+        for width in self.widths[:-1]:
+            places += [_Place(width, -width, width), _Place(width, 0, width)]
+            if width > 1:
+                places.append(_Place(width, -(width // 2), width - width // 4))
+        return places
+
+    def around(self, boundary: int) -> None:
+        """Compare passes of every width, and of prefill, with the widest ones' rows."""
+        expected = self._expected(boundary)
+        for place in self._places():
+            start = boundary + place.start
+            self._restore(expected, start + self.offset)
+            logits, ids = self._verify(place, start + self.offset)
+            starts = [start + offset for offset in self.offsets]
+            self._compare(expected, starts, place.n_true, logits, ids)
+        if len(self.widths) > 1:
+            self._chunk(expected, 0, expected.begin, slot=0)
+            self._chunk(expected, 1, boundary - 1, slot=len(self.offsets) - 1)
+
+    def _expected(self, boundary: int) -> _Rows:
+        """The first slot's rows of two passes of the widest blocks, up to ``boundary`` and on."""
+        begin, end, passes = boundary - self.width, boundary + self.width, []
+        for start in (begin, boundary):
+            place = _Place(self.width, 0, self.width)
+            logits, ids = self._verify(place, torch.full_like(self.offset, start))
+            passes.append((logits[0].clone(), ids[0].clone()))
+        logits, ids = (torch.cat(both) for both in zip(*passes, strict=True))
+        caches = [bits_of(rows[:1, :, begin:end]).clone() for rows in self.caches]
+        return _Rows(begin, end, logits, ids, caches)
+
+    def _verify(self, place: _Place, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """A pass with slot b at ``starts[b]`` -> bits of logits [B, T, V], tokens chosen [B, T]."""
+        state, width = self.state, place.width
+        offset = torch.arange(width, device=self.device)
+        is_text = offset < place.n_true
+        text = self.text[starts[:, None] + offset]
+        block = torch.where(is_text, text, self._tokens(*text.shape))
+        state.length.copy_(starts)
         state.anchor.copy_(block[:, 0])
-        state.proposals.copy_(block[:, 1:])
-        state.drafting.fill_(drafting)
-        self.runner.verify(self.width)
-        return self.runner.logits
+        state.proposals[:, : width - 1].copy_(block[:, 1:])
+        state.drafting.fill_(place.drafting)
+        ids = self.runner.verify(width)[:, :width]
+        return bits_of(self.runner.logits), ids
 
-    def rows_in_other_places(self, boundaries: list[int]) -> tuple[int, int]:
-        """Rows compared, and rows that differed, around each boundary.
+    def _restore(self, expected: _Rows, starts: Tensor) -> None:
+        """Put the expected rows below ``starts`` [B] of each slot, and garbage above."""
+        begin, end = expected.begin, expected.end
+        position = torch.arange(begin, end, device=self.device)
+        is_cached = (position < starts[:, None])[:, None, :, None]
+        noise = bits_of(self._noise(end - begin))
+        for rows, cached in zip(self.caches, expected.caches, strict=True):
+            bits_of(rows[:, :, begin:end]).copy_(torch.where(is_cached, cached, noise))
 
-        A block across the boundary; the same text a third of a block later, in earlier rows, before
-        random neighbours; and as AR has it, one real row, on either side of the boundary.
+    def _compare(
+        self, expected: _Rows, starts: list[int], n_true: int, logits: Tensor, ids: Tensor
+    ) -> None:
+        """Count a pass's rows, ``n_true`` of slot b from ``starts[b]`` on, and those that differ.
+
+        As far as they are expected: bits of logits [B, T, V], ids [B, T], and the caches'.
         """
-        width, last = self.width, self.runner.cache.capacity - 2 * self.width - len(self.text)
-        shift = width // 3 + 1
-        n_rows, differing = 0, []
-        for boundary in boundaries if width > 1 else []:
-            start = boundary - width // 2
-            if not 0 <= start <= last:
-                continue
-            whole = self._pass(start, width).clone()
-            compared = [(whole[:, shift:], self._pass(start + shift, width - shift).clone())]
-            for t in (boundary - 1 - start, boundary - start):
-                compared.append(
-                    (whole[:, t, None], self._pass(start + t, 1, drafting=False).clone())
-                )
-            for expected, got in compared:
-                n = expected.shape[1]
-                differing.append((bits_of(expected) != bits_of(got[:, :n])).any(-1).sum())
-                n_rows += n * len(self.text)
-        return n_rows, int(torch.stack(differing).sum()) if differing else 0
+        caches_differ = self._caches_differ(expected)
+        for slot, start in enumerate(starts):
+            n = min(n_true, expected.end - start)
+            own = slice(start - expected.begin, start - expected.begin + n)
+            differ = (logits[slot, :n] != expected.logits[own]).any(dim=-1)
+            differ |= ids[slot, :n] != expected.ids[own]
+            self.n_differing += (differ | caches_differ[slot, own]).sum()
+            self.n_rows += n
 
-    def replay(self, boundaries: list[int]) -> tuple[int, bool]:
-        """Tokens decoded in AR and again with drafts that are 85% right, across an boundary.
+    def _caches_differ(self, expected: _Rows) -> Tensor:
+        """Which cache rows [B, end - begin] are not the expected ones."""
+        shape = (len(self.offsets), expected.end - expected.begin)
+        differ = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for rows, same in zip(self.caches, expected.caches, strict=True):
+            differ |= (bits_of(rows[:, :, expected.begin : expected.end]) != same).any(-1).any(1)
+        return differ
+
+    def _chunk(self, expected: _Rows, nth: int, start: int, slot: int) -> None:
+        """Compare a prefill pass of ``nth`` width over the text from ``start`` on, then padding.
+
+        The logits are compared where prefill asks for them: after the last token.
+        """
+        ragged = (2 * self.width + 3, self.width + 5)
+        widths = self.runner.prefill_widths or ragged
+        fitting = [width for width in widths if start + width <= self.runner.cache.capacity]
+        if not fitting:
+            return
+        width = fitting[min(nth, len(fitting) - 1)]
+        n = min(width, expected.end - start)
+        self._restore(expected, torch.full_like(self.offset, start))
+        tokens = torch.cat((self.text[start : start + n], self._tokens(width - n)))
+        hidden = self.runner.prefill_chunk(tokens[None], start, slot)
+        token, logits = self.runner.model.greedy(hidden[0, n - 1], return_logits=True)
+        last = start + n - 1 - expected.begin
+        differ = self._caches_differ(expected)[slot, last + 1 - n : last + 1]
+        differ[-1] |= (bits_of(logits) != expected.logits[last]).any()
+        differ[-1] |= token != expected.ids[last]
+        self.n_differing += differ.sum()
+        self.n_rows += n
+
+    def replay(self, boundaries: list[int], n: int) -> tuple[int, bool]:
+        """Tokens decoded in AR and again with drafts that are 85% right, across a boundary.
 
         The second value: whether tokens, logits and committed cache rows are equal to the bit.
         """
         room = self.runner.cache.capacity - self.width
-        begins = [boundary - N_REPLAYED // 2 for boundary in boundaries]
-        begins = [begin for begin in begins if 0 < begin < room - N_REPLAYED] or [1]
-        begin = begins[len(begins) // 2]
-        n = min(N_REPLAYED, room - begin - 1)
-        self._start(begin, n)
-        expected = self._decode(n, None)
-        ended = bool(self.runner.state.done.all())
-        self._start(begin, n)
-        got = self._decode(n, self.runner.state.tokens.clone())
-        equal = ended and bool(self.runner.state.done.all())
-        equal = equal and all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
-        return int(expected[0].sum()), equal
+        n = min(n, room - 2)
+        begins = [b - n // 2 for b in boundaries if 0 < b - n // 2 < room - n] or [1]
+        begin = begins[(len(begins) - 1) // 2]
+        anchor = self._tokens(len(self.offsets))
+        expected = self._decode(begin, n, anchor, None)
+        got = self._decode(begin, n, anchor, self.state.tokens.clone())
+        ended = bool((expected[0] & got[0]).all())
+        equal = ended and all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        return int(expected[1].sum()), equal
 
-    def _start(self, begin: int, n: int) -> None:
-        """Put every slot at ``begin``, to decode n tokens, with garbage past it in the cache."""
-        state = self.runner.state
-        tokens = state.tokens.clone()
-        state.reset()
-        state.tokens.copy_(tokens)
-        state.length.fill_(begin)
-        state.anchor.copy_(self.text[:, begin])
-        state.max_length.fill_(begin + 1 + n)
-        state.done.fill_(False)
-        for rows in (*self.runner.cache.k, *self.runner.cache.v):
-            rows[:, :, begin:].normal_(generator=self.random)
+    def _decode(self, begin: int, n: int, anchor: Tensor, known: Tensor | None) -> list[Tensor]:
+        """Decode n tokens after ``anchor`` [B] at ``begin``, over fresh garbage past it.
 
-    def _decode(self, n: int, known: Tensor | None) -> list[Tensor]:
-        """Tokens emitted [B], their ids, their logits' bits, and the committed cache rows' bits.
-
-        ``known`` [B, S]: the text to make drafts from; None: AR.
+        ``known`` [B, S]: the text to make drafts from; None: AR. Returns whether each slot ended,
+        the number of its tokens, their ids, their logits' bits, and its new cache rows' bits.
         """
-        state, cache = self.runner.state, self.runner.cache
-        begin = int(state.length[0])
-        shape = (len(state.slots), n + self.width, self.runner.model.config.vocab_size)
-        logits = torch.zeros(shape, dtype=cache.k[0].dtype, device=self.runner.device)
+        state = self.state
+        for rows in self.caches:
+            rows[:, :, begin:].neg_()
+        state.length.fill_(begin)
+        state.anchor.copy_(anchor)
+        state.max_length.fill_(begin + 1 + n)
         state.drafting.fill_(known is not None)
+        state.done.fill_(False)
+        width = self.widths[0] if known is None else self.width
+        shape = (len(anchor), n, self.runner.model.config.vocab_size)
+        logits = torch.zeros(shape, dtype=self.caches[0].dtype, device=self.device)
         for _ in range(n):  # a cycle emits a token at least, or something is wrong
             if bool(state.done.all()):
                 break
             before = (state.length - begin).tolist()
             if known is not None:
-                state.proposals.copy_(self._drafts(known))
-            self.runner.verify(self.width)
+                state.proposals[:, : width - 1].copy_(self._drafts(known, width))
+            self.runner.verify(width)
             after = (state.length - begin).tolist()
             for slot, (first, end) in enumerate(zip(before, after, strict=True)):
-                n_new = min(end - first, self.width)
-                logits[slot, first : first + n_new] = self.runner.logits[slot, :n_new]
+                new = logits[slot, first : min(end, first + width)]
+                new.copy_(self.runner.logits[slot, : len(new)])
         emitted = state.length - begin
-        kept = torch.arange(n, device=emitted.device) < emitted[:, None]  # [B, n]
-        past = ~kept[:, None, :, None]
-        both = (*cache.k, *cache.v)
-        rows = [t[:, :, begin : begin + n].masked_fill(past, 0) for t in both]
-        ids = state.tokens[:, begin + 1 : begin + 1 + n] * kept
-        return [emitted, ids, bits_of(logits[:, :n]), *map(bits_of, rows)]
+        is_kept = torch.arange(n, device=self.device) < emitted[:, None]  # [B, n]
+        beyond = ~is_kept[:, None, :, None]
+        caches = [rows[:, :, begin : begin + n].masked_fill(beyond, 0) for rows in self.caches]
+        ids = state.tokens[:, begin + 1 : begin + 1 + n] * is_kept
+        return [state.done.clone(), emitted, ids, *map(bits_of, (logits, *caches))]
 
-    def _drafts(self, known: Tensor) -> Tensor:
-        """Proposals [B, K-1] after each slot's anchor, 85% of them the known tokens."""
-        offset = torch.arange(1, self.width, device=known.device)
-        right = known.gather(1, self.runner.state.length[:, None] + offset)
-        draw = torch.rand(right.shape, generator=self.random, device=known.device)
-        return torch.where(draw < 0.85, right, self._tokens(self.width - 1))
-
-
-def variant_products(model: Transformer, n_rows: int) -> set[tuple[int, int]]:
-    """Shapes (N, K) that cuBLAS computes at ``n_rows`` rows, and whose rows are not invariant."""
-    with full_precision_matmul(model.embed_tokens.weight.device):
-        return {
-            (n, k)
-            for (n, k), weight in cublas_products(model, n_rows).items()
-            if not rows_are_invariant(
-                partial(F.linear, weight=weight), n_rows, k, weight.dtype, weight.device
-            )
-        }
+    def _drafts(self, known: Tensor, width: int) -> Tensor:
+        """Proposals [B, width - 1] after each slot's anchor, 85% of them the known tokens."""
+        offset = torch.arange(1, width, device=self.device)
+        right = known.gather(1, self.state.length[:, None] + offset)
+        draw = torch.rand(right.shape, generator=self.random, device=self.device)
+        return torch.where(draw < 0.85, right, self._tokens(*right.shape))
 
 
-def rows_are_invariant(
-    linear: Callable[[Tensor], Tensor],
-    n_rows: int,
-    n_columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Whether a row of ``linear(x)`` [n_rows, N], x [n_rows, n_columns], depends on its row alone.
-
-    Compares bits on random rows: one row at every index, rows permuted, and each row among zeros.
-    Draws from its own generator and waits for the device once.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(n_rows, n_columns, generator=generator, dtype=dtype, device=device)
-    expected = linear(x)
-    same = linear(x[:1].repeat(n_rows, 1)) == expected[0]
-    invariant = same.all()
-    for _ in range(4):
-        order = torch.randperm(n_rows, generator=generator, device=device)
-        invariant &= (linear(x[order]) == expected[order]).all()
-    for row in range(n_rows):
-        alone = torch.zeros_like(x)
-        alone[row] = x[row]
-        invariant &= (linear(alone)[row] == expected[row]).all()
-    return bool(invariant)
-
-
-def replace_products(model: Transformer, shapes: set[tuple[int, int]]) -> None:
-    """Have custom kernels, where there are any, compute the products of these shapes."""
-    products = model.kernels.products.without_cublas(frozenset(shapes))
-    model.kernels = replace(model.kernels, products=products)
-
-
-def cublas_products(model: Transformer, n_rows: int) -> dict[tuple[int, int], Tensor]:
-    """A weight of each shape (N, K) that cuBLAS multiplies with and a custom kernel could."""
-    products = model.kernels.products
-    if not products.has_custom:
-        return {}
-    return {
-        shape: weight
-        for shape, weight in _weights(model).items()
-        if not products.is_custom(n_rows, weight)
-    }
-
-
-def custom_products(model: Transformer, n_rows: int) -> list[str]:
-    """The products (N × K) of a verify pass that custom kernels compute."""
-    products = model.kernels.products
-    shapes = {s for s, weight in _weights(model).items() if products.is_custom(n_rows, weight)}
-    return [_names({shape}) for shape in sorted(shapes)]
-
-
-def _weights(model: Transformer) -> dict[tuple[int, int], Tensor]:
-    """A weight of each shape (N, K) that a verify pass multiplies with."""
-    linears = model.linears(View.AUTOREGRESSIVE)
-    return {(len(linear.weight), linear.weight.shape[1]): linear.weight for linear in linears}
-
-
-def _names(shapes: set[tuple[int, int]]) -> str:
-    return ", ".join(f"{rows} × {columns}" for rows, columns in sorted(shapes))
+def _evenly(values: list[int], n: int) -> list[int]:
+    """At most n of the values, the first and the last among them."""
+    if len(values) <= n or n < 2:
+        return values[: max(n, 0)]
+    return [values[index * (len(values) - 1) // (n - 1)] for index in range(n)]
 
 
 def bits_of(x: Tensor) -> Tensor:

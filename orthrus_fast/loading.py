@@ -25,18 +25,17 @@ from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory
 from orthrus_fast.files import embedded_checkpoint
-from orthrus_fast.invariance import Invariance, custom_products, ensure_row_invariance
+from orthrus_fast.invariance import Invariance, check
 from orthrus_fast.kernels.interface import Kernels
-from orthrus_fast.kernels.select import select_kernels
+from orthrus_fast.kernels.select import select_kernels, why_no_triton
 from orthrus_fast.model import Transformer
-from orthrus_fast.options import DTYPES, dtype_name
+from orthrus_fast.options import DTYPES, ONE_ROW, ONE_WIDTH, dtype_name
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
 from orthrus_fast.sampling import is_integer
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
-# Bytes of a pass's tensors, graphs and workspaces; benchmarks/README.md has what was seen.
-GPU_PASSES, GPU_PASSES_SLOT = 350_000_000, 160_000_000
+GPU_GRAPHS = 350_000_000  # bytes of graphs, of kernels and of the libraries' workspaces
 MakeModel = Callable[[ModelConfig, Kernels, torch.device, torch.dtype], Transformer]
 _log = logging.getLogger("orthrus_fast")
 
@@ -181,8 +180,8 @@ def build_decoder(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         startup = {"weights": time.perf_counter() - begin}
-        runner, invariance = prepare_runner(model, settings)
-    startup |= runner.seconds | ({"check": invariance.seconds} if invariance else {})
+        runner, promise, invariance = prepare_runner(model, settings)
+    startup |= runner.seconds | {"check": invariance.seconds}
     if settings.runner != "eager":
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         _log.info("ready: %s", ", ".join(stages))
@@ -191,33 +190,54 @@ def build_decoder(
         "checkpoint": name,
         "commit": checkpoint.commit if checkpoint else None,
         **settings.described(),
-        "custom_products": custom_products(model, slots * (config.block_size or 1)),
+        "promise": promise,
     }
     of_runner = (max_seq_len, configuration, startup, invariance)
     return Decoder(name, runner, tokenizer, checkpoint, *of_runner)
 
 
-def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner, Invariance | None]:
-    """A runner with its cache and state, ready for blocks; and what the invariance check found.
+def prepare_runner(
+    model: Transformer, settings: Settings
+) -> tuple[EagerRunner, str, Invariance]:
+    """A runner with its cache and state, ready for what it promises; and what the check found.
 
-    The check looks at captured code, and at compiled code whose rounding is not known beforehand.
+    Blocks and single rows where a row's bits are a function of its tokens alone; else blocks.
     """
     config, device, dtype, max_seq_len, slots, name, backend, compile_mode = settings
-    width = config.block_size or 1  # a plain Qwen3 has no drafts to make room for
-    capacity = steps.cache_rows(max_seq_len, width)
+    block = config.block_size or 1  # a plain Qwen3 has no drafts to make room for
+    capacity = steps.cache_rows(max_seq_len, block)
     model.set_capacity(capacity)
     cache = KVCache(config, slots, capacity, dtype, device)
-    state = steps.State.create(slots, capacity, width, device)
+    state = steps.State.create(slots, capacity, block, device)
+    runner = make_runner(name, model, state, cache, backend, compile_mode)
+    boundaries = backend.tile_boundaries(capacity)
+    runner.prepare(block)
+    obstacle = _why_one_width(settings)
+    if not obstacle:
+        runner.prepare(1)
+        runner.prepare_prefill()
+        found = check(runner, sorted({1, block}), boundaries)
+        if found.holds:
+            return runner, ONE_ROW, found
+        obstacle = f"a row's bits depend on more than its tokens here ({found})"
+    runner.prefill_widths = ()  # so that a prompt's length alone says how it is cut
+    _log.warning(
+        "%s: both modes decode by blocks of %d rows, of which ar uses one. Their texts are the "
+        "same; they may change with block_size, slots and max_seq_len",
+        *(obstacle, block),
+    )
+    return runner, ONE_WIDTH, check(runner, [block], boundaries)
 
-    def build() -> EagerRunner:
-        return make_runner(name, model, state, cache, backend, compile_mode)
 
-    if name == "graph" or compile_mode != "default":
-        boundaries = backend.tile_boundaries(capacity)
-        return ensure_row_invariance(model, build, slots, width, boundaries)
-    runner = build()
-    runner.prepare(width)
-    return runner, None
+def _why_one_width(settings: Settings) -> str | None:
+    """What keeps a row's bits from being a function of its tokens alone; None: nothing known."""
+    device, dtype, backend = settings.device, settings.dtype, settings.backend
+    no_triton = why_no_triton(device, dtype, settings.config.head_dim)
+    if device.type == "cuda" and no_triton:
+        return f"cuBLAS sums as the number of rows suits it, and the kernel for that {no_triton}"
+    if not backend.row_invariant:
+        return f"attention '{backend.name}' sums as the number of rows suits it"
+    return None
 
 
 def with_block_size(config: ModelConfig, block_size: int | None) -> ModelConfig:
@@ -239,7 +259,7 @@ class Memory(NamedTuple):
 
     weights: int
     cache: int
-    passes: int  # what a pass's own tensors, its graphs and the libraries' workspaces may take
+    passes: int  # what passes' own tensors, their graphs and the libraries' workspaces may take
 
     def __str__(self) -> str:
         weights, cache, passes = (size / 1e9 for size in self)
@@ -261,8 +281,28 @@ def memory_needed(
     return Memory(
         weights=count_weights(config, draft_view) * dtype.itemsize,
         cache=rows * config.cache_elements_per_token * dtype.itemsize,
-        passes=GPU_PASSES + slots * GPU_PASSES_SLOT if device.type == "cuda" else 0,
+        passes=_passes(config, dtype, max_seq_len, slots) if device.type == "cuda" else 0,
     )
+
+
+def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: int) -> int:
+    """Bytes of passes' tensors on a GPU: what graphs keep, and the widest pass's own."""
+    block = config.block_size or 1
+    widths = {1, block}
+    # Each width has a verify graph that keeps its logits, and another for sampling.
+    n_logits = 2 * slots * sum(widths)
+    # Sampling holds a copy, a draft's; or a row in float32, for its log-probability.
+    n_logits += 2 * slots * block
+    rows = min(steps.PREFILL_CHUNK, steps.cache_rows(max_seq_len, block))
+    n_heads = config.n_heads + 2 * config.n_kv_heads
+    widest = max(n_heads * config.head_dim, config.hidden_size)
+    # The residual stream and its norm before and after; q and what attention returns.
+    per_row = 4 * config.hidden_size + 2 * config.n_heads * config.head_dim
+    per_row += config.intermediate_size
+    partials = 4 * widest * torch.float32.itemsize  # four at most, in the product that has most
+    activations = max(rows, slots * block) * (per_row * dtype.itemsize + partials)
+    outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize
+    return GPU_GRAPHS + n_logits * config.vocab_size * dtype.itemsize + activations + outputs
 
 
 def check_memory(memory: Memory, device: torch.device) -> None:

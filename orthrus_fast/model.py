@@ -223,17 +223,23 @@ class Transformer(nn.Module):
         cos, sin = rope_table(self.config, capacity, weight.dtype)
         self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
 
-    def compiled(self, kernels: Kernels, compile: Callable[[Any], Any]) -> Transformer:
+    def compiled(self, kernels: Kernels, compile: Callable[..., Any], layers: bool) -> Transformer:
         """The same model over the same weights, with ``compile`` applied to the parts of a pass.
 
         One layer is compiled, not the stack: its code serves them all, so that compiling takes
         seconds at any depth. ``kernels`` must be custom operators or code for the compiler to see.
+        Without ``layers``, of which kernels leave nothing to compile, only the embedding is.
+        ``compile`` is told the sizes of each argument's dimensions by name: R and T vary.
         """
         twin = copy.copy(self)
         twin.kernels = kernels
-        twin.run_layer = compile(Layer.forward)
-        twin.embed = compile(twin.embed)  # type: ignore[method-assign]
-        twin.final_norm = compile(twin.final_norm)  # type: ignore[method-assign]
+        embed = compile(twin.embed, "RT", "R", "R")
+        # Views, because other compiled steps know the sizes of the tensors themselves.
+        twin.embed = lambda *of: embed(*(t.view_as(t) for t in of))  # type: ignore[method-assign]
+        if layers:
+            at = PassPositions("R", "R", "RT", "RT.", "RT.")  # type: ignore[arg-type]
+            twin.run_layer = compile(Layer.forward, None, "RT.", ".RT.", at)
+            twin.final_norm = compile(twin.final_norm, "RT.", ".RT.")  # type: ignore[method-assign]
         return twin
 
     def forward(

@@ -7,6 +7,7 @@ RUNNERS = ("eager", "compiled", "graph")
 ATTENTION_BACKENDS = ("sdpa", "triton", "flash")  # each is a module of orthrus_fast.attention
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+ONE_ROW, ONE_WIDTH = "one row, one result", "both modes at one width"  # what a decoder promises
 MAX_NEW_TOKENS = 256  # of a request that asks for no number, as far as they fit
 _SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _SPELLINGS |= {"half": "float16", "float": "float32", "double": "float64"}  # torch's own

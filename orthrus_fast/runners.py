@@ -1,9 +1,9 @@
 """Runners: three ways to run the same steps.
 
-``eager`` runs them as they stand. ``compiled`` puts them through torch.compile. ``graph`` captures
-the compiled code in two CUDA graphs, one that drafts and one that verifies, accepts and commits; AR
-decoding replays the second alone. What a cycle emitted reaches the host through a mailbox, so that
-a GPU can be a cycle ahead of whoever reads.
+``eager`` runs them as they stand. ``compiled`` puts them through torch.compile, once for blocks of
+any width. ``graph`` captures two CUDA graphs a width, one that drafts and one that verifies,
+accepts and commits; AR decoding replays the second alone, of one row. What a cycle emitted reaches
+the host through a mailbox, so that a GPU can be a cycle ahead of whoever reads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from orthrus_fast.attention import Backend
 from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line
 from orthrus_fast.kernels.interface import Kernels, Sample
+from orthrus_fast.kernels.plain import PlainProducts
 from orthrus_fast.kernels.select import register_custom_ops
-from orthrus_fast.model import Layer, Transformer, View
+from orthrus_fast.model import Layer, PassPositions, Transformer, View
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
 from orthrus_fast.sampling import SamplingParams
 
@@ -58,14 +59,17 @@ class EagerRunner:
     prefill_widths: Sequence[int] = ()  # of the passes over a prompt; empty: any
 
     def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
-        self.model = model  # prefill's
-        self.passes = model  # draft's and verify's
+        self.model = model
+        self.passes = model  # draft's and verify's, as its kernels are
+        self.prefilling = model  # prefill's
         self.state = state
         self.cache = cache
         self.device = state.tokens.device
         self.seconds: dict[str, float] = {}  # what preparing took, by stage
-        self.logits = torch.empty(0)  # [B, K, V] of the last verify pass, until the next pass
+        self.logits = torch.empty(0)  # [B, T, V] of the last verify pass, until the next pass
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
+        # Like the state's tensors, and unlike any made in inference mode, which the compiler minds.
+        self._start = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._accept_and_commit = steps.accept_and_commit
         self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
@@ -74,13 +78,16 @@ class EagerRunner:
     def prepare(self, width: int, sampling: bool = False) -> None:
         """Make ready for blocks of ``width`` rows, while no slot is in use."""
 
+    def prepare_prefill(self) -> None:
+        """Make ready for prompts in passes of a few widths, where those are faster."""
+
     def ids(self, prompt: list[int]) -> Tensor:
         """The prompt [n] on the device."""
         return torch.tensor(prompt, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
     def prefill_logits(self, ids: Tensor, slot: int, begin: int = 0) -> Tensor:
-        """Logits [V] after the prompt ``ids`` [n], of which ``slot`` has the first ``begin`` rows."""
+        """Logits [V] after the prompt ``ids`` [n], whose first ``begin`` rows ``slot`` has."""
         assert begin < len(ids)
         chunks = steps.prefill_chunks(begin, len(ids), self.prefill_widths, self.cache.capacity)
         with full_precision_matmul(self.device):
@@ -91,8 +98,8 @@ class EagerRunner:
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
         """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next."""
-        at = torch.tensor([start], dtype=torch.int32, device=self.device)
-        return steps.prefill(self.model, self.cache, tokens, at, self.state.slots[slot, None])
+        where = self._start.fill_(start), self.state.slots[slot : slot + 1]
+        return steps.prefill(self.prefilling, self.cache, tokens, *where)
 
     @torch.inference_mode()
     def prefill(
@@ -103,7 +110,10 @@ class EagerRunner:
         params: SamplingParams | None = None,
         drafting: bool = False,
     ) -> SlotOutput:
-        """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text."""
+        """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text.
+
+        ``drafting``: whether the slot is to use proposals, in launches that draft.
+        """
         params = params or SamplingParams()
         ids, sample = self.ids(prompt), self._sample(params.temperature > 0)
         self.state.settings.put(slot, params)
@@ -111,7 +121,7 @@ class EagerRunner:
         with full_precision_matmul(self.device):  # short: others wait for it, and below is a wait
             first = steps.first_token(self.state, slot, logits, len(prompt), sample)
         steps.start_sequence(self.state, slot, ids, first, max_length, self.eos, drafting)
-        logprobs = self.model.kernels.logprobs
+        logprobs = self.passes.kernels.logprobs
         logprob = [float(logprobs(logits, first))] if params.logprobs else []
         return SlotOutput([int(first)], None, bool(self.state.done[slot]), logprob)
 
@@ -127,9 +137,12 @@ class EagerRunner:
 
     @torch.inference_mode()
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
-        """Draft, where a slot of any request does, verify, accept, commit, for all slots at once."""
+        """Draft, if ``drafting``, then verify, accept and commit, for all slots at once.
+
+        Blocks have ``width`` rows. A slot that ``prefill`` gave no ``drafting`` emits one token.
+        """
         with full_precision_matmul(self.device):
-            if drafting:
+            if drafting and width > 1:
                 self.draft(width, sampling)
             self._mailbox.send(self.verify(width, sampling))
         self._in_flight.append(width)
@@ -164,11 +177,11 @@ class EagerRunner:
             self.logits,
             self.eos,
             self._sample(sampling),
-            self.model.kernels.logprobs,
+            self.passes.kernels.logprobs,
         )
 
     def _sample(self, sampling: bool) -> Sample | None:
-        return self.model.kernels.sample if sampling else None
+        return self.passes.kernels.sample if sampling else None
 
 
 def _parse_report(row: list[int], width: int) -> SlotOutput:
@@ -180,7 +193,7 @@ def _parse_report(row: list[int], width: int) -> SlotOutput:
 
 
 class CompiledRunner(EagerRunner):
-    """Runs the steps through torch.compile, one artifact for each view and width."""
+    """Runs the steps through torch.compile: one artifact for each view, for blocks of any width."""
 
     def __init__(
         self,
@@ -194,76 +207,106 @@ class CompiledRunner(EagerRunner):
         self._options = compiler_options(compile_mode)
         trees = bool(self._options["triton.cudagraphs"])
         self._cudagraph_trees = trees and self.device.type != "cpu"
-        self.passes = model.compiled(kernels, self._compile)
-        self._accept_and_commit = self._compile(steps.accept_and_commit)
-        self._sample_block = self._compile(steps.sample_block)
+        self.passes = model.compiled(kernels, self._compile, self._compiles_layers)
+        if self.device.type == "cpu":  # where the eager layers' bits are others
+            self.prefilling = self.passes
+        state_and = (None, "BT", "BT", "BTV")
+        self._accept_and_commit = self._compile(steps.accept_and_commit, *state_and)
+        self._sample_block = self._compile(steps.sample_block, None, "BTV")
         self._prepared: set[tuple[int, bool]] = set()
 
-    def _compile(self, function: Callable[..., _T]) -> Callable[..., _T]:
-        """``function`` compiled for exact shapes."""
-        return torch.compile(function, fullgraph=True, dynamic=False, options=self._options)
+    @property
+    def _compiles_layers(self) -> bool:
+        return True
+
+    def _compile(self, function: Callable[..., _T], *sizes: Any) -> Callable[..., _T]:
+        """``function`` compiled once for all R and T that ``sizes`` name, for exact other shapes.
+
+        ``sizes`` has a letter for each dimension of each tensor among the first arguments.
+        """
+        options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": self._options}
+        compiled = torch.compile(function, **options)
+
+        def call(*arguments: Any, **named: Any) -> _T:
+            _mark_varying(arguments, sizes)
+            return compiled(*arguments, **named)
+
+        return call
 
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False) -> None:
-        """Compile for blocks of ``width`` rows. Raises UnsupportedError where that fails."""
-        if (width, sampling) in self._prepared:
+        """Compile what blocks of ``width`` rows need. Raises UnsupportedError where that fails."""
+        # Blocks of one row have no draft; torch's own graphs are recorded for each size.
+        kind = (width if self._per_width else min(width, 2), sampling)
+        if kind in self._prepared:
             return
         _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
         with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
             self._warm_up(width, sampling)
-        self._prepared.add((width, sampling))
+        self._prepared.add(kind)
+
+    @property
+    def _per_width(self) -> bool:
+        """Whether each width needs to be warmed up."""
+        return self._cudagraph_trees or not isinstance(self.model.kernels.products, PlainProducts)
 
     def _warm_up(self, width: int, sampling: bool) -> None:
         """Run each step once, so that torch.compile does its work."""
         with _compiler_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
-            self._compile_kernels(width)
+            self._compile_kernels(self._block_jobs(width))
             for _ in range(CALLS_TO_RECORD if self._cudagraph_trees else 1):
                 if self._drafts_at(width):
-                    CompiledRunner.draft(self, sampling)
+                    CompiledRunner.draft(self, width, sampling)
                 CompiledRunner.verify(self, width, sampling)
 
-    def _compile_kernels(self, width: int) -> None:
-        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
-        model, state, kernels = self.model, self.state, self.model.kernels
-        if not kernels.products.has_custom:
-            return
-        layer, caches = model.layers[0], (self.cache.k[0], self.cache.v[0])
-        assert isinstance(layer, Layer)
-        tokens = state.anchor[:, None].expand(-1, width)
-        with torch.cuda.device(self.device):
-            x, at = model.embed(tokens, state.length, state.slots)
+    def _block_jobs(self, width: int) -> list[Callable[[], object]]:
+        """What launches each kernel of a pass over blocks of ``width``."""
+        model, kernels, state = self.model, self.model.kernels, self.state
+        x, at = model.embed(state.anchor[:, None].expand(-1, width), state.length, state.slots)
         # Verification is causal and keeps the logits, the draft neither.
-        jobs = [
-            partial(model.greedy, x, return_logits=True),
-            partial(layer.attention, x, at, *caches, kernels, causal=True),
-            partial(layer.mlp, x, kernels),
-        ]
+        jobs: list[Callable[[], object]] = [partial(model.greedy, x, return_logits=True)]
+        jobs += self._layer_jobs(x, at)
         if self._drafts_at(width):
-            jobs.append(partial(model.greedy, x, return_logits=False))
+            layer, caches = model.layers[0], (self.cache.k[0], self.cache.v[0])
+            assert isinstance(layer, Layer)
             attention = layer.view_attention(View.DRAFT)
+            jobs.append(partial(model.greedy, x, return_logits=False))
             jobs.append(partial(attention, x, at, *caches, kernels, causal=False))
+        return jobs
+
+    def _layer_jobs(self, x: Tensor, at: PassPositions) -> list[Callable[[], object]]:
+        layer, kernels = self.model.layers[0], self.model.kernels
+        assert isinstance(layer, Layer)
+        caches = (self.cache.k[0], self.cache.v[0])
+        attention = partial(layer.attention, x, at, *caches, kernels, causal=True)
+        return [attention, partial(layer.mlp, x, kernels)]
+
+    def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
+        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
+        if isinstance(self.model.kernels.products, PlainProducts):
+            return
 
         @torch.inference_mode()
         def run(job: Callable[[], object]) -> None:
             with torch.cuda.device(self.device):
-                torch.zeros(1, device=self.device)  # or cuBLAS finds no context in a new thread
+                torch.zeros(1, device=self.device)  # or there is no context in a new thread
                 job()
 
         with ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(run, jobs))
 
     def _drafts_at(self, width: int) -> bool:
-        return self.model.has_draft_view and width == self.state.proposals.shape[1] + 1
+        return self.model.has_draft_view and width > 1
 
     @torch.inference_mode()
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         with compiler_limits():  # torch compiles anew where its global settings have changed
             super().launch(drafting, width, sampling)
 
-    def draft(self, sampling: bool = False) -> None:
+    def draft(self, width: int, sampling: bool = False) -> None:
         self._begin_pass()
-        super().draft(sampling)
+        super().draft(width, sampling)
 
     def verify(self, width: int, sampling: bool = False) -> Tensor:
         self._begin_pass()
@@ -284,7 +327,10 @@ class CompiledRunner(EagerRunner):
 
 
 class GraphRunner(CompiledRunner):
-    """Replays the compiled steps from CUDA graphs, a cycle ahead of the reader."""
+    """Replays the steps from CUDA graphs, a cycle ahead of the reader.
+
+    Layers whose kernels are custom are captured as they stand: they have nothing for a compiler.
+    """
 
     lookahead = 1
 
@@ -294,24 +340,56 @@ class GraphRunner(CompiledRunner):
         super().__init__(model, state, cache, kernels)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream | None = None
-        self._draft_graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._draft_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._verify_graphs: dict[
             tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
         ] = {}
+        self._prefill_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._prefill_inputs = (  # tokens, start, slot: of every prefill graph
+            torch.zeros(1, steps.PREFILL_CHUNK, dtype=torch.int64, device=self.device),
+            self._start,
+            torch.zeros(1, dtype=torch.int64, device=self.device),
+        )
+
+    @property
+    def _compiles_layers(self) -> bool:
+        return isinstance(self.model.kernels.products, PlainProducts)
+
+    @property
+    def _per_width(self) -> bool:
+        return True  # the libraries, too, choose kernels by width, and load them at the first call
 
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False) -> None:
         """Compile and capture for blocks of ``width`` rows."""
-        if (width, sampling) in self._verify_graphs:  # what is captured last
+        key = (width, sampling)
+        if key in self._verify_graphs:  # what is captured last
             return
         super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
         with self._timed("capture"), full_precision_matmul(self.device):
             if self._drafts_at(width):
-                graph, _ = self._capture(lambda: EagerRunner.draft(self, sampling))
-                self._draft_graphs[sampling] = graph
-            graph, report = self._capture(lambda: EagerRunner.verify(self, width, sampling))
-            self._verify_graphs[width, sampling] = graph, report, self.logits
+                self._draft_graphs[key], _ = self._capture(lambda: EagerRunner.draft(self, *key))
+            graph, report = self._capture(lambda: EagerRunner.verify(self, *key))
+            self._verify_graphs[key] = graph, report, self.logits
+
+    @torch.inference_mode()
+    def prepare_prefill(self) -> None:
+        """Capture passes over a prompt, each of whose graphs keeps its output."""
+        tokens, *where = self._prefill_inputs
+        widths = [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
+        blocks = [tokens[:, :width] for width in widths]
+        with full_precision_matmul(self.device):
+            with self._timed("compile"):
+                placed = [self.model.embed(block, *where) for block in blocks]
+                self._compile_kernels([job for of in placed for job in self._layer_jobs(*of)])
+                for block in blocks:
+                    steps.prefill(self.model, self.cache, block, *where)
+            with self._timed("capture"):
+                for width, block in zip(widths, blocks, strict=True):
+                    run = partial(steps.prefill, self.model, self.cache, block, *where)
+                    self._prefill_graphs[width] = self._capture(run)
+        self.prefill_widths = widths
 
     def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
@@ -322,13 +400,36 @@ class GraphRunner(CompiledRunner):
             out = step()
         return graph, out
 
-    def draft(self, sampling: bool = False) -> None:
-        self._draft_graphs[sampling].replay()
+    def draft(self, width: int, sampling: bool = False) -> None:
+        self._draft_graphs[width, sampling].replay()
 
     def verify(self, width: int, sampling: bool = False) -> Tensor:
         graph, report, self.logits = self._verify_graphs[width, sampling]
         graph.replay()
         return report
+
+    def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
+        width = tokens.shape[1]
+        if width not in self._prefill_graphs:
+            return super().prefill_chunk(tokens, start, slot)
+        held, at, where = self._prefill_inputs
+        held[:, :width].copy_(tokens)
+        at.fill_(start)
+        where.fill_(slot)
+        graph, hidden = self._prefill_graphs[width]
+        graph.replay()
+        return hidden
+
+
+def _mark_varying(arguments: Sequence[Any], sizes: Sequence[Any]) -> None:
+    """Tell the compiler to know nothing of the dimensions R and T of these arguments."""
+    for value, names in zip(arguments, sizes, strict=False):
+        if isinstance(names, tuple):
+            _mark_varying(value, names)
+        elif names and not hasattr(value, "_dynamo_unbacked_indices"):
+            for dim, name in enumerate(names):
+                if name in "RT":
+                    torch._dynamo.decorators.mark_unbacked(value, dim, shape_id=name)
 
 
 class _Mailbox:

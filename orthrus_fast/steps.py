@@ -70,18 +70,19 @@ def prefill_chunks(
 ) -> Iterator[tuple[int, int, int]]:
     """(first, last + 1, width) of each pass over the tokens ``begin`` … ``end`` - 1 of a prompt.
 
-    Without ``widths`` a pass is as wide as its tokens. Else it has one of those, padded where that
-    takes less time than another pass; a padded pass ends within ``capacity`` rows.
+    Without ``widths`` a pass is as wide as its tokens. Else it has one of those, in rising order,
+    padded where that takes less time than another pass, and never past ``capacity`` rows; tokens so
+    near the end that none of them fits make a pass of their own width.
     """
     while begin < end:
         rest = end - begin
-        width = min(rest, PREFILL_CHUNK)
-        if widths:
-            fitting = [width for width in widths if width <= max(rest, widths[0])]
-            above = [w for w in widths if w >= rest and begin + w <= capacity]
-            width = fitting[-1]
-            if above and (above[0] <= CHEAP_WIDTH or 4 * rest > 3 * above[0]):
-                width = above[0]
+        full = [width for width in widths if width <= rest]
+        padded = [width for width in widths if width >= rest and begin + width <= capacity]
+        width = full[-1] if full else padded[0] if padded else rest
+        if not widths:
+            width = min(rest, PREFILL_CHUNK)
+        elif padded and (padded[0] <= CHEAP_WIDTH or 4 * rest > 3 * padded[0]):
+            width = padded[0]
         yield begin, min(begin + width, end), width
         begin += width
 
@@ -92,10 +93,12 @@ def cache_rows(max_seq_len: int, block_size: int) -> int:
     return -(-(max_seq_len + max(block_size, multiple)) // multiple) * multiple
 
 
-def prefill(model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor) -> Tensor:
-    """One pass over tokens [1, W] of a prompt, from ``start`` [1] of ``slot`` [1] -> hidden [1, W, H].
+def prefill(
+    model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor
+) -> Tensor:
+    """One pass over tokens [1, W] of a prompt, at ``start`` [1] … of ``slot`` [1] -> their hidden.
 
-    Padding at the end is whatever token: it lands in scratch rows.
+    hidden [1, W, hidden_size]. Padding at the end may be any token: it lands in scratch rows.
     """
     return model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
 
@@ -111,7 +114,8 @@ def start_sequence(
 ) -> None:
     """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place.
 
-    NO_TOKEN ends the slot at once; the model is never given it.
+    ``drafting``: whether verification is to use its proposals. NO_TOKEN ends the slot at once; the
+    model is never given it.
     """
     n_tokens = len(prompt)
     state.tokens[slot, :n_tokens] = prompt
@@ -154,7 +158,7 @@ def draft(
     width: int,
     sample_tokens: Callable[[State, Tensor], Tensor] | None = None,
 ) -> None:
-    """One pass of the draft view over blocks of ``width``: so many proposals less one, in place.
+    """One pass of the draft view over blocks of ``width``: a proposal less than that, in place.
 
     Its input is the anchor and then masks. Row i predicts the token after position i, as in AR, so
     the last row's logits are not needed. The pass leaves its K and V in scratch rows; verification
@@ -164,12 +168,13 @@ def draft(
     masks = torch.full_like(proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
     hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
-    tokens, logits = model.greedy(hidden[:, :-1].contiguous(), sample_tokens is not None)
+    hidden = hidden[:, :-1].contiguous()  # or a library reads the output head once for each slot
+    tokens, logits = model.greedy(hidden, sample_tokens is not None)
     proposals.copy_(tokens if sample_tokens is None else sample_tokens(state, logits))
 
 
 def make_block(state: State, width: int) -> Tensor:
-    """The block [B, T] to verify: the anchor and proposals, or in AR the anchor throughout."""
+    """The block [B, width] to verify: the anchor and proposals, or in AR the anchor throughout."""
     anchor = state.anchor[:, None]
     proposals = torch.where(state.drafting[:, None], state.proposals[:, : width - 1], anchor)
     return torch.cat((anchor, proposals), dim=1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.kernels.interface import Attend, Kernels
 from orthrus_fast.kernels.plain import PlainProducts, padded_linear_op, plain_kernels
+from orthrus_fast.sampling import Settings
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -48,10 +52,13 @@ def select_kernels(
 def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     """The same kernels as custom operators, which a compiler calls without looking inside.
 
-    ``attend`` is such an operator already. Of plain PyTorch the products become one, for their
-    bits; the compiler should see through the rest. Triton's products and sampling always are.
+    ``attend`` is such an operator already. Of plain PyTorch the products and sampling become some,
+    so that their bits are those of eager code, in which a first token is chosen; the compiler
+    should see through the rest. Triton's products and sampling always are.
     """
     kernels = replace(kernels, attend=attend)
+    if kernels.sample is plain_sampling.sample:
+        kernels = replace(kernels, sample=_sample, logprobs=_logprobs_op)
     if isinstance(kernels.products, PlainProducts):
         return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
@@ -59,3 +66,24 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     return replace(
         kernels, qk_norm_rope_write=rope.qk_norm_rope_write_op, add_norm=norm.add_norm_op
     )
+
+
+_sample_op: Any = torch.library.custom_op(
+    "orthrus_fast::plain_sample",
+    lambda logits, position, *settings: plain_sampling.sample(
+        logits, position, Settings(*settings)
+    ),
+    mutates_args=(),
+    schema="(Tensor logits, Tensor position, Tensor temperature, Tensor top_k, Tensor top_p, "
+    "Tensor min_p, Tensor seed) -> Tensor",
+)
+_sample_op.register_fake(lambda logits, position, *_: torch.empty_like(position))
+_logprobs_op: Any = torch.library.custom_op(
+    "orthrus_fast::plain_logprobs", plain_sampling.logprobs, mutates_args=()
+)
+_logprobs_op.register_fake(lambda logits, tokens: tokens.new_empty(tokens.shape, dtype=torch.float32))
+
+
+def _sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
+    tokens: Tensor = _sample_op(logits, position, *settings)
+    return tokens
