@@ -9,15 +9,15 @@ from torch.nn import functional
 
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.kernels.plain import PlainProducts
+from orthrus_fast.kernels.plain import PlainProducts, plain_kernels
 from orthrus_fast.runners import EagerRunner, make_runner
 
 
 def make_baseline(decoder: Decoder) -> EagerRunner:
     """Return a runner whose ``verify(1)`` decodes by the decoder's own weights, state and cache.
 
-    On a GPU its products are cuBLAS's, in a CUDA graph; on a CPU neither its products nor its
-    attention are padded to whole tiles.
+    On a GPU it has cuBLAS and torch.compile in a CUDA graph, and the decoder's attention; on a CPU
+    neither products nor attention are padded to whole tiles.
     """
     of, settings = decoder.runner, decoder.configuration
     name, mode = settings["runner"], settings["compile_mode"] or "default"
@@ -25,8 +25,9 @@ def make_baseline(decoder: Decoder) -> EagerRunner:
     if of.device.type == "cuda":
         where = (of.device, of.model.lm_head.weight.dtype, decoder.config.head_dim)
         name, mode, backend = "graph", "default", find_backend(settings["attention"], *where)
-    model, products = copy.copy(of.model), PlainProducts(row_multiple=1)
-    model.kernels = replace(of.model.kernels, attend=backend.attend, products=products)
+    model, own = copy.copy(of.model), of.model.kernels
+    kernels = replace(plain_kernels(backend.attend), sample=own.sample, logprobs=own.logprobs)
+    model.kernels = replace(kernels, products=PlainProducts(row_multiple=1))
     runner = make_runner(name, model, of.state, of.cache, backend, mode)
     runner.eos = of.eos  # which ``ignore_eos`` changes
     runner.prepare(1)
