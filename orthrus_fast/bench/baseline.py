@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,21 +36,14 @@ def make_baseline(decoder: Decoder) -> EagerRunner:
 
 
 def attend_one_row(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    slot: Tensor,
-    prefetch: Tensor | None = None,
-    *,
-    causal: bool,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *_: Any, **__: Any
 ) -> Tensor:
     """See ``kernels.interface.Attend``: of one row each, over the keys so far and no others."""
-    (n_rows, _, n_heads, head_dim), n_kv_heads = q.shape, k_cache.shape[1]
-    visible = int(start.max()) + 1
+    (n_rows, one, n_heads, head_dim), n_kv_heads = q.shape, k_cache.shape[1]
+    visible = int(start.max()) + one
     k, v, mask = k_cache[:, :, :visible], v_cache[:, :, :visible], None
     if len(k_cache) > 1:  # with one slot there is nothing to gather or to mask
         k, v, mask = k[slot], v[slot], torch.arange(visible) <= start[:, None, None, None]
     q = q.reshape(n_rows, n_kv_heads, n_heads // n_kv_heads, head_dim)
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.reshape(n_rows, 1, n_heads, head_dim).contiguous()
+    return out.reshape(n_rows, one, n_heads, head_dim).contiguous()

@@ -111,11 +111,8 @@ def build_parser(prog: str = PROGRAM) -> Parser:
 def add_decoder_flags(parser: Parser) -> None:
     """Add the flags that the benchmark shares with benchmarks/peers.py."""
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR_OR_REPO",
-        help="directory or Hub repository (default: the embedded one)",
-    )
+    text = "directory or Hub repository (default: the embedded one)"
+    add("--checkpoint", metavar="DIR_OR_REPO", help=text)
     text = "random weights in the shape of a public model, without a download (tiny: for tests)"
     add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help=text)
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
