@@ -196,9 +196,7 @@ def build_decoder(
     return Decoder(name, runner, tokenizer, checkpoint, *of_runner)
 
 
-def prepare_runner(
-    model: Transformer, settings: Settings
-) -> tuple[EagerRunner, str, Invariance]:
+def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner, str, Invariance]:
     """A runner with its cache and state, ready for what it promises; and what the check found.
 
     Blocks and single rows where a row's bits are a function of its tokens alone; else blocks.

@@ -100,7 +100,8 @@ def prefill(
 
     hidden [1, W, hidden_size]. Padding at the end may be any token: it lands in scratch rows.
     """
-    return model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
+    hidden: Tensor = model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
+    return hidden
 
 
 def start_sequence(
@@ -231,7 +232,8 @@ def _where_finite(tokens: Tensor, logits: Tensor, greedy: Tensor) -> Tensor:
 
 def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
     """Whether no token may follow these: an end-of-sequence id, ``eos`` [E], or NO_TOKEN."""
-    return torch.isin(tokens, eos) | (tokens == NO_TOKEN)
+    # torch.isin takes one of two ways by the sizes, which a compiler may not know.
+    return (tokens[..., None] == eos).any(dim=-1) | (tokens == NO_TOKEN)
 
 
 def accept(block: Tensor, target: Tensor) -> Tensor:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from orthrus_fast import Decoder
+from orthrus_fast import Decoder, loading
+from orthrus_fast.invariance import Invariance
 
 
 def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
@@ -25,3 +31,19 @@ def rows_are_invariant(decoder: Decoder) -> bool:
         if not torch.equal(out, out[:1].expand_as(out).contiguous()):
             return False
     return True
+
+
+def found(holds: bool, widths: Any = (1,)) -> Invariance:
+    """What a check might find."""
+    return Invariance(holds, tuple(widths), 10, 0 if holds else 3, 5, holds, 0.5)
+
+
+@contextmanager
+def unchecked(holds: bool = True) -> Iterator[None]:
+    """Decoders loaded within take it that a row's bits depend on its tokens alone, or do not.
+
+    For tests of texts, which see for themselves; a check of each decoder would cost them minutes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "check", lambda _, widths, *__: found(holds, widths))
+        yield

@@ -1,17 +1,27 @@
-"""The reference backend: PyTorch's scaled_dot_product_attention with an explicit mask."""
+"""The reference backend: PyTorch's scaled_dot_product_attention with an explicit mask.
+
+On the CPU a causal row's bits are a function of its query, its position and the keys up to there.
+PyTorch's kernel chooses its steps by the number of queries and of keys that it is given, so it is
+given the same number always: tiles of ``ROW_MULTIPLE`` rows of a block, the last one padded, and
+whole multiples of ``KEY_MULTIPLE`` keys. How many of these, and how many tiles at once, changes
+nothing: a tile of keys that a row sees none of adds zero to its sums.
+
+Shapes: R sequences, T rows of a block, N tiles of rows, G query heads that share a KV head, S keys.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, arange
 
 from orthrus_fast.attention import Backend
+from orthrus_fast.kernels.plain import ROW_MULTIPLE
 
-# PyTorch's CPU kernel walks the keys in tiles of 512. With whole tiles only, a row's sums run in an
-# order that is a function of absolute position, whatever block the row came in, and its bits are
-# equal; at 64 they were not (a shorter last tile takes other steps along the keys).
-VISIBLE_MULTIPLE = 512
+KEY_MULTIPLE = 512  # keys that PyTorch's CPU kernel takes at once
+MASK_BYTES = 32_000_000  # of one call's mask, beyond which tiles take turns
 
 
 def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
@@ -34,29 +44,91 @@ def attend(
     On the CPU ``start`` decides how much of the cache is read. Elsewhere all of it is, masked: so
     nothing waits for the device, and a CUDA graph can hold the call.
     """
-    n_rows, width, n_heads, head_dim = q.shape
-    n_kv_heads, capacity = k_cache.shape[1:3]
-    group = n_heads // n_kv_heads
-    visible = capacity
     if start.device.type == "cpu":
-        visible = -(-(int(start.max()) + width) // VISIBLE_MULTIPLE) * VISIBLE_MULTIPLE
-        visible = min(visible, capacity)
-    k, v = k_cache[:, :, :visible], v_cache[:, :, :visible]
-    if k_cache.shape[0] > 1:  # with one slot there is nothing to gather, and so nothing to copy
+        return _attend_tiles(q, k_cache, v_cache, start, slot, causal=causal)
+    k, v = k_cache, v_cache
+    if len(k_cache) > 1:  # with one slot there is nothing to gather, and so nothing to copy
         k, v = k[slot], v[slot]
-    mask = _visible_keys(start, width, visible, causal=causal)
-    # Query heads that share a KV head become rows of one product: [R, n_kv_heads, group · T, D].
-    q = q.view(n_rows, width, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-    q = q.reshape(n_rows, n_kv_heads, group * width, head_dim)
-    mask = mask[:, None, None].expand(-1, 1, group, -1, -1).reshape(n_rows, 1, -1, visible)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out.view(n_rows, n_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(n_rows, width, n_heads, head_dim).contiguous()
-
-
-def _visible_keys(start: Tensor, width: int, visible: int, *, causal: bool) -> Tensor:
-    """Boolean [R, T, visible]: which keys each row may see."""
-    key = arange(visible, device=start.device)
+    width = q.shape[1]
     row = arange(width, device=start.device)
     last = start[:, None] + (row if causal else width - 1)  # [R, T], or [R, 1]
-    return (key <= last[:, :, None]).expand(-1, width, -1)
+    return _attend_rows(q, k, v, last.expand(-1, width))
+
+
+def _attend_tiles(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+) -> Tensor:
+    """``attend`` on the CPU."""
+    n_sequences, width, n_heads, head_dim = q.shape
+    n_tiles = -(-width // ROW_MULTIPLE)
+    q = F.pad(q, (0, 0, 0, 0, 0, n_tiles * ROW_MULTIPLE - width))
+    row = arange(n_tiles * ROW_MULTIPLE)
+    last = start[:, None] + (row if causal else width - 1)  # [R, N · ROW_MULTIPLE], or [R, 1]
+    last = last.expand(-1, len(row))
+    group = n_heads // k_cache.shape[1]
+    slots: list[int] = slot.tolist()
+    outs = []
+    for begin, end, n_keys in _calls(start.tolist(), width, n_tiles, group * q.itemsize, causal):
+        rows = slice(begin * ROW_MULTIPLE, end * ROW_MULTIPLE)
+        n_batch = n_sequences * (end - begin)  # of which one factor is 1
+        out = _attend_rows(
+            q[:, rows].reshape(n_batch, ROW_MULTIPLE, n_heads, head_dim),
+            _first_keys(k_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
+            _first_keys(v_cache, slots, n_keys).expand(n_batch, -1, -1, -1),
+            last[:, rows].reshape(n_batch, ROW_MULTIPLE),
+        )
+        outs.append(out.view(n_sequences, -1, n_heads, head_dim))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return out[:, :width].contiguous()
+
+
+def _calls(
+    starts: list[int], width: int, n_tiles: int, key_bytes: int, causal: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(first tile, last + 1, keys) of each call: tiles that see as many keys, within MASK_BYTES.
+
+    Of several sequences the tiles take turns, since a batch has one stride from K to K. A row's
+    mask has ``key_bytes`` for each key.
+    """
+    begin = 0
+    while begin < n_tiles:
+        n_keys = _n_keys(starts, width, begin, causal)
+        most = MASK_BYTES // (ROW_MULTIPLE * n_keys * key_bytes) if len(starts) == 1 else 1
+        end = begin + 1
+        while end < min(begin + most, n_tiles) and _n_keys(starts, width, end, causal) == n_keys:
+            end += 1
+        yield begin, end, n_keys
+        begin = end
+
+
+def _n_keys(starts: list[int], width: int, tile: int, causal: bool) -> int:
+    """The keys that a tile of rows is given: those that it sees, in whole multiples."""
+    n_rows = min((tile + 1) * ROW_MULTIPLE, width) if causal else width
+    return -(-(max(starts) + n_rows) // KEY_MULTIPLE) * KEY_MULTIPLE
+
+
+def _first_keys(cache: Tensor, slots: list[int], n_keys: int) -> Tensor:
+    """Rows 0 … n_keys - 1 of a layer's K or V, [R, KV, n_keys, D]: past the cache's end, zeros.
+
+    A view, unless they end there or the slots are not neighbours.
+    """
+    first, n_slots = slots[0], len(slots)
+    if slots == list(range(first, first + n_slots)):
+        rows = cache[first : first + n_slots, :, :n_keys]
+    else:
+        rows = cache[slots, :, :n_keys]
+    return F.pad(rows, (0, 0, 0, n_keys - rows.shape[2])) if rows.shape[2] < n_keys else rows
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, last: Tensor) -> Tensor:
+    """q [R, T, H, D] over k and v [R, KV, S, D], each row up to the key ``last`` [R, T] -> like q."""
+    n_sequences, width, n_heads, head_dim = q.shape
+    n_kv_heads, n_keys = k.shape[1:3]
+    group = n_heads // n_kv_heads
+    # Query heads that share a KV head become rows of one product: [R, KV, G · T, D].
+    q = q.view(n_sequences, width, n_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    q = q.reshape(n_sequences, n_kv_heads, group * width, head_dim)
+    mask = arange(n_keys, device=q.device) <= last.repeat(1, group)[:, None, :, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out.view(n_sequences, n_kv_heads, group, width, head_dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(n_sequences, width, n_heads, head_dim).contiguous()

@@ -18,7 +18,6 @@ from orthrus_fast.cache import write_rows
 from orthrus_fast.kernels.interface import Attend, Kernels
 from orthrus_fast.kernels.plain_sampling import choose, logprobs, sample
 
-
 ROW_MULTIPLE = 16  # of rows that a CPU's library multiplies at once, and of queries that attend
 
 
@@ -59,13 +58,25 @@ class PlainProducts:
 
     def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
         gate, up = self.linear(x, weight, self.row_multiple).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return silu(gate).mul_(up)
 
     def lm_head_argmax(
         self, x: Tensor, weight: Tensor, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
         logits = self.linear(x, weight, self.row_multiple)
         return choose(logits), logits
+
+
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x), a new tensor.
+
+    On the CPU PyTorch's own takes another exp for the last few numbers of what a thread is given,
+    which the number of rows decides; ``torch.exp`` has one. The operations are the same.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return F.silu(x)
+    denominator = x.neg().exp_().add_(1)
+    return torch.div(x, denominator, out=denominator)
 
 
 def add_norm(

@@ -179,7 +179,13 @@ def _float_of_rank(rank: Tensor) -> Tensor:
 
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """See ``interface.Logprobs``."""
-    logits = logits.float()
-    chosen = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
-    return chosen - logits.logsumexp(dim=-1)
+    """See ``interface.Logprobs``.
+
+    A row's sum has one order. PyTorch's on the CPU may share a sum among its threads, but only
+    where it is the only one: so a single row has a copy beside it.
+    """
+    rows = logits.reshape(-1, logits.shape[-1]).float()
+    chosen = rows.gather(-1, tokens.reshape(-1, 1).clamp(min=0))[:, 0]
+    if len(rows) == 1:
+        rows = rows.expand(2, -1).contiguous()
+    return (chosen - rows.logsumexp(dim=-1)[: len(chosen)]).view(tokens.shape)

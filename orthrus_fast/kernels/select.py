@@ -81,7 +81,9 @@ _sample_op.register_fake(lambda logits, position, *_: torch.empty_like(position)
 _logprobs_op: Any = torch.library.custom_op(
     "orthrus_fast::plain_logprobs", plain_sampling.logprobs, mutates_args=()
 )
-_logprobs_op.register_fake(lambda logits, tokens: tokens.new_empty(tokens.shape, dtype=torch.float32))
+_logprobs_op.register_fake(
+    lambda logits, tokens: tokens.new_empty(tokens.shape, dtype=torch.float32)
+)
 
 
 def _sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:

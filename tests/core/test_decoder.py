@@ -27,8 +27,9 @@ from orthrus_fast.errors import (
 )
 from orthrus_fast.loading import memory_needed, with_block_size
 from orthrus_fast.model import View
+from orthrus_fast.options import ONE_ROW
 from tests.checkpoints import write_checkpoint
-from tests.decoders import committed, rows_are_invariant
+from tests.decoders import committed, unchecked
 from tests.judge import Judge, follows
 from tests.marks import slow_but
 
@@ -38,7 +39,8 @@ some_examples = settings(
 
 
 def load(directory: Path, dtype: str = "float64", **options: Any) -> Decoder:
-    return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
+    with unchecked():
+        return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
 
 
 @st.composite
@@ -121,8 +123,10 @@ def test_no_proposal_at_all_can_change_the_text(case: dict[str, Any], data: st.D
         text = torch.tensor(prompt + expected)
         vocab_size = case["config"]["vocab_size"]
 
-        def adversary(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
-            at, width = int(state.length[0]), state.proposals.shape[1] + 1
+        def adversary(
+            model: Any, cache: Any, state: steps.State, _: int, width: int, *__: Any
+        ) -> None:
+            at = int(state.length[0])
             block = torch.full((1, width), vocab_size - 1)
             known = text[at : at + width]
             block[0, : len(known)] = known
@@ -160,8 +164,8 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
         state = runner.state
         with torch.inference_mode():
             hidden = runner.model(inputs, state.length, state.slots, runner.cache, View.DRAFT)
-            got = runner.model.logits(hidden)[0]
-            steps.draft(runner.model, runner.cache, state, mask)
+            got = runner.model.greedy(hidden, return_logits=True)[1][0]
+            steps.draft(runner.model, runner.cache, state, mask, width)
         assert torch.allclose(got, expected, rtol=0, atol=1e-9)
         assert state.proposals[0].tolist() == expected[:-1].argmax(-1).tolist()
 
@@ -243,11 +247,11 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
 
 
 def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
-    """Where this machine's products treat all rows alike, so does the whole pass, to the bit."""
+    """Those of passes of one row and of blocks."""
     directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
-    both = load(directory, "float32", max_seq_len=200)
-    if not rows_are_invariant(both):
-        pytest.skip("this CPU's matrix products are not row-invariant at 16 rows")
+    both = orthrus_fast.load(directory, "cpu", "float32", max_seq_len=200)
+    if both.configuration["promise"] != ONE_ROW:
+        pytest.skip(f"this CPU's rows depend on more than their tokens: {both.invariance}")
     rows = []
     for mode in ("ar", "diffusion"):
         result = both.generate([1, 2, 3], 150, mode=mode)
@@ -256,23 +260,50 @@ def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
 
 
-def test_one_row_ar_follows_the_judge(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("holds", [True, False])
+def test_ar_runs_one_row_where_a_row_is_a_function_of_its_tokens(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
+) -> None:
+    """Else as many as a block has, so that both modes run the same pass."""
     tokens, _ = Judge(tiny).generate([1, 2, 3], 40, ())
-    widths: set[int] = set()
+    widths: list[int] = []
     verify = steps.verify
 
     def spy(model: Any, cache: Any, state: steps.State, block: Tensor) -> Any:
-        widths.add(block.shape[1])
+        widths.append(block.shape[1])
         return verify(model, cache, state, block)
 
     monkeypatch.setattr(steps, "verify", spy)
-    decoder = load(tiny)
-    got = decoder.generate_one_row([1, 2, 3], 40)
-    assert got.tokens == tokens
-    assert got.stats.cycles == 39
-    assert widths == {1}
-    decoder.generate([1, 2, 3], 40, mode="ar")  # padded: the pass that verification runs
-    assert widths == {1, 8}
+    with unchecked(holds):
+        decoder = orthrus_fast.load(tiny, "cpu", "float64")
+    assert decoder.generate([1, 2, 3], 40, mode="ar").tokens == tokens
+    assert widths == [1 if holds else 8] * 39
+    assert decoder.generate([1, 2, 3], 40, mode="diffusion").tokens == tokens
+    assert set(widths[39:]) == {8} and len(widths) < 2 * 39
+
+
+@pytest.mark.parametrize("width", [2, 5, 8])
+def test_a_slot_drafts_or_does_not_whatever_its_neighbours_do(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """One of two drafts; the proposals are right in both, at blocks of any width."""
+    tokens, _ = Judge(tiny).generate([1, 2, 3], 40, ())
+    text = torch.tensor([1, 2, 3, *tokens])
+
+    def perfect(model: Any, cache: Any, state: steps.State, mask: int, n: int, _: Any) -> None:
+        for slot, length in enumerate(state.length.tolist()):
+            state.proposals[slot, : n - 1] = text[length + 1 : length + n]
+
+    monkeypatch.setattr(steps, "draft", perfect)
+    runner = load(tiny, slots=2).runner
+    first = [runner.prefill([1, 2, 3], slot, 40, drafting=slot == 1) for slot in (0, 1)]
+    emitted = [output.tokens for output in first]
+    for _ in range(3):
+        runner.launch(drafting=True, width=width)
+        outputs = runner.read()
+        assert [output.n_accepted for output in outputs] == [0, width - 1]
+        emitted = [e + output.tokens for e, output in zip(emitted, outputs, strict=True)]
+    assert emitted == [tokens[: 1 + 3], tokens[: 1 + 3 * width]]
 
 
 def test_stream_gives_what_generate_gives(decoder: Decoder) -> None:
@@ -376,9 +407,7 @@ def test_an_end_token_within_a_block_ends_the_text_there(
     decoder = load(directory)
     text = torch.tensor([5, 6, *free.tokens])
 
-    def known_near_the_end(
-        model: Any, cache: Any, state: steps.State, mask: int, sampled: Any
-    ) -> None:
+    def known_near_the_end(model: Any, cache: Any, state: steps.State, *_: Any) -> None:
         at = int(state.length[0])
         known = text[at + 1 :][:7] if at >= 2 + first - n_before - 1 else torch.full((7,), 271)
         state.proposals[0, : len(known)] = known
@@ -459,7 +488,6 @@ def test_a_budget_that_is_not_named_is_what_fits(tiny: Path, decoder: Decoder) -
     for n, budget in ((1, 199), (150, 50), (199, 1)):
         prompt = [n % 50] * n
         assert len(decoder.generate(prompt).tokens) == budget
-        assert len(decoder.generate_one_row(prompt).tokens) == budget
         assert sum(len(chunk.tokens) for chunk in decoder.stream(prompt)) == budget
     assert len(load(tiny, "float32").generate([1]).tokens) == 256
     with pytest.raises(PromptError, match=r"200 tokens \+ max_new_tokens 1 = 201, over .* 200 "):
@@ -485,7 +513,6 @@ def test_arguments_reach_the_chat_template(chat: Path) -> None:
         stream = decoder.stream(MESSAGES, 9, **arguments)
         assert [token for chunk in stream for token in chunk.tokens] == expected
         assert decoder.generate(MESSAGES, 9, **arguments).tokens == expected
-        assert decoder.generate_one_row(MESSAGES, 9, **arguments).tokens == expected
         assert torch.equal(decoder.next_logits(MESSAGES, **arguments), decoder.next_logits(ids))
         mixed = ["hi", MESSAGES, ids]
         results = decoder.generate(mixed, 9, **arguments)
@@ -499,7 +526,7 @@ def test_arguments_that_no_template_would_heed_are_refused(chat: Path, raw: Path
     for prompt in ("hi", [1, 2], ["hi", [1, 2]]):
         with pytest.raises(RequestError, match="^enable_thinking, tools: for a chat template"):
             decoder.generate(prompt, 5, enable_thinking=False, tools=[])  # type: ignore[call-overload]
-    for call in (decoder.encode, decoder.stream, decoder.generate_one_row, decoder.next_logits):
+    for call in (decoder.encode, decoder.stream, decoder.next_logits):
         with pytest.raises(RequestError, match="^max_tokens: for a chat template"):
             call("hi", max_tokens=5)
     for messages in (MESSAGES, [MESSAGES, "hi"]):
@@ -600,7 +627,7 @@ def test_accepted_counts_only_what_was_emitted(tiny: Path, monkeypatch: pytest.M
     decoder = load(tiny, "float32")
     text = torch.tensor([5, 6, 7, *decoder.generate([5, 6, 7], 40).tokens])
 
-    def perfect(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
+    def perfect(model: Any, cache: Any, state: steps.State, *_: Any) -> None:
         known = text[int(state.length[0]) + 1 :][:7]
         state.proposals[0, : len(known)] = known
 
@@ -619,9 +646,7 @@ def test_ar_ignores_proposals_that_drafting_has_left(
     decoder = load(tiny, "float32", runner=runner)
     expected = decoder.generate([5, 6, 7], 20, mode="ar").tokens
 
-    def the_first_blocks(
-        model: Any, cache: Any, state: steps.State, mask: int, sampled: Any
-    ) -> None:
+    def the_first_blocks(model: Any, cache: Any, state: steps.State, *_: Any) -> None:
         state.proposals[0] = torch.tensor(expected[1:8])
 
     monkeypatch.setattr(steps, "draft", the_first_blocks)
@@ -679,7 +704,7 @@ def test_a_narrower_block_decodes_what_the_judge_decodes(
     near_tie: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In both modes, whose passes are all of that many rows."""
+    """In both modes; passes of ar have one row."""
     width = block_size or 8
     decoder = load(tiny, dtype, slots=2, block_size=block_size)
     assert decoder.configuration["block_size"] == decoder.config.block_size == width
@@ -702,7 +727,8 @@ def test_a_narrower_block_decodes_what_the_judge_decodes(
         accepted = [n for result in results for n in result.stats.accepted]
         assert 0 < max(accepted) < width if mode == "diffusion" else not any(accepted)
     assert texts["ar"] == texts["diffusion"]
-    assert widths == {View.DRAFT: {width}, View.AUTOREGRESSIVE: {width, 64, 128}}  # and prefill's
+    prompts = set(map(len, PROMPTS))
+    assert widths == {View.DRAFT: {width}, View.AUTOREGRESSIVE: {1, width} | prompts}
 
 
 @pytest.mark.parametrize("width", [2, 3, 8])
@@ -713,7 +739,7 @@ def test_a_cycle_proposes_one_less_than_the_blocks_rows(
     decoder = load(tiny, "float32", block_size=width)
     text = torch.tensor([5, 6, 7, *decoder.generate([5, 6, 7], 80).tokens])
 
-    def perfect(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
+    def perfect(model: Any, cache: Any, state: steps.State, *_: Any) -> None:
         n = state.proposals.shape[1]
         state.proposals[0] = text[int(state.length[0]) + 1 :][:n]
 
@@ -768,10 +794,8 @@ def test_weights_that_are_in_memory_need_no_room(
 
 
 def test_a_narrower_block_beside_the_other_choices_of_load(tiny: Path) -> None:
-    """One-row AR; no draft view; and the files' own config stays what it is."""
+    """No draft view; and the files' own config stays what it is."""
     tokens, _ = Judge(tiny).generate([1, 2, 3], 30, ())
-    decoder = load(tiny, block_size=4)
-    assert decoder.generate_one_row([1, 2, 3], 30).tokens == tokens
     without = load(tiny, block_size=4, draft_view=False)
     assert without.configuration["block_size"] == 4
     assert without.generate([1, 2, 3], 30, mode="ar").tokens == tokens
@@ -848,7 +872,7 @@ def test_load_and_decoding_leave_torch_as_they_found_it(tiny: Path) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         before = torch.get_rng_state()
-        one = load(tiny, "float32")
+        one = orthrus_fast.load(tiny, "cpu", "float32")
         tokens = one.generate([1, 2, 3], 20).tokens
         with torch.autocast("cpu", torch.bfloat16):
             assert one.generate([1, 2, 3], 20).tokens == tokens
@@ -875,7 +899,7 @@ def test_a_cpu_decodes_in_float32_where_none_is_named(tiny: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_decodes_the_same_in_both_modes(tmp_path: Path, dtype: str) -> None:
     directory = write_checkpoint(tmp_path / "model", seed=8, block_size=16, eos_token_id=[])
-    half = load(directory, dtype)
+    half = orthrus_fast.load(directory, "cpu", dtype)  # whatever its check finds
     ar, diffusion = (half.generate([4, 5], 100, mode=mode) for mode in ("ar", "diffusion"))
     assert ar.tokens == diffusion.tokens
     assert len(ar.tokens) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,13 +14,16 @@ import pytest
 import torch
 
 import orthrus_fast
-from orthrus_fast import Decoder, SamplingParams, checkpoint, steps
+from orthrus_fast import Decoder, SamplingParams, checkpoint, loading, steps
+from orthrus_fast.attention import Backend, sdpa
 from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import ConfigError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.loading import check_memory, memory_needed, parse_dtype
 from orthrus_fast.model import Transformer
+from orthrus_fast.options import ONE_ROW, ONE_WIDTH
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import edit_json, write_checkpoint
+from tests.decoders import found
 from tests.embedded import MODEL
 
 CPU = torch.device("cpu")
@@ -126,6 +130,88 @@ def test_sampling_of_the_checkpoint_that_is_not_implemented(path: Path) -> None:
     assert decoder.generate([1], 4).tokens
     with pytest.raises(RequestError, match=r"has repetition_penalty 1\.3; no_repeat_ngram_size 3"):
         decoder.generate([1], 4, SamplingParams.from_checkpoint())
+
+
+# What is promised
+
+
+@pytest.fixture
+def steps_of_loading(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Widths that are prepared, and the widths of each check: of several, it fails."""
+    seen: list[Any] = []
+    for name in ("prepare", "prepare_prefill"):
+        monkeypatch.setattr(
+            EagerRunner, name, lambda _, *width, name=name: seen.append(name[7:] or width[0])
+        )
+
+    def check(runner: EagerRunner, widths: list[int], _: list[int]) -> Any:
+        seen.append(tuple(widths))
+        return found(len(widths) == 1, widths)
+
+    monkeypatch.setattr(loading, "check", check)
+    return seen
+
+
+def test_where_the_check_fails_both_modes_run_one_width(
+    path: Path, steps_of_loading: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = load(path, slots=2)
+    assert steps_of_loading == [8, 1, "_prefill", (1, 8), (8,)]
+    assert decoder.configuration["promise"] == ONE_WIDTH
+    assert (decoder.ar_width, decoder.block_width, decoder.runner.prefill_widths) == (8, 8, ())
+    assert decoder.invariance == found(True, [8])
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("a row's bits depend on more than its tokens here (10 rows in ")
+    assert "both modes decode by blocks of 8 rows" in said and said.isprintable()
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_backend_that_cannot_promise_is_not_asked(
+    path: Path,
+    steps_of_loading: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = Backend("flash", sdpa.attend, lambda capacity: [], row_invariant=False)
+    monkeypatch.setattr(loading, "find_backend", lambda *_: backend)
+    decoder = load(path, block_size=4)
+    assert steps_of_loading == [4, (4,)]
+    assert (decoder.configuration["promise"], decoder.ar_width) == (ONE_WIDTH, 4)
+    assert caplog.messages[0].startswith("attention 'flash' sums as the number of rows suits it: ")
+
+
+def test_on_a_gpu_products_of_a_library_cannot_promise(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = loading.resolve(loading.Options(device="cpu"), load(path).config)
+    assert loading._why_one_width(settings) is None
+    settings = settings._replace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for dtype, obstacle in ((torch.bfloat16, None), (torch.float64, "has no float64")):
+        said = loading._why_one_width(settings._replace(dtype=dtype))
+        assert said == obstacle or (said or "").endswith(str(obstacle))
+
+
+@pytest.mark.parametrize(("draft", "width"), [(True, 8), (False, 1)])
+def test_what_holds_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: bool, width: int
+) -> None:
+    """A plain Qwen3 has no other width to compare with."""
+    checked: list[Any] = []
+    check = loading.check
+
+    def noting(runner: EagerRunner, widths: list[int], boundaries: list[int]) -> Any:
+        checked.append(widths)
+        return check(runner, widths, boundaries)
+
+    monkeypatch.setattr(loading, "check", noting)
+    decoder = load(write_checkpoint(tmp_path / "model", draft=draft))
+    assert checked[0] == sorted({1, width})
+    assert decoder.invariance.widths == tuple(checked[-1])
+    if len(checked) > 1:
+        pytest.skip(f"this CPU's rows depend on more than their tokens: {decoder.invariance}")
+    assert (decoder.configuration["promise"], decoder.ar_width) == (ONE_ROW, 1)
+    assert decoder.startup["check"] == decoder.invariance.seconds > 0
 
 
 # Memory

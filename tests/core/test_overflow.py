@@ -134,6 +134,6 @@ def test_a_stop_string_that_comes_first_ends_the_text(tmp_path: Path, mode: str)
     assert result.text == text[: text.index(text[-1])]
 
 
-def test_logits_that_overflow_are_handed_out_as_they_are(tmp_path: Path) -> None:
+def test_next_logits_are_what_they_are(tmp_path: Path) -> None:
     decoder = load(write_model(tmp_path / "model", lm_head=5e4))
     assert not decoder.next_logits([1, 2, 3]).isfinite().all()

@@ -16,6 +16,7 @@ from orthrus_fast import SamplingParams, steps
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
+from tests.decoders import unchecked
 from tests.judge import Judge, follows
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,7 +29,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(directory: Path, **options: Any) -> Decoder:
-    return orthrus_fast.load(directory, device="cpu", **{"dtype": "float64", **options})
+    with unchecked():
+        return orthrus_fast.load(directory, device="cpu", **{"dtype": "float64", **options})
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_a_stop_string_within_a_block_cuts_all_that_follows_it(
     in_the_block = [n for n in range(4, 8) if pieces[n] and pieces[n] not in "".join(pieces[:n])]
     last = in_the_block[0]  # neither the first token nor the last of the block after it
 
-    def perfect(model: Any, cache: Any, state: steps.State, mask: int, _: Any) -> None:
+    def perfect(model: Any, cache: Any, state: steps.State, *_: Any) -> None:
         known = text[int(state.length[0]) + 1 :][:7]
         state.proposals[0, : len(known)] = known
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthrus_fast import SamplingParams, steps
-from orthrus_fast.kernels.plain_sampling import sample
+from orthrus_fast.kernels.plain_sampling import logprobs, sample
 
 
 def make_state(lengths: list[int], limits: list[int], done: list[bool]) -> steps.State:
@@ -88,21 +88,34 @@ def test_commit_ends_at_an_end_token_or_the_limit_within_what_was_accepted() -> 
     assert state.done.tolist() == [True, True, True, False, True, True]
 
 
-@pytest.mark.parametrize("drafting", [True, False])
-def test_accepting_takes_the_greedy_ids_that_it_is_given(drafting: bool) -> None:
-    """A kernel finds them; the logits beside them are for sampling alone."""
+@pytest.mark.parametrize("drafting", [[True, True], [False, False], [True, False]])
+def test_accepting_takes_the_greedy_ids_that_it_is_given(drafting: list[bool]) -> None:
+    """A kernel finds them; the logits beside them are for sampling alone.
+
+    The first slot's proposals agree twice; the second's never do.
+    """
     state = make_state([10, 20], [60, 60], [False, False])
-    state.drafting.fill_(drafting)
+    state.drafting.copy_(torch.tensor(drafting))
     block = torch.tensor([[100, 7, 8, 9], [101, 7, 8, 9]])
     greedy = torch.tensor([[7, 8, 1, 9], [1, 8, 9, 2]])
     nothing, eos = torch.zeros(2, 4, 30), torch.tensor([29])
-    report = steps.accept_and_commit(state, block, greedy, nothing, eos, None)
-    n_accepted = [2, 0] if drafting else [0, 0]
+    report = steps.accept_and_commit(state, block, greedy, nothing, eos, None, logprobs)
+    n_accepted = [2 * drafting[0], 0]
     assert report.tolist() == [
         [*row, n + 1, n, 0] for row, n in zip(greedy.tolist(), n_accepted, strict=True)
     ]
     assert state.length.tolist() == [10 + n_accepted[0] + 1, 21]
-    assert state.anchor.tolist() == [1 if drafting else 7, 1]
+    assert state.anchor.tolist() == [1 if drafting[0] else 7, 1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8])
+def test_a_block_has_the_proposals_of_slots_that_draft(width: int) -> None:
+    state = make_state([10, 20], [60, 60], [False, False])
+    state.drafting[1] = True
+    state.proposals.copy_(torch.arange(14).view(2, 7))
+    first, second = steps.make_block(state, width).tolist()
+    assert first == [100] * width
+    assert second == [101, *range(7, 7 + width - 1)]
 
 
 def test_accepting_with_sampling_takes_the_logits() -> None:
@@ -116,7 +129,9 @@ def test_accepting_with_sampling_takes_the_logits() -> None:
     block = torch.cat((torch.tensor([[100], [101]]), target[:, :-1]), dim=1)
     block[1, 2] += 1  # two of the second slot's tokens are emitted
     wrong = torch.full_like(target, 3)
-    report = steps.accept_and_commit(state, block, wrong, logits, torch.tensor([]).long(), sample)
+    report = steps.accept_and_commit(
+        state, block, wrong, logits, torch.tensor([]).long(), sample, logprobs
+    )
     probabilities = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
     for slot, n_accepted in enumerate([3, 1]):
         row = report[slot].tolist()
@@ -131,7 +146,9 @@ def test_the_report_counts_the_proposals_that_were_emitted() -> None:
     state.drafting.fill_(True)
     block = torch.tensor([[100, 1, 2, 3], [101, 1, 9, 3]])
     greedy, logits = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]]), torch.zeros(2, 4, 30)
-    report = steps.accept_and_commit(state, block, greedy, logits, torch.tensor([9]), None)
+    report = steps.accept_and_commit(
+        state, block, greedy, logits, torch.tensor([9]), None, logprobs
+    )
     assert report[:, 4:].tolist() == [[2, 2, 1], [2, 2, 1]]
 
 
@@ -154,7 +171,7 @@ def test_logits_that_are_not_finite_end_a_slot(sampling: bool, what: float) -> N
     block = torch.tensor([[100, 1, 2, 9], [101, 1, 2, 3], [102, 1, 9, 9]])
     greedy, no_end = logits.argmax(-1), torch.tensor([28])
     kernel = sample if sampling else None
-    report = steps.accept_and_commit(state, block, greedy, logits, no_end, kernel)
+    report = steps.accept_and_commit(state, block, greedy, logits, no_end, kernel, logprobs)
     assert report[0, :3].tolist() == [1, 2, -1] and report[1, :2].tolist() == [1, -1]
     assert report[2, :2].tolist() == [1, 2]
     assert report[:, 4:7].tolist() == [[3, 2, 1], [2, 1, 1], [2, 1, 0]]
@@ -173,21 +190,55 @@ def test_a_first_token_of_logits_that_are_not_finite(sampling: bool) -> None:
         logits[17] = what
         first = steps.first_token(state, 0, logits, 2, kernel)
         assert (int(first) == -1) == overflows
-        steps.start_sequence(state, 0, torch.tensor([5, 6]), first, 60, no_end)
+        steps.start_sequence(state, 0, torch.tensor([5, 6]), first, 60, no_end, False)
         assert bool(state.done[0]) == overflows
         assert int(state.anchor[0]) == int(state.tokens[0, 2]) == max(int(first), 0)
     assert int(steps.first_token(state, 0, torch.full((30,), -torch.inf), 2, kernel)) == -1
 
 
-@pytest.mark.parametrize("n_tokens", [1, 63, 64, 65, 2047, 2048, 2049, 4096, 4500])
-def test_prefill_chunks_cover_the_prompt_once_and_fit_the_cache(n_tokens: int) -> None:
-    chunks = list(steps.prefill_chunks(n_tokens))
-    assert [i for begin, end, _ in chunks for i in range(begin, end)] == list(range(n_tokens))
-    for begin, end, width in chunks:
-        assert begin % steps.PREFILL_CHUNK == 0
-        assert end - begin <= width <= steps.PREFILL_CHUNK
-        assert width % steps.PREFILL_MULTIPLE == 0
-        assert begin + width <= steps.cache_rows(n_tokens + 1, 2)
+@given(st.data())
+def test_prefill_chunks_cover_the_tokens_once_and_stay_within_the_cache(
+    data: st.DataObject,
+) -> None:
+    end = data.draw(st.integers(1, 9000))
+    begin = data.draw(st.integers(0, end - 1))
+    capacity = steps.cache_rows(data.draw(st.integers(end, end + 300)), 2)
+    n_widths = data.draw(st.integers(0, len(steps.PREFILL_WIDTHS)))
+    widths = [width for width in steps.PREFILL_WIDTHS[:n_widths] if width <= capacity]
+    chunks = list(steps.prefill_chunks(begin, end, widths, capacity))
+    assert [i for first, after, _ in chunks for i in range(first, after)] == [*range(begin, end)]
+    for first, after, width in chunks:
+        assert after - first <= width <= steps.PREFILL_CHUNK
+        assert first + width <= capacity
+        assert width in widths if widths else width == after - first
+    for first, after, width in chunks[:-1]:
+        assert width == after - first  # only the last is padded
+
+
+@pytest.mark.parametrize(
+    "begin, end, capacity, expected",
+    [
+        (0, 1, 128, [64]),
+        (0, 64, 128, [64]),
+        (0, 65, 256, [128]),
+        (0, 257, 512, [256, 64]),  # not 512: that takes as long as more
+        (0, 400, 512, [512]),
+        (0, 400, 500, [256, 128, 64]),  # nothing longer would fit
+        (300, 301, 448, [64]),
+        (0, 5000, 8192, [2048, 2048, 1024]),
+    ],
+)
+def test_a_captured_width_is_padded_where_that_is_cheaper_than_another_pass(
+    begin: int, end: int, capacity: int, expected: list[int]
+) -> None:
+    chunks = steps.prefill_chunks(begin, end, steps.PREFILL_WIDTHS, capacity)
+    assert [width for *_, width in chunks] == expected
+
+
+@pytest.mark.parametrize("capacity", [100, 110])
+def test_tokens_at_the_caches_very_end_make_a_pass_of_their_own_width(capacity: int) -> None:
+    chunks = steps.prefill_chunks(64, 90, (64, 128), capacity)
+    assert list(chunks) == [(64, 90, 26)]
 
 
 @given(st.integers(2, 5000), st.integers(1, 128))
@@ -200,7 +251,8 @@ def test_a_sequence_ends_at_once_by_budget_or_end_token() -> None:
     state = make_state([0, 0, 0], [1, 1, 1], [True, True, True])
     prompt, eos = torch.tensor([5, 6]), torch.tensor([9])
     for slot, (first, limit) in enumerate([(7, 3), (9, 10), (7, 4)]):
-        steps.start_sequence(state, slot, prompt, torch.tensor(first), limit, eos)
+        steps.start_sequence(state, slot, prompt, torch.tensor(first), limit, eos, slot == 1)
     assert state.done.tolist() == [True, True, False]
+    assert state.drafting.tolist() == [False, True, False]
     assert state.tokens[2, :3].tolist() == [5, 6, 7]
     assert (state.length.tolist(), state.anchor.tolist()) == ([2, 2, 2], [7, 9, 7])
