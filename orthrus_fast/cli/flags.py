@@ -22,7 +22,7 @@ EXIT_CODES = (
 FILTERS = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}  # and what spells them as off
 DEMOS = ("records", "keyed", "columns", "code")
 PUBLIC_SHAPES = ("1.7B", "4B", "8B")
-TUNED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TUNED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # as kernels.tiles has them
 CHAT, INFO = (
     "orthrus chat, or python -m orthrus_fast chat",
     "orthrus info, or python -m orthrus_fast info",
@@ -156,18 +156,16 @@ def build_tune_parser(prog: str) -> Parser:
     rows = f"numbers of rows (default: {','.join(map(str, TUNED_ROWS))})"
     add = parser.add_argument
     add("--rows", type=row_counts, default=list(TUNED_ROWS), metavar="N,…", help=rows)
-    add("--output", metavar="FILE", help="copy the table here, too")
+    add("--output", metavar="FILE", help="write the table here (default: in your cache directory)")
     return parser
 
 
 def row_counts(text: str) -> list[int]:
-    """Return the numbers of a list. Raises ArgumentTypeError."""
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of rows, as 1,32 is")
+    """Return the numbers of a list. Raises ArgumentTypeError for one that no table has."""
+    known = {str(n_rows): n_rows for n_rows in TUNED_ROWS}
+    counts = [known.get(part, 0) for part in text.split(",")]
+    if not all(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(known)}")
     return counts
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthrus_fast.cli.flags import PUBLIC_SHAPES, build_tune_parser
@@ -23,13 +23,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     if not torch.cuda.is_available():
         raise RequestError("tune: no CUDA device is available here; a CPU has no tiles to measure")
-    from orthrus_fast.tuning import tune
+    from orthrus_fast import tuning
+    from orthrus_fast.checkpoint import build_on_meta
+    from orthrus_fast.kernels.tiles import chip_name, tuned_table
 
-    products = dict.fromkeys(product for config in configs(args) for product in products_of(config))
-    table = tune(products, args.rows, lambda line: print(line, file=sys.stderr, flush=True))
-    if args.output is not None:
-        shutil.copyfile(table, args.output)
-    write_output(f"{args.output or table}\n")
+    models = map(build_on_meta, configs(args))
+    shapes = [shape for model in models for shape in tuning.product_shapes(model, args.rows)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = Path(args.output or tuned_table(chip_name(device)))
+    chosen = tuning.tune(dict.fromkeys(shapes), lambda line: print(line, file=sys.stderr))
+    tuning.write_table(table, chosen)
+    write_output(f"{table}\n")
     return 0
 
 
@@ -41,19 +45,3 @@ def configs(args: argparse.Namespace) -> list[ModelConfig]:
     if args.checkpoint is not None:
         return [open_checkpoint(args.checkpoint).config]
     return [shape_config(shape) for shape in args.shape or PUBLIC_SHAPES]
-
-
-def products_of(config: ModelConfig) -> list[tuple[int, int, str]]:
-    """Return N and K of each product of a pass, and what follows it: "", "swiglu" or "argmax".
-
-    All layers have the same ones, in both views.
-    """
-    from orthrus_fast.checkpoint import build_on_meta
-    from orthrus_fast.model import Layer, View
-
-    model = build_on_meta(config)
-    layer = model.layers[0]
-    assert isinstance(layer, Layer)
-    ends = {layer.mlp.gate_up: "swiglu", model.lm_head: "argmax"}
-    linears = [*layer.linears(View.AUTOREGRESSIVE), model.lm_head]
-    return [(*linear.weight.shape, ends.get(linear, "")) for linear in linears]

@@ -1,68 +1,74 @@
-"""orthrus tune: its flags, what it asks to be measured, and what it says without a GPU."""
+"""orthrus tune: what it asks to be measured, where it keeps the result, and what it refuses."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+
+from orthrus_fast import tuning
 from orthrus_fast.cli.flags import TUNED_ROWS
 from orthrus_fast.cli.main import main
+from orthrus_fast.kernels.tiles import ROWS, Tiles, tuned_table
+from orthrus_fast.tuning import Shape
 from tests.checkpoints import write_checkpoint
 
-Asked = tuple[list[tuple[int, int, str]], Sequence[int]]
+TILES = Tiles(16, 64, 128, False, False, 4, 5)
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
-    """What a machine with a GPU was asked to measure; its table is a file of one line."""
-    seen: list[Asked] = []
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Shape]]:
+    """What a machine with a GPU was asked to measure."""
+    seen: list[list[Shape]] = []
 
-    def tune(
-        shapes: Iterable[tuple[int, int, str]], rows: Sequence[int], log: Callable[[str], None]
-    ) -> Path:
-        seen.append((list(shapes), rows))
+    def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
+        seen.append(list(shapes))
         log("measuring")
-        table = tmp_path / "table.json"
-        table.write_text("{}")
-        return table
+        return {shape.key: TILES for shape in seen[-1]}
 
-    module = ModuleType("orthrus_fast.tuning")
-    module.tune = tune  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "orthrus_fast.tuning", module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in (
+        ("is_available", True),
+        ("current_device", 0),
+        ("get_device_capability", (9, 0)),
+        ("get_device_name", "a card"),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     return seen
 
 
 def test_the_public_models_are_measured_unless_another_is_named(
-    tmp_path: Path, asked: list[Asked], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, asked: list[list[Shape]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune"]) == 0
     got = capsys.readouterr()
-    assert (got.out, got.err) == (f"{tmp_path / 'table.json'}\n", "measuring\n")
-    of_8b = [(6144, 4096, ""), (4096, 4096, ""), (24576, 4096, "swiglu"), (4096, 12288, "")]
-    of_8b.append((151936, 4096, "argmax"))
-    shapes, rows = asked[0]
-    assert rows == list(TUNED_ROWS) and len(shapes) == len(set(shapes)) == 15
+    assert (got.out, got.err) == (f"{tuned_table('sm_90')}\n", "measuring\n")
+    assert tuned_table("sm_90").is_relative_to(tmp_path / "cache")
+    assert len(asked[0]) == len(set(asked[0])) == 15 * len(ROWS)
     assert main(["tune", "--shape", "8B", "--rows", "1,32"]) == 0
-    assert asked[1] == (of_8b, [1, 32]) and set(of_8b) < set(shapes)
+    assert set(asked[1]) < set(asked[0]) and len(asked[1]) == 5 * 2
+    assert Shape(32, 151936, 4096, "argmax") in asked[1]
+    table = tmp_path / "own" / "table.json"
     directory = write_checkpoint(tmp_path / "model")
-    copied = tmp_path / "copied.json"
-    assert main(["tune", "--checkpoint", str(directory), "--output", str(copied)]) == 0
-    assert asked[2][0][-1] == (272, 32, "argmax") and copied.read_text() == "{}"
-    assert capsys.readouterr().out.endswith(f"\n{copied}\n")
+    assert main(["tune", "--checkpoint", str(directory), "--output", str(table)]) == 0
+    assert asked[2][-1] == Shape(2048, 272, 32, "argmax") and "2048x272x32" in table.read_text()
+
+
+def test_the_flags_know_the_rows_of_a_table() -> None:
+    assert TUNED_ROWS == ROWS
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         ([], "tune: no CUDA device is available here"),
-        (["--rows", "1,x"], "--rows: '1,x' is no list of numbers of rows, as 1,32 is"),
-        (["--rows", "0"], "--rows: '0' is no list"),
+        (["--rows", "1,x"], "--rows: '1,x' is no list of 1, 16, 32"),
+        (["--rows", "3"], "--rows: '3' is no list of 1, 16, 32"),
         (["--shape", "9B"], "--shape: invalid choice: '9B'"),
         (["--shape", "8B", "--checkpoint", "x"], "not allowed with argument --shape"),
     ],
