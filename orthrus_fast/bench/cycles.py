@@ -67,7 +67,7 @@ def cycles_at(session: Session, context: int) -> Result:
 
 
 def slots(session: Session) -> Result:
-    """Measure ``cycles_at`` the middle context by number of slots, all of them busy.
+    """Measure ``cycles_at`` the middle context by number of slots, all busy, and width of blocks.
 
     A number of slots that memory has no room for is left out, with the reason.
     """
@@ -78,7 +78,7 @@ def slots(session: Session) -> Result:
         limit = session.decoder.max_seq_len
         return {"skipped": f"max_seq_len {limit} has no room for {n_tokens} tokens after a context"}
     context = fitting[len(fitting) // 2]
-    entries = [slots_at(session, n, context) for n in session.args.slots_list]
+    entries = [entry for n in session.args.slots_list for entry in slots_at(session, n, context)]
     return {
         **session.acceptance,
         "context": context,
@@ -88,19 +88,19 @@ def slots(session: Session) -> Result:
     }
 
 
-def slots_at(session: Session, n: int, context: int) -> Result:
+def slots_at(session: Session, n: int, context: int) -> list[Result]:
     log(f"{n} slots")
     try:
-        entry = with_slots(session, n, context)
+        entries = with_slots(session, n, context)
     except (RequestError, RuntimeError) as error:  # drivers and captures have errors of their own
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        entry = {"slots": n, "why": one_line(str(error))}
+        entries = [{"slots": n, "why": one_line(str(error))}]
     release_memory()  # out here, where no exception holds on to the decoder
-    return entry
+    return entries
 
 
-def with_slots(session: Session, n: int, context: int) -> Result:
+def with_slots(session: Session, n: int, context: int) -> list[Result]:
     """Run ``cycles_at`` on another decoder over the same weights. Raises RequestError."""
 
     def copy_model(config: ModelConfig, kernels: Kernels, *_: object) -> Transformer:
@@ -112,6 +112,10 @@ def with_slots(session: Session, n: int, context: int) -> Result:
     options = replace(session.options, slots=n, max_seq_len=context + session.args.new_tokens)
     of = session.decoder
     decoder = build_decoder(of.name, of.config, copy_model, options, weights_present=True)
+    other, entries = Session(session.args, options, decoder, [context]), []
     with ignore_eos(decoder.runner):
-        at = cycles_at(Session(session.args, options, decoder, [context]), context)
-    return {"slots": n, **at, "configuration": decoder.configuration}
+        for width in session.args.widths or [other.width]:
+            other.width = width
+            found = {"slots": n, "width": width, **cycles_at(other, context)}
+            entries.append({**found, "configuration": decoder.configuration})
+    return entries

@@ -103,6 +103,8 @@ def build_parser(prog: str = PROGRAM) -> Parser:
     add("--repeats", type=positive, default=20, metavar="N", help="of each timing (default: 20)")
     text = f"numbers of slots of the part slots (default: {','.join(map(str, SLOTS))})"
     add("--slots-list", type=positives, default=SLOTS, metavar="B,…", help=text)
+    text = "rows of a block in the part slots, K at most, each drafting in turn (default: K)"
+    add("--widths", type=positives, metavar="N,…", help=text)
     text, runners = f"of the part modes (default: {','.join(COMBINATIONS)})", names(*COMBINATIONS)
     add("--modes-runners", type=runners, default=COMBINATIONS, metavar="LIST", help=text)
     return parser

@@ -35,8 +35,10 @@ def modes(args: argparse.Namespace) -> Result:
         asked = {**vars(args), "runner": runner, "compile_mode": mode or "default"}
         asked |= {"parts": ["startup", "passes", "identity"], "sequences": args.slots}
         asked["new_tokens"] = min(args.new_tokens, IDENTITY_TOKENS)
-        entry = {"runner": runner, "compile_mode": mode or None, "slots": args.slots}
-        entries.append({**entry, **run_apart(argparse.Namespace(**asked))})
+        found = run_apart(argparse.Namespace(**asked))
+        entries.append(
+            {"runner": runner, "compile_mode": mode or None, "slots": args.slots} | found
+        )
     if all(entry["configuration"] is None for entry in entries):
         problems = sorted({str(entry["problem"]) for entry in entries})
         raise RequestError(f"modes: nothing could be run: {'; '.join(problems)}")
@@ -61,8 +63,7 @@ def run_apart(args: argparse.Namespace) -> Result:
     parts = content.get("parts", {})
     problems = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     problems += content.get("failed", {}).values()
-    if len(parts) < len(args.parts) and not problems:
-        problems = [status]
+    problems += [status] if len(parts) < len(args.parts) and not problems else []
     if problems:
         print(f"{args.runner} {args.compile_mode}:", *lines[-20:], sep="\n  ", file=sys.stderr)
     configuration = content.get("environment", {}).get("configuration")

@@ -47,7 +47,8 @@ class Session:
     def acceptance(self) -> Result:
         """What a part says about its replayed drafts: ``accept`` is the share that is right."""
         asked, source = number_and_source(self.args.accept)
-        of = {"label": "replayed acceptance", "accept": share_of_right_drafts(asked, self.width)}
+        share = share_of_right_drafts(asked, self.decoder.block_width)
+        of = {"label": "replayed acceptance", "accept": share}
         return {**of, "accept_asked": asked, "accept_source": source}
 
     def seeded(self, n: int, **settings: Any) -> list[SamplingParams]:
@@ -73,8 +74,10 @@ def build_session(args: argparse.Namespace) -> Session:
     options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
     settings = resolve(options, config)
     contexts = choose_contexts(args, settings.max_seq_len)
-    if settings.config.block_size is not None:
-        share_of_right_drafts(number_and_source(args.accept)[0], settings.config.block_size)
+    if (block := settings.config.block_size) is not None:
+        share_of_right_drafts(number_and_source(args.accept)[0], block)
+        if not all(2 <= width <= block for width in args.widths or ()):
+            raise RequestError(f"widths: {args.widths} are not all within 2 … {block}")
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
     if not args.shape:

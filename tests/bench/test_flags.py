@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_fast.bench.command import main
+from orthrus_fast.bench.__main__ import main
 from orthrus_fast.bench.common import REPOSITORY
 from orthrus_fast.bench.flags import (
     COMBINATIONS,

@@ -21,13 +21,13 @@ EAGER = (*SHORT, "--modes-runners", "eager")
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 CRASH_LATER = """
 import os, sys
-from orthrus_fast.bench import command, run
+from orthrus_fast.bench import __main__ as command, run
 run.MEASURES["identity"] = lambda session: os.abort()
 sys.exit(command.main(sys.argv[1:]))
 """
 RAISE = """
 import sys
-from orthrus_fast.bench import command, run
+from orthrus_fast.bench import __main__ as command, run
 def fail(session): raise RuntimeError("no luck")
 run.MEASURES["passes"] = fail
 sys.exit(command.main(sys.argv[1:]))
@@ -35,7 +35,7 @@ sys.exit(command.main(sys.argv[1:]))
 ACCEPT_TOO_MUCH = """
 import sys
 from orthrus_fast import steps
-from orthrus_fast.bench import command
+from orthrus_fast.bench import __main__ as command
 accept = steps.accept
 steps.accept = lambda block, target: (accept(block, target) + 1).clamp(max=block.shape[1] - 1)
 sys.exit(command.main(sys.argv[1:]))
@@ -100,7 +100,7 @@ def test_a_crash_touches_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_nothing_can_be_run_the_reason_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    from orthrus_fast.bench.command import main
+    from orthrus_fast.bench.__main__ import main
 
     assert main([*EAGER, "--attention", "triton"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

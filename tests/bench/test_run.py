@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from orthrus_fast.bench import passes, results, streaming
 from orthrus_fast.bench import run as module
-from orthrus_fast.bench.command import main
+from orthrus_fast.bench.__main__ import main
 from orthrus_fast.bench.common import REPOSITORY
 from orthrus_fast.bench.flags import PARTS, build_parser
 from tests.bench.runs import TINY, check_times, run
