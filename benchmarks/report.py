@@ -39,10 +39,9 @@ RENAMED |= {"ar_one_row": "ar_baseline"}  # from before AR with the promise ran 
 
 
 class ResultFile:
-    """One JSON file of the benchmark or of benchmarks/peers.py.
+    """One JSON file of the benchmark or of a program beside it.
 
-    ``model``: a shape, a checkpoint's name, or "embedded" for the repository's own; ``label``: the
-    model, and what was asked for that is not the rule; ``machine``: GPU or CPU.
+    ``model``: a shape, a checkpoint's name or "embedded"; ``label``: it, and what is not the rule.
     """
 
     def __init__(self, path: Path) -> None:
@@ -158,10 +157,8 @@ def acceptance(file: ResultFile) -> tuple[str, Row]:
 
 
 def by_position(part: Result) -> dict[str, list[float]]:
-    """Return the share of drafts accepted at each position reached, by what it is a share of.
-
-    Of all cycles, a product of shares counts one that its text's end cut off as far as it went.
-    """
+    """Return the share of drafts accepted at each position reached, by what it is a share of."""
+    # Of all cycles, the product counts one that its text's end cut off as far as it went.
     reached = list(takewhile(lambda share: share is not None, part["accepted_at_position"]))
     of_all = list(accumulate(reached, operator.mul))
     return {"of all cycles": of_all, "of the cycles that reached it": reached}
@@ -198,10 +195,11 @@ def passes(part: Result) -> Iterator[Row]:
 
 def cycles(part: Result, key: str = "context") -> Iterator[Row]:
     names = ("tokens_per_cycle", "tokens_per_cycle_standard_error", "tokens_per_cycle_expected")
+    several = len({at.get("width") for at in part["at"]}) > 1
     for at in part["at"]:
         (found, error, expected), rates = (f"{at[n]:.2f}" for n in names), at["tokens_per_second"]
         yield {
-            key: str(at[key]),
+            key: f"{at[key]}, width {at['width']}" if several else str(at[key]),
             "tokens/cycle, REPLAYED": f"{found} ±{error} (of {expected})",
             "drafting": spread(rates["diffusion"]),
             "AR": spread(rates["ar"]),
@@ -456,14 +454,16 @@ def draw_slots(figure: Any, files: Sequence[ResultFile]) -> None:
     panels = figure.subplots(1, len(files), squeeze=False)[0]
     for ax, file in zip(panels, files, strict=True):
         part = file.parts["slots"]
-        x, rates = ([of[key] for of in part["at"]] for key in ("slots", "tokens_per_second"))
+        widest = max(of.get("width", 0) for of in part["at"])
+        at = [of for of in part["at"] if of.get("width", 0) == widest]
+        x, rates = ([of[key] for of in at] for key in ("slots", "tokens_per_second"))
         for style, (mode, name) in zip(("C0o-", "C1o--", "C2o:"), MODES.items(), strict=True):
             y, low, high = ([of[mode][key] for of in rates] for key in ("median", "p10", "p90"))
             ax.plot(x, y, style, ms=4, label=name)
             ax.fill_between(x, low, high, color=style[:2], alpha=0.15, linewidth=0)
         logarithmic(ax, x)
         title = f"{file.model}, {part['accept_asked']:g} tokens a cycle asked\n"
-        ax.set(title=title + verdict(part["at"]), xlabel="slots", ylim=(0, None))
+        ax.set(title=title + verdict(at), xlabel="slots", ylim=(0, None))
     panels[0].set(ylabel="tokens/s, all slots")
 
 
@@ -484,9 +484,8 @@ def draw_modes(figure: Any, files: Sequence[ResultFile]) -> None:
             name = f"{combination(of)} (not identical)" if different else combination(of)
             for at in of.get("passes", {"at": []})["at"]:
                 found |= {name: at} if at["context"] == CONTEXT else {}
-        drafting = [at["cycle"]["ms"] for at in found.values()]
-        ar = [at["ar"]["cycle_ms"] for at in found.values()]
-        bars(ax, list(found), {"drafting": drafting, "AR": ar}, lie=True)
+        both = {"drafting": [at["cycle"]["ms"] for at in found.values()]}
+        bars(ax, [*found], both | {"AR": [at["ar"]["cycle_ms"] for at in found.values()]}, lie=True)
         ax.set(title=file.label, xlabel="ms a cycle", xlim=(0, 1.1 * ax.get_xlim()[1]))
         ax.invert_yaxis()
 

@@ -211,6 +211,15 @@ def test_what_was_left_out_and_what_failed_is_said() -> None:
     assert rows("peers", skipped)[-1]["tokens/s"] == "skipped: why"
 
 
+def test_several_widths_of_one_number_of_slots_are_told_apart() -> None:
+    def narrow(one: Any) -> None:
+        at = one["parts"]["slots"]["at"]
+        at[:] = [{**of, "width": width} for of in at[:1] for width in (32, 8)]
+
+    found = rows("slots", changed(content("8B-slots"), narrow))
+    assert [row["slots"] for row in found] == ["1, width 8", "1, width 32"]
+
+
 def test_acceptance_by_position_in_both_ways() -> None:
     found = report.by_position({"accepted_at_position": [0.9, 0.6, 0.5, None]})
     of_all, of_reached = found.values()
