@@ -217,7 +217,7 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
         found = check(runner, sorted({1, block}), boundaries)
         if found.holds:
             return runner, ONE_ROW, found
-        obstacle = f"a row's bits depend on more than its tokens here ({found})"
+        obstacle = "a row's bits depend on more than its tokens here"
     runner.prefill_widths = ()  # so that a prompt's length alone says how it is cut
     _log.warning(
         "%s: both modes decode by blocks of %d rows, of which ar uses one. Their texts are the "
@@ -286,21 +286,23 @@ def memory_needed(
 def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: int) -> int:
     """Bytes of passes' tensors on a GPU: what graphs keep, and the widest pass's own."""
     block = config.block_size or 1
-    widths = {1, block}
-    # Each width has a verify graph that keeps its logits, and another for sampling.
-    n_logits = 2 * slots * sum(widths)
-    # Sampling holds a copy, a draft's; or a row in float32, for its log-probability.
-    n_logits += 2 * slots * block
-    rows = min(steps.PREFILL_CHUNK, steps.cache_rows(max_seq_len, block))
-    n_heads = config.n_heads + 2 * config.n_kv_heads
-    widest = max(n_heads * config.head_dim, config.hidden_size)
-    # The residual stream and its norm before and after; q and what attention returns.
-    per_row = 4 * config.hidden_size + 2 * config.n_heads * config.head_dim
-    per_row += config.intermediate_size
-    partials = 4 * widest * torch.float32.itemsize  # four at most, in the product that has most
-    activations = max(rows, slots * block) * (per_row * dtype.itemsize + partials)
-    outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize
-    return GPU_GRAPHS + n_logits * config.vocab_size * dtype.itemsize + activations + outputs
+    rows, capacity = slots * block, steps.cache_rows(max_seq_len, block)
+    # Each width has a verify graph that keeps its logits, and another for sampling; sampling a
+    # draft has as many at work, and a copy.
+    n_logits = 2 * slots * sum({1, block}) + 2 * rows
+    logits = n_logits * config.vocab_size * dtype.itemsize
+    # A partial result of attention for every 512 keys and for some shorter splits, in float32.
+    n_splits = capacity // 512 + 10
+    splits = rows * config.n_heads * n_splits * (config.head_dim + 2) * torch.float32.itemsize
+    widest = max(rows, min(steps.PREFILL_CHUNK, capacity))
+    # The residual stream and its norm before and after; q and what attention returns; SwiGLU's.
+    query = config.n_heads * config.head_dim
+    row = (4 * config.hidden_size + 2 * query + config.intermediate_size) * dtype.itemsize
+    # Four partial sums at most, in float32.
+    qkv = query + 2 * config.n_kv_heads * config.head_dim
+    row += 4 * max(qkv, config.hidden_size) * torch.float32.itemsize
+    outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize  # prefill's graphs'
+    return GPU_GRAPHS + logits + splits + widest * row + outputs
 
 
 def check_memory(memory: Memory, device: torch.device) -> None:

@@ -238,7 +238,19 @@ def _is_end(tokens: Tensor, eos: Tensor) -> Tensor:
 
 def accept(block: Tensor, target: Tensor) -> Tensor:
     """block and target [B, T] -> n_accepted [B], 0 … T-1: the length of the agreeing prefix."""
-    return (block[:, 1:] == target[:, :-1]).long().cumprod(dim=-1).sum(dim=-1)
+    last = block.shape[1] - 1
+    row = torch.arange(block.shape[1], device=block.device)
+    proposed = block[:, (row + 1).clamp(max=last)]
+    return _first((proposed != target) | (row == last))  # after the last row nothing is proposed
+
+
+def _first(where: Tensor) -> Tensor:
+    """where [B, T] bool -> the first index at which it is true [B]; T where there is none.
+
+    A minimum, not a scan: a compiler that knows no sizes has no code for scans on every device.
+    """
+    n_rows = where.shape[1]
+    return torch.where(where, torch.arange(n_rows, device=where.device), n_rows).amin(dim=-1)
 
 
 def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Tensor:
@@ -249,10 +261,10 @@ def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Ten
     committed, all of them written by verification from tokens that were accepted.
     """
     offset = torch.arange(target.shape[1], device=target.device)
-    is_end = _is_end(target, eos).long()
-    no_end_before = (is_end.cumsum(dim=-1) - is_end) == 0
+    is_end = _is_end(target, eos)
+    last = torch.minimum(n_accepted, _first(is_end))[:, None]
     room = (state.max_length - state.length - 1)[:, None]
-    keep = (offset <= n_accepted[:, None]) & no_end_before & (offset < room) & ~state.done[:, None]
+    keep = (offset <= last) & (offset < room) & ~state.done[:, None]
     n_new = keep.sum(dim=-1)
 
     positions = state.length[:, None].long() + 1 + offset
@@ -263,7 +275,7 @@ def commit(state: State, target: Tensor, n_accepted: Tensor, eos: Tensor) -> Ten
     last = (n_new - 1).clamp(min=0)[:, None]
     moved = n_new > 0
     state.anchor.copy_(torch.where(moved, tokens.gather(1, last)[:, 0], state.anchor))
-    ended = moved & is_end.gather(1, last)[:, 0].bool()
+    ended = moved & is_end.gather(1, last)[:, 0]
     state.length.add_(n_new)
     state.done.logical_or_(ended | (state.length + 1 >= state.max_length))
     return n_new
