@@ -25,7 +25,7 @@ from orthrus_fast import Chunk
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
-from orthrus_fast.model import Transformer
+from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -442,7 +442,7 @@ def test_a_text_that_overflows_is_an_error(
     line = ("--checkpoint", model, "--prompt", "x", "--dtype", "float16", *flags)
     with pytest.MonkeyPatch.context() as patch:
         overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
-        patch.setattr(Transformer, "logits", lambda *_: overflow)
+        patch.setattr(EagerRunner, "prefill_logits", lambda *_: overflow)
         got = run(capsys, *line)
     error = "dtype: logits are not finite in float16; use bfloat16 or float32"
     assert (got.code, got.err.splitlines()[-1]) == (2, f"error: {error}")
@@ -468,7 +468,7 @@ def test_ctrl_c_before_the_first_token_is_said_so(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(orthrus_fast.steps, "prefill", interrupt)  # type: ignore[attr-defined]
+    monkeypatch.setattr(EagerRunner, "prefill", interrupt)
     got = run(capsys, "--checkpoint", raw, "--prompt", "x", "--json")
     assert got.code == 130
     assert got.err.splitlines()[-1] == "interrupted before the first token"
