@@ -52,7 +52,7 @@ from orthrus_fast.errors import OrthrusError, RequestError, one_line
 from orthrus_fast.options import DTYPES
 
 LOOKED_UP = 10  # tokens a pass, of prompt lookup: what transformers' documentation takes
-MODES = ("diffusion", "ar_padded", "ar_one_row")  # of this project
+MODES = ("diffusion", "ar", "ar_baseline")  # of this project
 
 
 class Run(NamedTuple):
@@ -220,7 +220,7 @@ def measure(
         if name not in skipped
     }
     medians = {name: row["tokens_per_second"]["median"] for name, row in rows.items()}
-    faster = max(medians["ar_padded"], medians["ar_one_row"])
+    faster = max(medians["ar"], medians["ar_baseline"])
     for name, row in rows.items():
         row["over_faster_ar"] = medians[name] / faster
     others = {name: rate for name, rate in medians.items() if name not in MODES}
@@ -254,19 +254,20 @@ def run_modes(session: Session, prompt: list[int], n_tokens: int, salt: int) -> 
     """Decode one prompt in this project's modes; random weights get replayed drafts."""
     decoder, width = session.decoder, session.width
     with measuring(session.device), ignore_eos(session.runner):
-        padded = decode(decoder, [prompt], n_tokens, False, width)
+        ar = decode(decoder, [prompt], n_tokens, False, decoder.ar_width)
         replay = session.replay(salt)
         replay.set_text(0, session.runner.state.tokens[0].clone())
-        one_row = decode(decoder, [prompt], n_tokens, False, 1)
+        with patched(session.runner, verify=session.baseline.verify):
+            baseline = decode(decoder, [prompt], n_tokens, False, 1)
         drafts = {"draft": replay.draft} if session.args.shape else {}
         with patched(session.runner, **drafts):
             diffusion = decode(decoder, [prompt], n_tokens, True, width)
-    return dict(zip(MODES, (diffusion, padded, one_row), strict=True))
+    return dict(zip(MODES, (diffusion, ar, baseline), strict=True))
 
 
 def likeness(texts: dict[str, list[list[int]]], name: str) -> Result:
     """Compare a program's texts with those of AR: share equal, tokens before they part."""
-    pairs = list(zip(texts[name], texts["ar_padded"], strict=True))
+    pairs = list(zip(texts[name], texts["ar"], strict=True))
     agreeing = [
         next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), len(pair[1]))
         for pair in pairs
@@ -314,7 +315,7 @@ def build_parser() -> Parser:
     )
     add("--new-tokens", type=positive, default=128, metavar="N")
     add("--repeats", type=positive, default=5, metavar="N", help=f"{ROUNDS} at most a decode")
-    parser.set_defaults(slots=1, block_size=None, compile_mode="default")
+    parser.set_defaults(slots=1, block_size=None, widths=None, compile_mode="default")
     parser.set_defaults(temperature=0.0, top_k=None, top_p=None)
     return parser
 

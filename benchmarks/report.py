@@ -34,17 +34,20 @@ PLACE = re.compile(r"(<!-- (table|picture): (\S+) (\S+) -->\n).*?(<!-- end -->)"
 RESULTS = "benchmarks/results"
 MODELS = ("1.7B", "4B", "8B")  # the order of rows; others follow by name
 CONTEXT = 1024  # tokens; of what shows one context
+RENAMED = {"padded_ms": "ms", "one_row_ms": "baseline_ms", "ar_padded": "ar"}
+RENAMED |= {"ar_one_row": "ar_baseline"}  # from before AR with the promise ran one row a pass
 
 
 class ResultFile:
-    """One JSON file of the benchmark or of benchmarks/peers.py.
+    """One JSON file of the benchmark or of a program beside it.
 
-    ``model``: a shape, a checkpoint's name, or "embedded" for the repository's own; ``label``: the
-    model, and what was asked for that is not the rule; ``machine``: GPU or CPU.
+    ``model``: a shape, a checkpoint's name or "embedded"; ``label``: it, and what is not the rule.
     """
 
     def __init__(self, path: Path) -> None:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        self.as_filed = json.loads(text)["parts"]
+        content = json.loads(text, object_hook=lambda of: {RENAMED.get(k, k): of[k] for k in of})
         self.path, self.command, parts = path, content["command"], content["parts"].items()
         self.parts = {n: of for n, of in parts if not isinstance(of.get("skipped"), str)}
         self.environment, asked = content["environment"], content["arguments"]
@@ -133,7 +136,6 @@ def startup(file: ResultFile) -> tuple[str, Row]:
     if found := part["invariance"]:
         verdict = "holds" if found["holds"] else "DOES NOT HOLD"
         row["row invariance"] = f"{verdict}, checked in {found['seconds']:.2f} s"
-        row["cublas products replaced"] = ", ".join(found["replaced"]) or "none"
     for name, size in part["memory"].items():
         row[name.removesuffix("_bytes").replace("_", " ")] = gigabytes(size)
     return f"{file.label}, {room} tokens", row
@@ -155,11 +157,8 @@ def acceptance(file: ResultFile) -> tuple[str, Row]:
 
 
 def by_position(part: Result) -> dict[str, list[float]]:
-    """Return the share of drafts accepted at each position, by what it is a share of.
-
-    As far as any cycle reached. Of all cycles: the product of the shares so far, which counts a
-    cycle that its text's end cut off as far as it went.
-    """
+    """Return the share of drafts accepted at each position reached, by what it is a share of."""
+    # Of all cycles, the product counts one that its text's end cut off as far as it went.
     reached = list(takewhile(lambda share: share is not None, part["accepted_at_position"]))
     of_all = list(accumulate(reached, operator.mul))
     return {"of all cycles": of_all, "of the cycles that reached it": reached}
@@ -177,9 +176,8 @@ def ceiling(part: Result) -> Iterator[Row]:
 
 def passes(part: Result) -> Iterator[Row]:
     product, best = (part["ceiling"][name] for name in ("product_bytes_per_s", "bytes_per_s"))
-    both = ("weights_bytes", "cache_bytes")
     for at in part["at"]:
-        verify, cycle = at["verify"], at["cycle"]
+        verify, cycle, both = at["verify"], at["cycle"], ("weights_bytes", "cache_bytes")
         yield {
             "context": str(at["context"]),
             "verify": spread(verify["ms"]),
@@ -190,21 +188,22 @@ def passes(part: Result) -> Iterator[Row]:
             "draft": median(at["draft"]["ms"]),
             "cycle": median(cycle["ms"]),
             "over passes": f"{cycle['over_passes_share']:.1%}",
-            "AR": median(at["ar"]["padded_ms"]),
-            "AR 1 row": median(at["ar"]["one_row_ms"]),
+            "AR": median(at["ar"]["ms"]),
+            "AR baseline": median(at["ar"]["baseline_ms"]),
         }
 
 
 def cycles(part: Result, key: str = "context") -> Iterator[Row]:
     names = ("tokens_per_cycle", "tokens_per_cycle_standard_error", "tokens_per_cycle_expected")
+    several = len({at.get("width") for at in part["at"]}) > 1
     for at in part["at"]:
         (found, error, expected), rates = (f"{at[n]:.2f}" for n in names), at["tokens_per_second"]
         yield {
-            key: str(at[key]),
+            key: f"{at[key]}, width {at['width']}" if several else str(at[key]),
             "tokens/cycle, REPLAYED": f"{found} ±{error} (of {expected})",
             "drafting": spread(rates["diffusion"]),
-            "AR": spread(rates["ar_padded"]),
-            "AR 1 row": spread(rates["ar_one_row"]),
+            "AR": spread(rates["ar"]),
+            "AR baseline": spread(rates["ar_baseline"]),
             "speed-up": f"{at['speedup_over_faster_ar']:.2f}",
             "text": "equal" if at["tokens_equal_to_ar"] else "DIFFERENT",
         }
@@ -267,7 +266,7 @@ def modes(part: Result) -> Iterator[Row]:
 
 def peers(part: Result) -> Iterator[Row]:
     drafts = part["label"].replace("replayed acceptance", "REPLAYED ACCEPTANCE")
-    names = {"ar_padded": "orthrus-fast, AR", "ar_one_row": "orthrus-fast, AR 1 row"}
+    names = {"ar": "orthrus-fast, AR", "ar_baseline": "orthrus-fast, AR baseline"}
     for at in part["at"]:
         programs = at["tokens_per_second_of"]
         drafting = programs["diffusion"]["tokens_per_second"]["median"]
@@ -304,7 +303,7 @@ def headline(file: ResultFile) -> tuple[str, Row]:
     return file.label, {
         "tokens per cycle (REPLAYED ACCEPTANCE)": f"{at['tokens_per_cycle']:.2f}",
         "tokens/s: drafting": rates["diffusion"],
-        "tokens/s: AR by one row, AR by the same pass": "{ar_one_row}, {ar_padded}".format(**rates),
+        "tokens/s: AR, AR baseline": "{ar}, {ar_baseline}".format(**rates),
         "drafting over the faster AR": f"{at['speedup_over_faster_ar']:.2f}",
         "verify pass, ms": timed["verify"].split()[0],
         "its weights over its time, of the output head's rate": timed["w/product"],
@@ -380,7 +379,7 @@ def domains(root: Path) -> Iterator[Row]:
     for file in map(ResultFile, sorted((root / RESULTS / "h100").glob("[0-9]*B.json"))):
         where, known = f"{file.label}, {file.machine.split()[1]}", PUBLISHED.items()
         for at in (at for at in file.parts["passes"]["at"] if at["context"] == CONTEXT):
-            passes = at["ar"]["padded_ms"]["median"], at["ar"]["one_row_ms"]["median"]
+            passes = at["ar"]["ms"]["median"], at["ar"]["baseline_ms"]["median"]
             pays, head = at["cycle"]["ms"]["median"] / min(passes), f"{file.label}/"
             reported = [(n.removeprefix(head), *of) for n, of in known if n.startswith(head)]
             found += [(where, text, of, f"reported: {by}", pays) for text, of, by in reported]
@@ -407,7 +406,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # Okabe and Ito's
-MODES = {"diffusion": "drafting", "ar_padded": "AR, same pass", "ar_one_row": "AR, one row"}
+MODES = {"diffusion": "drafting", "ar": "AR", "ar_baseline": "AR baseline"}
 
 
 def draw_speed(figure: Any, files: Sequence[ResultFile]) -> None:
@@ -455,21 +454,22 @@ def draw_slots(figure: Any, files: Sequence[ResultFile]) -> None:
     panels = figure.subplots(1, len(files), squeeze=False)[0]
     for ax, file in zip(panels, files, strict=True):
         part = file.parts["slots"]
-        x, rates = ([of[key] for of in part["at"]] for key in ("slots", "tokens_per_second"))
+        widest = max(of.get("width", 0) for of in part["at"])
+        at = [of for of in part["at"] if of.get("width", 0) == widest]
+        x, rates = ([of[key] for of in at] for key in ("slots", "tokens_per_second"))
         for style, (mode, name) in zip(("C0o-", "C1o--", "C2o:"), MODES.items(), strict=True):
             y, low, high = ([of[mode][key] for of in rates] for key in ("median", "p10", "p90"))
             ax.plot(x, y, style, ms=4, label=name)
             ax.fill_between(x, low, high, color=style[:2], alpha=0.15, linewidth=0)
         logarithmic(ax, x)
         title = f"{file.model}, {part['accept_asked']:g} tokens a cycle asked\n"
-        ax.set(title=title + verdict(part["at"]), xlabel="slots", ylim=(0, None))
+        ax.set(title=title + verdict(at), xlabel="slots", ylim=(0, None))
     panels[0].set(ylabel="tokens/s, all slots")
 
 
 def verdict(at: Sequence[Result]) -> str:
-    """Return up to how many slots drafting was faster than one-row AR, in a few words."""
-    medians = [{m: v["median"] for m, v in of["tokens_per_second"].items()} for of in at]
-    n_ahead = len(list(takewhile(lambda of: of["diffusion"] > of["ar_one_row"], medians)))
+    """Return up to how many slots drafting was faster than the faster AR, in a few words."""
+    n_ahead = len(list(takewhile(lambda of: of["speedup_over_faster_ar"] > 1, at)))
     if n_ahead == len(at):
         return f"drafting ahead at all measured, 1 to {at[-1]['slots']}"
     return f"drafting ahead up to {at[n_ahead - 1]['slots']} slots" if n_ahead else "AR ahead"
@@ -484,9 +484,8 @@ def draw_modes(figure: Any, files: Sequence[ResultFile]) -> None:
             name = f"{combination(of)} (not identical)" if different else combination(of)
             for at in of.get("passes", {"at": []})["at"]:
                 found |= {name: at} if at["context"] == CONTEXT else {}
-        drafting = [at["cycle"]["ms"] for at in found.values()]
-        ar = [at["ar"]["cycle_ms"] for at in found.values()]
-        bars(ax, list(found), {"drafting": drafting, "AR": ar}, lie=True)
+        both = {"drafting": [at["cycle"]["ms"] for at in found.values()]}
+        bars(ax, [*found], both | {"AR": [at["ar"]["cycle_ms"] for at in found.values()]}, lie=True)
         ax.set(title=file.label, xlabel="ms a cycle", xlim=(0, 1.1 * ax.get_xlim()[1]))
         ax.invert_yaxis()
 
@@ -531,7 +530,7 @@ def caption(files: Sequence[ResultFile], note: str) -> str:
 def refresh(name: str, files: Sequence[ResultFile], path: Path) -> None:
     """Draw the PNG, unless it holds the digest of the same data."""
     part, title, note, draw = PICTURES[name]
-    data = json.dumps([title, note, [[file.label, file.parts[part]] for file in files]])
+    data = json.dumps([title, note, [[file.label, file.as_filed[part]] for file in files]])
     digest = hashlib.sha256(data.encode()).hexdigest()
     if path.exists() and digest.encode() in path.read_bytes():
         return

@@ -28,7 +28,7 @@ FLOORS = [
     ["runners"],
     ["invariance", "request"],
     ["decoder"],
-    ["loading"],
+    ["loading", "tuning"],
     ["bench", "server"],
     ["cli"],
     ["__main__"],

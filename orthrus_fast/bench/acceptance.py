@@ -45,7 +45,7 @@ def acceptance(session: Session) -> Result:
     decoder, n_tokens, width = session.decoder, session.args.new_tokens, session.width
     prompts = choose_prompts(session)
     each = session.seeded(len(prompts), **session.sampling)
-    ar = decode(decoder, prompts, n_tokens, False, width, each)
+    ar = decode(decoder, prompts, n_tokens, False, decoder.ar_width, each)
     diffusion = decode(decoder, prompts, n_tokens, True, width, each)
     answers = zip(diffusion.tokens, diffusion.accepted_by_prompt, ar.tokens, strict=True)
     texts = [Text(tokens, accepted, tokens == expected) for tokens, accepted, expected in answers]

@@ -1,7 +1,5 @@
 """Constants and helpers that the whole benchmark shares; free of torch."""
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,3 @@ def log(text: str) -> None:
     """Print progress where somebody watches."""
     if sys.stderr.isatty():
         print(f"{text} …", file=sys.stderr, flush=True)
-
-
-def write_json(path: Path, content: Result) -> None:
-    """Write a file that is there whole or not at all, also when writing is interrupted."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)

@@ -18,7 +18,7 @@ DRAWS = 4  # of replayed drafts for each prompt: acceptance varies far more than
 
 
 def cycles(session: Session) -> Result:
-    """Measure tokens/s at replayed acceptance against both kinds of AR, prefill excepted."""
+    """Measure tokens/s at replayed acceptance against AR and its baseline, prefill excepted."""
     if not session.drafting:
         return {"skipped": "no draft view"}
     with ignore_eos(session.runner):
@@ -29,29 +29,30 @@ def cycles(session: Session) -> Result:
 
 
 def cycles_at(session: Session, context: int) -> Result:
-    slots, n_tokens, width = session.decoder.slots, session.args.new_tokens, session.width
-    prompts = random_prompts(session, [context] * slots, salt=context)
+    decoder, n_tokens, width = session.decoder, session.args.new_tokens, session.width
+    prompts = random_prompts(session, [context] * decoder.slots, salt=context)
     replay = session.replay(salt=context)
-    rates: dict[str, list[float]] = {"diffusion": [], "ar_padded": [], "ar_one_row": []}
+    rates: dict[str, list[float]] = {"diffusion": [], "ar": [], "ar_baseline": []}
     accepted: list[int] = []
     n_emitted, equal = 0, True
     for n in range(min(ROUNDS, session.args.repeats)):
         log(f"cycles at {context} committed tokens, round {n + 1}")
-        padded = decode(session.decoder, prompts, n_tokens, False, width)
+        ar = decode(decoder, prompts, n_tokens, False, decoder.ar_width)
         known = session.runner.state.tokens.clone()
-        one_row = decode(session.decoder, prompts, n_tokens, False, 1)
-        rates["ar_padded"].append(padded.tokens_per_second)
-        rates["ar_one_row"].append(one_row.tokens_per_second)
-        for _ in range(-(-DRAWS // slots)):
+        with patched(session.runner, verify=session.baseline.verify):
+            baseline = decode(decoder, prompts, n_tokens, False, 1)
+        rates["ar"].append(ar.tokens_per_second)
+        rates["ar_baseline"].append(baseline.tokens_per_second)
+        for _ in range(-(-DRAWS // decoder.slots)):
             for slot, text in enumerate(known):
                 replay.set_text(slot, text)
             with patched(session.runner, draft=replay.draft):
-                diffusion = decode(session.decoder, prompts, n_tokens, True, width)
+                diffusion = decode(decoder, prompts, n_tokens, True, width)
             rates["diffusion"].append(diffusion.tokens_per_second)
             accepted += diffusion.accepted
             n_emitted += diffusion.n_emitted
-            equal = equal and diffusion.tokens == padded.tokens
-    faster = max(statistics.median(rates[name]) for name in ("ar_padded", "ar_one_row"))
+            equal = equal and diffusion.tokens == ar.tokens
+    faster = max(statistics.median(rates[name]) for name in ("ar", "ar_baseline"))
     return {
         "context": context,
         "tokens_per_second": {name: summary(values) for name, values in rates.items()},
@@ -61,12 +62,12 @@ def cycles_at(session: Session, context: int) -> Result:
         "tokens_per_cycle_standard_error": statistics.pstdev(accepted) / len(accepted) ** 0.5,
         "cycles": len(accepted),
         "tokens_equal_to_ar": equal,
-        "one_row_tokens_equal_to_ar": one_row.tokens == padded.tokens,
+        "baseline_tokens_equal_to_ar": baseline.tokens == ar.tokens,
     }
 
 
 def slots(session: Session) -> Result:
-    """Measure ``cycles_at`` the middle context by number of slots, all of them busy.
+    """Measure ``cycles_at`` the middle context by number of slots, all busy, and width of blocks.
 
     A number of slots that memory has no room for is left out, with the reason.
     """
@@ -77,7 +78,7 @@ def slots(session: Session) -> Result:
         limit = session.decoder.max_seq_len
         return {"skipped": f"max_seq_len {limit} has no room for {n_tokens} tokens after a context"}
     context = fitting[len(fitting) // 2]
-    entries = [slots_at(session, n, context) for n in session.args.slots_list]
+    entries = [entry for n in session.args.slots_list for entry in slots_at(session, n, context)]
     return {
         **session.acceptance,
         "context": context,
@@ -87,19 +88,19 @@ def slots(session: Session) -> Result:
     }
 
 
-def slots_at(session: Session, n: int, context: int) -> Result:
+def slots_at(session: Session, n: int, context: int) -> list[Result]:
     log(f"{n} slots")
     try:
-        entry = with_slots(session, n, context)
+        entries = with_slots(session, n, context)
     except (RequestError, RuntimeError) as error:  # drivers and captures have errors of their own
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        entry = {"slots": n, "why": one_line(str(error))}
+        entries = [{"slots": n, "why": one_line(str(error))}]
     release_memory()  # out here, where no exception holds on to the decoder
-    return entry
+    return entries
 
 
-def with_slots(session: Session, n: int, context: int) -> Result:
+def with_slots(session: Session, n: int, context: int) -> list[Result]:
     """Run ``cycles_at`` on another decoder over the same weights. Raises RequestError."""
 
     def copy_model(config: ModelConfig, kernels: Kernels, *_: object) -> Transformer:
@@ -111,6 +112,10 @@ def with_slots(session: Session, n: int, context: int) -> Result:
     options = replace(session.options, slots=n, max_seq_len=context + session.args.new_tokens)
     of = session.decoder
     decoder = build_decoder(of.name, of.config, copy_model, options, weights_present=True)
+    other, entries = Session(session.args, options, decoder, [context]), []
     with ignore_eos(decoder.runner):
-        at = cycles_at(Session(session.args, options, decoder, [context]), context)
-    return {"slots": n, **at, "configuration": decoder.configuration}
+        for width in session.args.widths or [other.width]:
+            other.width = width
+            found = {"slots": n, "width": width, **cycles_at(other, context)}
+            entries.append({**found, "configuration": decoder.configuration})
+    return entries

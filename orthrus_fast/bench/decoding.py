@@ -106,12 +106,12 @@ class Replay:
         wrong = (tokens + shift) % self.vocab_size
         self.drafts[slot, : len(tokens)] = torch.where(draw < self.accept, tokens, wrong)
 
-    def draft(self, sampling: bool = False) -> None:
+    def draft(self, width: int, sampling: bool = False) -> None:
         """Run the runner's draft pass, then replace its proposals; the host reads nothing."""
-        type(self.runner).draft(self.runner, sampling)
+        type(self.runner).draft(self.runner, width, sampling)
         state = self.runner.state
-        at = state.length[:, None] + self.offset  # the anchor sits at position length
-        torch.gather(self.drafts, 1, at, out=state.proposals)
+        at = state.length[:, None] + self.offset[: width - 1]  # the anchor sits at length
+        state.proposals[:, : width - 1] = self.drafts.gather(1, at)
 
 
 def expected_tokens_per_cycle(accept: float, width: int) -> float:

@@ -12,12 +12,7 @@ from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, RUNNERS
 
 PROGRAM = "python -m orthrus_fast.bench"
-PARTS = "startup ceiling passes cycles sampling identity prefill slots acceptance modes".split()
-COMBINATIONS = [
-    f"{runner}:{mode}" if mode else runner
-    for runner in RUNNERS
-    for mode in (COMPILE_MODES if runner == "compiled" else [""])
-]
+PARTS = "startup ceiling passes cycles sampling identity prefill slots acceptance".split()
 SLOTS = [1, 2, 4, 8, 16, 32]
 PUBLISHED = {  # greedy tokens per cycle of trained models, a mean over a task's answers; the source
     "1.7B/GSM8K": (7.75, "github.com/Neukiru/orthrus_vllm"),
@@ -103,19 +98,16 @@ def build_parser(prog: str = PROGRAM) -> Parser:
     add("--repeats", type=positive, default=20, metavar="N", help="of each timing (default: 20)")
     text = f"numbers of slots of the part slots (default: {','.join(map(str, SLOTS))})"
     add("--slots-list", type=positives, default=SLOTS, metavar="B,…", help=text)
-    text, runners = f"of the part modes (default: {','.join(COMBINATIONS)})", names(*COMBINATIONS)
-    add("--modes-runners", type=runners, default=COMBINATIONS, metavar="LIST", help=text)
+    text = "rows of a block in the part slots, K at most, each drafting in turn (default: K)"
+    add("--widths", type=positives, metavar="N,…", help=text)
     return parser
 
 
 def add_decoder_flags(parser: Parser) -> None:
     """Add the flags that the benchmark shares with benchmarks/peers.py."""
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR_OR_REPO",
-        help="directory or Hub repository (default: the embedded one)",
-    )
+    text = "directory or Hub repository (default: the embedded one)"
+    add("--checkpoint", metavar="DIR_OR_REPO", help=text)
     text = "random weights in the shape of a public model, without a download (tiny: for tests)"
     add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help=text)
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -99,7 +99,8 @@ def record(
         return report
 
     with patched(runner, verify=verify):
-        decoded = decode(decoder, prompts, n_tokens, drafting, session.width, each)
+        width = session.width if drafting else decoder.ar_width
+        decoded = decode(decoder, prompts, n_tokens, drafting, width, each)
     layers, found = (*runner.cache.k, *runner.cache.v), []
     for slot, accepted in enumerate(decoded.accepted_by_prompt):
         n, n_first = int(state.length[slot]), len(prompts[slot])

@@ -45,8 +45,7 @@ def startup(session: Session) -> Result:
 
 
 def passes(session: Session) -> Result:
-    """Time draft, verify and the whole cycle at each context; AR by a block's rows and by one."""
-    session.runner.prepare(1)
+    """Time draft, verify and the whole cycle at each context, and AR beside its baseline."""
     measured = ceiling(session)
     with random_cache(session):
         at = [passes_at(session, context, measured["bytes_per_s"]) for context in session.contexts]
@@ -60,7 +59,7 @@ def passes_at(session: Session, context: int, rate: float) -> Result:
     set_position(session, context)
     steps: dict[str, Callable[[], object]] = {"verify": lambda: runner.verify(width)}
     if session.drafting:
-        steps = {"draft": runner.draft, **steps}
+        steps = {"draft": lambda: runner.draft(width), **steps}
     times = time_steps(list(steps.values()), session.device, repeats)
     result: Result = {"context": context}
     for name, ms in zip(steps, times, strict=True):
@@ -72,10 +71,11 @@ def passes_at(session: Session, context: int, rate: float) -> Result:
         over = cycle["median"] - both
         result["cycle"] = {"ms": cycle, "over_passes_ms": over, "over_passes_share": over / both}
     runner.state.drafting.fill_(False)
-    rows: list[Callable[[], object]] = [lambda: runner.verify(width), lambda: runner.verify(1)]
-    padded, one_row = time_steps(rows, session.device, repeats)
-    cycle = summary(cycle_spans(runner, width, False, repeats))
-    return {**result, "ar": {"padded_ms": padded, "one_row_ms": one_row, "cycle_ms": cycle}}
+    of_ar, baseline = session.decoder.ar_width, session.baseline
+    both_ar = (lambda: runner.verify(of_ar), lambda: baseline.verify(1))
+    ar, without = time_steps(both_ar, session.device, repeats)
+    cycle = summary(cycle_spans(runner, of_ar, False, repeats))
+    return {**result, "ar": {"ms": ar, "baseline_ms": without, "cycle_ms": cycle}}
 
 
 def sampling(session: Session) -> Result:

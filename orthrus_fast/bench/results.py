@@ -1,6 +1,7 @@
 """The JSON file: the command line that made it, its environment, and the parts."""
 
 import argparse
+import json
 import platform
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from orthrus_fast.bench.common import REPOSITORY, Result, write_json
+from orthrus_fast.bench.common import REPOSITORY, Result
 from orthrus_fast.bench.flags import Parser, flags_of
 
 
@@ -27,18 +28,17 @@ class Report:
 
     def describe(self, configuration: Result) -> None:
         """Set the environment of a decoder of this ``configuration``."""
-        threads = f"OMP_NUM_THREADS={torch.get_num_threads()} "
-        prefix = threads if configuration["device"] == "cpu" else ""
-        self.content |= {
-            "command": prefix + self.command,
-            "environment": environment(configuration),
-        }
+        if configuration["device"] == "cpu":
+            self.content["command"] = f"OMP_NUM_THREADS={torch.get_num_threads()} {self.command}"
+        self.content["environment"] = environment(configuration)
 
     def add(self, section: str, name: str, value: Any) -> None:
         """Set one part of "parts", or its problem in "failed", and write the file."""
         self.content[section][name] = value
-        if self.path is not None:
-            write_json(Path(self.path), self.content)
+        if self.path is not None:  # there whole or not at all, also when writing is interrupted
+            draft = Path(f"{self.path}.part")
+            draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            draft.replace(self.path)
 
 
 def environment(configuration: Result) -> Result:

@@ -15,7 +15,6 @@ from orthrus_fast.bench.common import Result, log
 from orthrus_fast.bench.cycles import cycles, slots
 from orthrus_fast.bench.flags import PROGRAM, Parser
 from orthrus_fast.bench.identity import identity
-from orthrus_fast.bench.modes import modes
 from orthrus_fast.bench.passes import passes, prefill, sampling, startup
 from orthrus_fast.bench.results import Report
 from orthrus_fast.bench.session import Session, build_session
@@ -33,28 +32,20 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("orthrus_fast").setLevel(logging.INFO)
     console = Console() if sys.stdout.isatty() else Console(width=100)
-    report, session = Report(PROGRAM, parser, args), None
-    if args.parts != ["modes"]:
-        session = build_session(args)
-        report.describe(session.decoder.configuration)
+    report, session = Report(PROGRAM, parser, args), build_session(args)
+    report.describe(session.decoder.configuration)
     for name in args.parts:
         log(name)
         begin = time.perf_counter()
         try:
-            if session is None or name == "modes":
-                part = modes(args)
-            else:
-                with measuring(session.device):
-                    part = MEASURES[name](session)
+            with measuring(session.device):
+                part = MEASURES[name](session)
         except OrthrusError:
             raise
         except Exception as error:
             traceback.print_exc()
             report.add("failed", name, f"{type(error).__name__}: {error}")
             continue
-        if session is None:
-            built = (of["configuration"] for of in part["combinations"] if of["configuration"])
-            report.describe(next(built))
         report.add("parts", name, {"part_seconds": time.perf_counter() - begin, **part})
         show(console, name, part)
     return 1 if report.content["failed"] else 0

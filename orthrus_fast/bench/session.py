@@ -4,11 +4,12 @@ import argparse
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from orthrus_fast.bench.baseline import make_baseline
 from orthrus_fast.bench.common import CONTEXTS, LONGEST_PROMPT, PREFILL_LENGTHS, Result
 from orthrus_fast.bench.decoding import Replay, share_of_right_drafts
 from orthrus_fast.bench.flags import number_and_source, prompts_path
@@ -20,6 +21,7 @@ from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
 from orthrus_fast.prompts import read_prompts
+from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
 
 
@@ -36,11 +38,17 @@ class Session:
         self.contexts_with_room = [n for n in contexts if n <= limit]  # for a whole decode
         self.sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
 
+    @cached_property
+    def baseline(self) -> EagerRunner:
+        """What AR is measured against: one row a pass without the promise."""
+        return make_baseline(self.decoder)
+
     @property
     def acceptance(self) -> Result:
         """What a part says about its replayed drafts: ``accept`` is the share that is right."""
         asked, source = number_and_source(self.args.accept)
-        of = {"label": "replayed acceptance", "accept": share_of_right_drafts(asked, self.width)}
+        share = share_of_right_drafts(asked, self.decoder.block_width)
+        of = {"label": "replayed acceptance", "accept": share}
         return {**of, "accept_asked": asked, "accept_source": source}
 
     def seeded(self, n: int, **settings: Any) -> list[SamplingParams]:
@@ -66,8 +74,10 @@ def build_session(args: argparse.Namespace) -> Session:
     options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
     settings = resolve(options, config)
     contexts = choose_contexts(args, settings.max_seq_len)
-    if settings.config.block_size is not None:
-        share_of_right_drafts(number_and_source(args.accept)[0], settings.config.block_size)
+    if (block := settings.config.block_size) is not None:
+        share_of_right_drafts(number_and_source(args.accept)[0], block)
+        if not all(2 <= width <= block for width in args.widths or ()):
+            raise RequestError(f"widths: {args.widths} are not all within 2 … {block}")
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
     if not args.shape:

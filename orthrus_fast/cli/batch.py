@@ -13,12 +13,11 @@ from typing import Any
 from orthrus_fast.cli.results_file import Results, make_header, sampling_settings
 from orthrus_fast.cli.session import (
     check_template_flags,
-    has_template,
     load_decoder,
-    message,
+    prompt_of,
     resolved,
     sampling,
-    system_message,
+    template_arguments,
 )
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import PromptError, RequestError
@@ -55,18 +54,6 @@ def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str
     """Return what decides the texts, apart from the decoder's configuration and the prompts."""
     names = ("mode", "max_new_tokens", "raw", "system", "thinking")
     return {name: getattr(args, name) for name in names} | {"sampling": sampling_settings(params)}
-
-
-def prompt_of(decoder: Decoder, args: argparse.Namespace, line: PromptLine) -> Any:
-    """Return what the decoder encodes: ids or text as they are, or chat messages.
-
-    Text is a user's message where there is a chat template, but for --raw; --system's message comes
-    first where the chat has none.
-    """
-    if line.kind == "ids" or (line.kind == "prompt" and (args.raw or not has_template(decoder))):
-        return line.prompt
-    chat = line.prompt if line.kind == "messages" else [message("user", line.prompt)]
-    return chat if chat[0].get("role") == "system" else [*system_message(args), *chat]
 
 
 def write_results(
@@ -165,11 +152,8 @@ def decode_lines(
             yield line, Generation.failed(error, own.seed)
     if not kept:
         return
-    prompts = [prompt_of(decoder, args, line) for line, _ in kept]
+    prompts = [prompt_of(decoder, args, line.prompt) for line, _ in kept]
     budgets = [line.settings.get("max_new_tokens", args.max_new_tokens) for line, _ in kept]
-    has_chat = any(isinstance(prompt[0], dict) for prompt in prompts)
-    asks = args.thinking is not None and has_chat
-    more: dict[str, Any] = {"enable_thinking": args.thinking} if asks else {}
-    settings = [own for _, own in kept]
+    settings, more = [own for _, own in kept], template_arguments(args, *prompts)
     for index, generation in decoder.as_completed(prompts, budgets, settings, args.mode, **more):
         yield kept[index][0], generation

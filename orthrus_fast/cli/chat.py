@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 from orthrus_fast.cli.flags import build_chat_parser, check_flags
 from orthrus_fast.cli.keyboard import Keyboard
 from orthrus_fast.cli.session import (
-    announce_loading,
+    begin_loading,
     check_template_flags,
     decode,
-    encode_chat,
+    encode,
     has_template,
     load_decoder,
     message,
     report,
-    sampling,
 )
 from orthrus_fast.cli.terminal import fail, printable
 from orthrus_fast.errors import PromptError, RequestError, TemplateError
@@ -42,8 +41,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     parser = build_chat_parser(prog)
     args = parser.parse_args(arguments)
     check_flags(parser, args)
-    sampling(args)  # refuses what is out of range, before anything is loaded
-    announce_loading(args)
+    begin_loading(args)
     if sys.stdin is None:
         raise RequestError("standard input: closed; a chat reads it")
     decoder = load_decoder(args)
@@ -132,8 +130,8 @@ def fit(
     """
     quarter = decoder.max_seq_len // 4
     answer_room = args.max_new_tokens or (quarter if args.thinks else min(MAX_NEW_TOKENS, quarter))
-    ids = encode_chat(decoder, args, messages)
+    ids = encode(decoder, args, messages)
     while len(ids) + answer_room > decoder.max_seq_len and len(messages) > 1:
         messages = messages[2:]
-        ids = encode_chat(decoder, args, messages)
+        ids = encode(decoder, args, messages)
     return ids, messages

@@ -21,6 +21,8 @@ EXIT_CODES = (
 )
 FILTERS = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}  # and what spells them as off
 DEMOS = ("records", "keyed", "columns", "code")
+PUBLIC_SHAPES = ("1.7B", "4B", "8B")
+TUNED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # as kernels.tiles has them
 CHAT, INFO = (
     "orthrus chat, or python -m orthrus_fast chat",
     "orthrus info, or python -m orthrus_fast info",
@@ -140,6 +142,31 @@ def build_info_parser(prog: str) -> Parser:
     add_checkpoint_flags(parser)
     add_length_flag(parser)
     return parser
+
+
+def build_tune_parser(prog: str) -> Parser:
+    """Return the parser of ``orthrus tune``."""
+    what = "Measure the fastest tiles of the products on this GPU and keep them for every later "
+    parser = Parser(prog, what + "load. Tiles change how long a pass takes, never a bit of it.")
+    models = parser.add_mutually_exclusive_group().add_argument
+    shape = "a public model's products; may be repeated (default: all of these)"
+    models("--shape", choices=PUBLIC_SHAPES, action="append", help=shape)
+    where = "directory or Hub repository of a model to tune for instead"
+    models("--checkpoint", "--model", metavar="DIR_OR_REPO", help=where)
+    rows = f"numbers of rows (default: {','.join(map(str, TUNED_ROWS))})"
+    add = parser.add_argument
+    add("--rows", type=row_counts, default=list(TUNED_ROWS), metavar="N,…", help=rows)
+    add("--output", metavar="FILE", help="write the table here (default: in your cache directory)")
+    return parser
+
+
+def row_counts(text: str) -> list[int]:
+    """Return the numbers of a list. Raises ArgumentTypeError for one that no table has."""
+    known = {str(n_rows): n_rows for n_rows in TUNED_ROWS}
+    counts = [known.get(part, 0) for part in text.split(",")]
+    if not all(counts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(known)}")
+    return counts
 
 
 def add_checkpoint_flags(group: Group) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "chat in several turns",
     "bench": "time a decoder, and compare its modes to the bit",
     "info": "print what a checkpoint is and needs",
+    "tune": "measure the fastest tiles on this GPU, once",
 }
 USAGE = "\n".join(
     [

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
-def announce_loading(args: argparse.Namespace) -> None:
-    """Say on a terminal what is loaded, before the import of torch, which takes seconds itself."""
+def begin_loading(args: argparse.Namespace) -> None:
+    """Say on a terminal what is loaded, then refuse sampling settings that are out of range.
+
+    In this order: what checks them imports torch, which takes seconds itself.
+    """
     if sys.stderr.isatty():
         name = printable(args.checkpoint or "the embedded checkpoint", True)
         print(f"loading {name} …", file=sys.stderr, flush=True)
+    sampling(args)
 
 
 def load_decoder(args: argparse.Namespace) -> Decoder:
@@ -97,33 +101,33 @@ def message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def system_message(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the message of --system, or nothing."""
-    return [] if args.system is None else [message("system", args.system)]
+def is_chat(prompt: Any) -> bool:
+    """Return whether a prompt is chat messages, neither text nor ids."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def encode(decoder: Decoder, args: argparse.Namespace, prompt: dict[str, Any]) -> list[int]:
-    """Return the ids of a prompt.
+def prompt_of(decoder: Decoder, args: argparse.Namespace, prompt: Any) -> Any:
+    """Return what the decoder encodes: ids or text as they are, or chat messages.
 
-    "messages" are chat messages. "text" is a user message where there is a chat template; with
-    ``--raw``, and in a demo, the model continues the text as it is.
+    Text is a user's message where there is a chat template, but for --raw and in a demo; --system's
+    message comes first where the chat has none.
     """
-    if "messages" in prompt:
-        return encode_chat(decoder, args, prompt["messages"])
-    if has_template(decoder) and not args.raw and not args.demo:
-        return encode_chat(decoder, args, [message("user", prompt["text"])])
-    return decoder.encode(prompt["text"])
+    if isinstance(prompt, str) and has_template(decoder) and not args.raw and not args.demo:
+        prompt = [message("user", prompt)]
+    if args.system is None or not is_chat(prompt) or prompt[0].get("role") == "system":
+        return prompt
+    return [message("system", args.system), *prompt]
 
 
-def encode_chat(
-    decoder: Decoder, args: argparse.Namespace, messages: list[dict[str, Any]]
-) -> list[int]:
-    """Return the ids of a chat; --system's message comes first where the chat has none."""
-    if decoder.tokenizer is None:
-        return decoder.encode(messages)  # which says what is missing
-    if messages and messages[0].get("role") != "system":
-        messages = [*system_message(args), *messages]
-    return decoder.tokenizer.encode_chat(messages, enable_thinking=args.thinking)
+def encode(decoder: Decoder, args: argparse.Namespace, prompt: Any) -> list[int]:
+    """Return the ids of text or chat messages, as ``prompt_of`` has them."""
+    prompt = prompt_of(decoder, args, prompt)
+    return decoder.encode(prompt, **template_arguments(args, prompt))
+
+
+def template_arguments(args: argparse.Namespace, *prompts: Any) -> dict[str, Any]:
+    """Return the arguments of the chat template, where any of the prompts is a chat."""
+    return {"enable_thinking": args.thinking} if any(map(is_chat, prompts)) else {}
 
 
 def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
@@ -131,7 +135,7 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
     from orthrus_fast import SamplingParams
 
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
-    given |= {"stop": tuple(given.get("stop", ()))} | instead
+    given |= instead
     if args.sampling == "checkpoint":
         return SamplingParams.from_checkpoint(**given)
     return SamplingParams(**given)
@@ -142,12 +146,15 @@ def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:
     return params.resolved(dict(decoder.config.sampling_defaults))
 
 
-def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int:
-    """Return the limit of new tokens: as given, or what fits, up to 256 where nobody thinks."""
-    if args.max_new_tokens is not None:
-        return int(args.max_new_tokens)
-    room = max(1, decoder.max_seq_len - n_prompt)
-    return room if args.thinks else min(room, MAX_NEW_TOKENS)
+def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int | None:
+    """Return the limit of new tokens; None is the decoder's own, which is too short for thoughts.
+
+    A model that thinks gets all that fits.
+    """
+    if args.max_new_tokens is None and args.thinks:
+        return max(1, decoder.max_seq_len - n_prompt)
+    limit: int | None = args.max_new_tokens
+    return limit
 
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
@@ -189,8 +196,8 @@ def report(
     if interrupted:
         print("interrupted: the text above is what was written so far", file=sys.stderr)
     elif result.finish_reason == "length":
-        limit = budget(decoder, args, stats.prompt_tokens)
-        print(f"the text ended at {which_limit(decoder, args, limit)}", file=sys.stderr)
+        limit = which_limit(decoder, args, len(result.tokens))
+        print(f"the text ended at {limit}", file=sys.stderr)
 
 
 def which_limit(decoder: Decoder, args: argparse.Namespace, limit: int) -> str:

@@ -89,7 +89,7 @@ def _speed_section(speed: dict[str, Any]) -> list[str]:
         cells.setdefault((row["threads"], row["runner"]), {})[row["prompt"]] = cell
     lines = [
         "Speed-up by drafting, by prompt: tokens/s in mode `diffusion` over those of the faster",
-        "AR, mode `ar` (AR by the same pass, as wide as a block) or AR by a pass of one row.",
+        "AR, mode `ar` or its baseline, passes of one row without the promise.",
         f"Median of {speed['runs']} rounds, with the lowest and the highest in brackets.",
         "",
         f"| threads | runner | {' | '.join(prompts)} |",
@@ -99,7 +99,7 @@ def _speed_section(speed: dict[str, Any]) -> list[str]:
         lines.append(f"| {threads} | {runner} | {' | '.join(gains.get(p, '–') for p in prompts)} |")
     lines += [
         "",
-        "Median tokens/s (diffusion / AR by the same pass / AR by one row):",
+        "Median tokens/s (diffusion / AR / AR baseline):",
         "",
         f"| threads | runner | {' | '.join(prompts)} |",
         f"|---|---|{'---|' * len(prompts)}",

@@ -1,8 +1,8 @@
 """Batched greedy AR decoding of a network in training, which writes the answers for phase 2.
 
-The package decodes a finished checkpoint, by verify passes 16 rows wide. This module decodes
-thousands of prompts by one row each, in autocast, before there is a draft view. No figure of the
-card is measured with it.
+The package decodes a finished checkpoint, bit for bit alike in every pass. This module decodes
+thousands of prompts at once, in autocast, before there is a draft view. No figure of the card is
+measured with it.
 """
 
 from __future__ import annotations

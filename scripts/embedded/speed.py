@@ -15,6 +15,9 @@ import torch
 
 import orthrus_fast
 from orthrus_fast import Decoder, Generation
+from orthrus_fast.bench.baseline import make_baseline
+from orthrus_fast.bench.clocks import measuring
+from orthrus_fast.bench.decoding import decode, patched
 
 Figures = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -63,21 +66,21 @@ def _key(row: Figures) -> tuple[Any, ...]:
 
 
 def time_modes(decoder: Decoder, ids: list[int]) -> Figures:
-    """Decode RUNS rounds in mode diffusion, by AR of the same pass and by AR of one row; return the
-    median speed-up of diffusion over the faster AR, and tokens/s, with the lowest and highest.
+    """Decode RUNS rounds in both modes and by AR's baseline; return the median speed-up of
+    diffusion over the faster AR, and tokens/s, with the lowest and highest.
 
     The speed-up is a ratio within a round, because other work on the machine slows all three then.
     """
-    rates: dict[str, list[float]] = {"diffusion": [], "ar_same_pass": [], "ar_one_row": []}
+    rates: dict[str, list[float]] = {"diffusion": [], "ar": [], "ar_baseline": []}
+    baseline = make_baseline(decoder)
     for run in range(RUNS + 1):
-        results = (
-            decoder.generate(ids, MAX_NEW),
-            decoder.generate(ids, MAX_NEW, mode="ar"),
-            decoder.generate_one_row(ids, MAX_NEW),
-        )
+        results = [decoder.generate(ids, MAX_NEW, mode=mode) for mode in ("diffusion", "ar")]
+        with measuring(decoder.runner.device), patched(decoder.runner, verify=baseline.verify):
+            one_row = decode(decoder, [ids], MAX_NEW, False, 1).tokens_per_second
         if run:  # the first warms up
-            for kept, result in zip(rates.values(), results, strict=True):
-                kept.append(_rate(result))
+            found = [*map(_rate, results), one_row]
+            for kept, rate in zip(rates.values(), found, strict=True):
+                kept.append(rate)
     medians = {name: statistics.median(kept) for name, kept in rates.items()}
     rounds = [d / max(ar) for d, *ar in zip(*rates.values(), strict=True)]
     spread = {name: [round(v, 1) for v in (min(k), max(k))] for name, k in rates.items()}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orthrus_fast.bench.command import main
+from orthrus_fast.bench.__main__ import main
 from orthrus_fast.bench.flags import build_parser
 from orthrus_fast.bench.session import Session, build_session
 

@@ -66,9 +66,9 @@ def test_speeds_are_over_the_faster_ar_where_there_is_room() -> None:
     assert found["left_out"] == [290]
     (at,) = found["at"]
     rates = {name: value["median"] for name, value in at["tokens_per_second"].items()}
-    faster = max(rates["ar_padded"], rates["ar_one_row"])
+    faster = max(rates["ar"], rates["ar_baseline"])
     assert at["speedup_over_faster_ar"] == pytest.approx(rates["diffusion"] / faster)
-    assert at["tokens_equal_to_ar"] and at["one_row_tokens_equal_to_ar"]
+    assert at["tokens_equal_to_ar"] and at["baseline_tokens_equal_to_ar"]
     for values in at["tokens_per_second"].values():
         check_times(values)
 
@@ -90,11 +90,13 @@ def test_throughput_is_measured_at_each_number_of_slots_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--parts", "slots", "--slots-list", "1,3,1000000000", "--accept", "1")
+    flags += ("--widths", "8,4", "--repeats", "1")
     found = run(tmp_path / "r.json", *SLOTS, *flags)["parts"]["slots"]
     assert found["label"] == "replayed acceptance" and found["context"] == 40
-    assert [at["slots"] for at in found["at"]] == [1, 3]
+    asked = [(at["slots"], at["width"]) for at in found["at"]]
+    assert asked == [(1, 8), (1, 4), (3, 8), (3, 4)]
     for at in found["at"]:
-        assert at["tokens_per_cycle"] == at["tokens_per_cycle_expected"] == 8.0
+        assert at["tokens_per_cycle"] == at["tokens_per_cycle_expected"] == at["width"]
         assert at["tokens_equal_to_ar"] and at["configuration"]["slots"] == at["slots"]
         assert at["configuration"]["max_seq_len"] == 65
     (left_out,) = found["left_out"]

@@ -9,16 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_fast.bench.command import main
+from orthrus_fast.bench.__main__ import main
 from orthrus_fast.bench.common import REPOSITORY
-from orthrus_fast.bench.flags import (
-    COMBINATIONS,
-    PARTS,
-    PUBLISHED,
-    build_parser,
-    flags_of,
-    number_and_source,
-)
+from orthrus_fast.bench.flags import PARTS, PUBLISHED, build_parser, flags_of, number_and_source
 from tests.bench.runs import TINY
 
 CPU_TINY = ("--shape", "tiny", "--device", "cpu")
@@ -50,7 +43,9 @@ def refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         (("--slots-list", "1,x"), "--slots-list: invalid"),
         (("--contexts", "12,-1"), "--contexts: invalid"),
         (("--parts", "passes,lunch"), "--parts: not of startup, ceiling"),
-        (("--modes-runners", "eager,warp"), "--modes-runners: not of eager, compiled:default"),
+        (("--widths", "0"), "--widths: invalid"),
+        ((*CPU_TINY, "--widths", "8,9"), "widths: [8, 9] are not all within 2 … 8"),
+        ((*CPU_TINY, "--widths", "1"), "widths: [1] are not all within 2 … 8"),
         (("--new-tokens", "1"), "below 2"),
         (("--device", "tpu"), "device"),
         (("--dtype", "int3"), "invalid choice"),
@@ -60,7 +55,6 @@ def refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         ((*CPU_TINY, "--contexts", "5000"), "not below max_seq_len"),
         ((*CPU_TINY, "--new-tokens", "5000"), "no room for a prompt"),
         ((*CPU_TINY, "--max-seq-len", "9999999"), "max_seq_len"),
-        ((*CPU_TINY, "--parts", "modes", "--modes-runners", "graph"), "graph needs a CUDA device"),
         (("--checkpoint", "/nowhere"), "no such directory"),
         (("--shape", "tiny", "--json", "/nowhere/r.json"), "no such directory"),
         (("--json", str(Path(__file__))), "exists; name another file, or remove it"),
@@ -91,16 +85,9 @@ def test_published_acceptance_by_name(name: str) -> None:
     assert name in help_text.replace("- ", "-").replace("/ ", "/")
 
 
-def test_lists_come_in_their_own_order_and_compiled_is_all_of_its_modes() -> None:
-    def runners(text: str) -> list[str]:
-        names: list[str] = build_parser().parse_args(["--modes-runners", text]).modes_runners
-        return names
-
+def test_parts_come_in_their_own_order() -> None:
     assert build_parser().parse_args([]).parts == PARTS
     assert build_parser().parse_args(["--parts", "slots,startup"]).parts == ["startup", "slots"]
-    assert runners("graph,eager") == ["eager", "graph"]
-    assert runners("compiled") == [name for name in COMBINATIONS if "compiled" in name]
-    assert runners("compiled:max-autotune") == ["compiled:max-autotune"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +95,7 @@ def test_lists_come_in_their_own_order_and_compiled_is_all_of_its_modes() -> Non
     [
         (),
         ("--shape", "8B", "--accept", "8B/MATH-500", "--contexts", "128,1024", "--seed", "5"),
-        ("--parts", "startup,modes", "--modes-runners", "eager,graph", "--temperature", "0.7"),
+        ("--parts", "startup,slots", "--widths", "2,4", "--temperature", "0.7"),
         ("--checkpoint", "a directory/model", "--dtype", "float64", "--slots-list", "1,3"),
     ],
 )
@@ -123,6 +110,8 @@ def test_the_flags_that_repeat_a_run_parse_to_its_arguments(flags: tuple[str, ..
 
 @pytest.mark.slow
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys; from orthrus_fast.bench import command; command.build_parser(); "
+    code = (
+        "import sys; from orthrus_fast.bench import __main__ as command; command.build_parser(); "
+    )
     code += "sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

@@ -46,13 +46,13 @@ def accept_one_too_many(block: Tensor, target: Tensor) -> Tensor:
 
 def logits_that_see_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Any:
     greedy, logits = true_verify(model, cache, state, block)
-    sees = (block[:, 1] != block[:, 0])[:, None, None]
+    sees = (block[:, -1] != block[:, 0])[:, None, None]
     return greedy, torch.where(sees, logits * (1 + 2**-20), logits)
 
 
 def cache_that_sees_the_drafts(model: Any, cache: Any, state: Any, block: Tensor) -> Any:
     out = true_verify(model, cache, state, block)
-    cache.v[-1][0, :, int(state.length[0])] += 1e-3 * bool(block[0, 1] != block[0, 0])
+    cache.v[-1][0, :, int(state.length[0])] += 1e-3 * bool(block[0, -1] != block[0, 0])
     return out
 
 

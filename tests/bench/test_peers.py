@@ -39,7 +39,7 @@ def test_peers_take_turns_on_the_same_weights(
         check_times(row["tokens_per_second"])
         assert row["tokens_before_difference"] == [16]  # float32, and no near tie on the way
     rates = {n: row["tokens_per_second"]["median"] for n, row in at["tokens_per_second_of"].items()}
-    faster = max(rates["ar_padded"], rates["ar_one_row"])
+    faster = max(rates["ar"], rates["ar_baseline"])
     for name, row in at["tokens_per_second_of"].items():
         assert row["over_faster_ar"] == pytest.approx(rates[name] / faster)
         assert row["texts_equal_share_by_dtype"] == {"float32": 1.0}
@@ -101,7 +101,7 @@ def test_a_checkpoint_drafts_for_itself_and_texts_are_compared_in_each_dtype(
 
     def note(*args: Any, **named: Any) -> Any:
         decoded = true_runs(*args, **named)
-        ours["tokens"] = decoded["ar_padded"].tokens[0]
+        ours["tokens"] = decoded["ar"].tokens[0]
         return decoded
 
     ours: dict[str, list[int]] = {}

@@ -211,6 +211,15 @@ def test_what_was_left_out_and_what_failed_is_said() -> None:
     assert rows("peers", skipped)[-1]["tokens/s"] == "skipped: why"
 
 
+def test_several_widths_of_one_number_of_slots_are_told_apart() -> None:
+    def narrow(one: Any) -> None:
+        at = one["parts"]["slots"]["at"]
+        at[:] = [{**of, "width": width} for of in at[:1] for width in (32, 8)]
+
+    found = rows("slots", changed(content("8B-slots"), narrow))
+    assert [row["slots"] for row in found] == ["1, width 8", "1, width 32"]
+
+
 def test_acceptance_by_position_in_both_ways() -> None:
     found = report.by_position({"accepted_at_position": [0.9, 0.6, 0.5, None]})
     of_all, of_reached = found.values()
@@ -218,13 +227,19 @@ def test_acceptance_by_position_in_both_ways() -> None:
 
 
 def test_the_slots_chart_says_where_drafting_stops_paying() -> None:
-    def at(drafting: float, n: int) -> Any:
-        rates = {"diffusion": {"median": drafting}, "ar_one_row": {"median": 10.0}}
-        return {"slots": n, "tokens_per_second": rates}
+    def at(speedup: float, n: int) -> Any:
+        return {"slots": n, "speedup_over_faster_ar": speedup}
 
-    assert report.verdict([at(30, 1), at(20, 4), at(9, 8)]) == "drafting ahead up to 4 slots"
-    assert report.verdict([at(30, 1), at(20, 4)]) == "drafting ahead at all measured, 1 to 4"
-    assert report.verdict([at(10, 1), at(20, 4)]) == "AR ahead"
+    assert report.verdict([at(3, 1), at(2, 4), at(0.9, 8)]) == "drafting ahead up to 4 slots"
+    assert report.verdict([at(3, 1), at(2, 4)]) == "drafting ahead at all measured, 1 to 4"
+    assert report.verdict([at(1, 1), at(2, 4)]) == "AR ahead"
+
+
+def test_files_of_before_have_the_keys_of_today() -> None:
+    before = {"ar": {"padded_ms": 1, "one_row_ms": 2}, "of": [{"ar_padded": 3, "ar_one_row": 4}]}
+    today = {"ar": {"ms": 1, "baseline_ms": 2}, "of": [{"ar": 3, "ar_baseline": 4}]}
+    file = file_of(changed(content("1.7B"), lambda c: c.update(parts={"passes": before})))
+    assert file.parts == {"passes": today}
 
 
 def test_rows_of_different_columns_share_a_table_and_bars_are_escaped() -> None:
@@ -234,7 +249,7 @@ def test_rows_of_different_columns_share_a_table_and_bars_are_escaped() -> None:
 
 def test_what_the_benchmark_writes_the_report_reads(tmp_path: Path) -> None:
     flags = ("--contexts", "20", "--new-tokens", "12", "--slots-list", "1", "--repeats", "1")
-    kinds = [name for name in PARTS if name not in ("modes", "acceptance", "prefill")]
+    kinds = [name for name in PARTS if name not in ("acceptance", "prefill")]
     tiny = run(tmp_path / "tiny.json", *TINY, *flags, "--parts", ",".join(kinds))
     own = run(tmp_path / "own.json", *EMBEDDED, "--parts", "acceptance")
     for name in kinds:

@@ -17,14 +17,13 @@ from torch._dynamo.utils import counters
 
 from orthrus_fast.bench import passes, results, streaming
 from orthrus_fast.bench import run as module
-from orthrus_fast.bench.command import main
+from orthrus_fast.bench.__main__ import main
 from orthrus_fast.bench.common import REPOSITORY
 from orthrus_fast.bench.flags import PARTS, build_parser
 from tests.bench.runs import TINY, check_times, run
 from tests.checkpoints import write_checkpoint
 
 SHORT = ("--contexts", "70,200", "--new-tokens", "24", "--slots-list", "1,2", "--slots", "2")
-IN_PROCESS = ("--parts", ",".join(name for name in PARTS if name != "modes"))
 
 
 def test_the_commit_is_the_packages_own_not_that_of_a_repository_around_it(
@@ -51,13 +50,13 @@ def test_the_commit_is_the_packages_own_not_that_of_a_repository_around_it(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All parts but modes, which starts processes."""
-    return run(tmp_path_factory.mktemp("bench") / "whole.json", *TINY, *SHORT, *IN_PROCESS)
+    """All parts."""
+    return run(tmp_path_factory.mktemp("bench") / "whole.json", *TINY, *SHORT)
 
 
 def test_the_file_holds_every_part_and_what_it_takes_to_repeat_it(whole: Any) -> None:
     assert list(whole) == ["command", "environment", "arguments", "parts", "failed"]
-    assert list(whole["parts"]) == [name for name in PARTS if name != "modes"]
+    assert list(whole["parts"]) == PARTS
     assert whole["failed"] == {}
     words = shlex.split(whole["command"])
     assert words[:4] == ["OMP_NUM_THREADS=1", "python", "-m", "orthrus_fast.bench"]
@@ -125,7 +124,7 @@ def test_an_interrupted_run_keeps_its_parts(
         raise KeyboardInterrupt
 
     monkeypatch.setitem(module.MEASURES, "passes", interrupt)
-    content = run(tmp_path / "r.json", *TINY, *SHORT, *IN_PROCESS, expected=130)
+    content = run(tmp_path / "r.json", *TINY, *SHORT, expected=130)
     assert list(content["parts"]) == ["startup", "ceiling"]
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
     assert capsys.readouterr().err.startswith("interrupted; ")

@@ -15,7 +15,7 @@ import pytest
 import orthrus_fast
 from orthrus_fast.cli.chat import find_command, fit
 from orthrus_fast.cli.main import main
-from orthrus_fast.cli.session import encode_chat
+from orthrus_fast.cli.session import encode
 from orthrus_fast.decoder import Decoder, Prompt
 from orthrus_fast.results import Chunk, Generation
 from tests.checkpoints import write_checkpoint
@@ -140,7 +140,7 @@ def test_what_is_kept_of_a_conversation_leaves_room_for_an_answer(chat: Path) ->
         args: Any = SimpleNamespace(max_new_tokens=budget, system="short", **thought)
         ids, kept = fit(decoder, args, messages)
         assert kept == messages[len(messages) - len(kept) :] and kept[0]["role"] == "user"
-        assert ids == encode_chat(decoder, args, kept)
+        assert ids == encode(decoder, args, kept)
         return len(ids)
 
     newest, turn = n_tokens(1000), n_tokens(1) - n_tokens(50)  # the newest is never dropped

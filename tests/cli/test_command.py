@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,8 +76,11 @@ def test_a_flag_of_another_command_is_told(capsys: pytest.CaptureFixture[str]) -
         (["--chat"], "did you mean: orthrus chat?"),
         (["model/"], "did you mean: orthrus generate --checkpoint model/?"),
         (["a b"], "did you mean: orthrus generate --prompt 'a b'?"),
-        (["genrate"], "there are generate, chat, bench, info; did you mean: orthrus generate?"),
-        (["xyz"], "'xyz' is no command; there are generate, chat, bench, info\n"),
+        (
+            ["genrate"],
+            "there are generate, chat, bench, info, tune; did you mean: orthrus generate?",
+        ),
+        (["xyz"], "'xyz' is no command; there are generate, chat, bench, info, tune\n"),
     ],
 )
 def test_a_forgotten_or_unknown_command_is_told(
@@ -102,7 +106,7 @@ def test_top_k_may_be_spelled_as_off(off: str, capsys: pytest.CaptureFixture[str
     assert run(capsys, "--prompt", "x", "--top-k", off, "-n", 1).code == 0  # without temperature
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info"])
+@pytest.mark.parametrize("command", ["generate", "chat", "info", "tune"])
 def test_the_version_is_told_at_every_level(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,10 +243,11 @@ def in_process(code: str, **environment: str) -> subprocess.CompletedProcess[str
 MAIN = "from orthrus_fast.cli.main import main; sys.exit(main(sys.argv[1:] or {words!r}))"
 
 
-def test_a_terminal_is_told_of_the_loading_before_torch_is_imported() -> None:
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_terminal_is_told_of_the_loading_before_torch_is_imported(command: str) -> None:
     for terminal in (True, False):
         code = f"import sys; sys.modules['torch'] = None; sys.stderr.isatty = lambda: {terminal};"
-        got = in_process(code + MAIN.format(words=["generate", "--prompt", "x"]))
+        got = in_process(code + MAIN.format(words=[command]))
         *told, error = got.stderr.splitlines()
         assert told == ["loading the embedded checkpoint …"] * terminal
         assert error.startswith("error: torch is not installed")
@@ -258,8 +263,9 @@ def test_nothing_of_others_is_on_the_screen_without_numpy(tmp_path: Path) -> Non
     assert "Failed to initialize NumPy" in warned.stderr  # else this test sees nothing
     got = in_process("import sys;" + MAIN.format(words=words), PYTHONPATH=path)
     lines = got.stderr.splitlines()
-    assert (got.returncode, len(lines)) == (0, 2)
-    assert lines[0].startswith("2 tokens · ") and lines[1].startswith("the text ended at ")
+    assert (got.returncode, len(lines)) == (0, 3)
+    begins = ("row invariance holds: ", "2 tokens · ", "the text ended at ")
+    assert all(map(str.startswith, lines, begins))
 
 
 # Limits.
@@ -290,12 +296,12 @@ def test_a_default_limit_shrinks_to_the_room_and_a_given_one_does_not(
 # Thinking.
 
 
-def tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int]]:
+def tokens_asked_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bytes, int | None]]:
     """The prompt and the limit of each request to come, which then decodes one token."""
-    asked: list[tuple[bytes, int]] = []
+    asked: list[tuple[bytes, int | None]] = []
     stream = orthrus_fast.Decoder.stream
 
-    def spy(self: Any, ids: list[int], limit: int, *rest: Any) -> Any:
+    def spy(self: Any, ids: list[int], limit: int | None, *rest: Any) -> Any:
         asked.append((bytes(ids), limit))
         return stream(self, ids, 1, *rest)
 
@@ -320,14 +326,14 @@ def test_thinking_is_off_unless_it_is_asked_for(
 
     assert said() == (True, False)
     assert said("--no-thinking") == (False, False)
-    assert asked == [(b"<user>hi<assistant>[no thoughts]", 256)] * 2
+    assert asked == [(b"<user>hi<assistant>[no thoughts]", None)] * 2
     assert said("--thinking") == (False, True)
     assert said("--thinking", "--temperature", 0.6) == (False, False)
     assert asked[2:] == [(b"<user>hi<assistant>", 512 - 19)] * 2
     assert said("--thinking", "--max-new-tokens", 7) == (False, True)
     assert asked[4][1] == 7
     assert said("--raw") == (False, False)
-    assert asked[5] == (b"hi", 256)
+    assert asked[5] == (b"hi", None)
 
 
 def test_a_template_that_always_thinks_is_warned_of_and_has_the_room(
@@ -346,24 +352,28 @@ def test_a_template_that_only_mentions_thinking_is_not_touched(
     asked = tokens_asked_for(monkeypatch)
     template = "{# enable_thinking #}{{ messages[0].content }}"
     got = run(capsys, "--checkpoint", with_template(tmp_path / "model", template), "--prompt", "hi")
-    assert (got.code, OFF in got.err, asked) == (0, False, [(b"hi", 256)])
+    assert (got.code, OFF in got.err, asked) == (0, False, [(b"hi", None)])
 
 
 # How it ends.
 
 
 def test_speeds_are_told_in_those_of_ar(capsys: pytest.CaptureFixture[str]) -> None:
-    def told(diffusion: float) -> str:
-        rates = {"diffusion": diffusion, "ar": 50.0, "one row": 100.0}
+    def told(diffusion: float, device: str, width: int) -> str:
         results = {
             name: Generation("", [], "eos", None, Stats(1, 1, 1.0, (), 0.1, 1.0, rate))
-            for name, rate in rates.items()
+            for name, rate in (("diffusion", diffusion), ("ar", 100.0))
         }
-        generate.show_speeds(results, results["one row"], "AR by one row")
+        runner = SimpleNamespace(device=torch.device(device))
+        decoder: Any = SimpleNamespace(runner=runner, ar_width=width)
+        generate.show_speeds(decoder, results)
         return capsys.readouterr().err.strip().rpartition("; ")[2]
 
-    assert told(49.0) == "0.49× the speed of AR (slower)"
-    assert told(276.0) == "2.76× the speed of AR"
+    assert told(49.0, "cuda", 1) == "0.49× the speed of AR (slower)"
+    assert told(276.0, "cuda", 1) == "2.76× the speed of AR"
+    for device, width, n_rows in (("cuda", 32, 32), ("cpu", 1, 16), ("cpu", 17, 32)):
+        rows = f"which multiplies {n_rows} rows a token here (orthrus bench has a one-row AR)"
+        assert told(276.0, device, width) == f"2.76× the speed of AR, {rows}"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -25,7 +25,7 @@ from orthrus_fast import Chunk
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
-from orthrus_fast.model import Transformer
+from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,7 @@ SCHEMA = {
             "required": ["weights"],
             "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
         },
-        "invariance": {"type": ["object", "null"], "required": ["holds", "replaced"]},
+        "invariance": {"type": ["object", "null"], "required": ["holds", "widths"]},
         "text": {"type": "string"},
         "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         "finish_reason": {"enum": ["eos", "length", "stop", "error", None]},
@@ -344,14 +344,14 @@ def test_control_characters_are_escaped_on_a_terminal_only() -> None:
 def test_help_and_version_need_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from orthrus_fast.cli.main import main\n"
-        "for command in ('generate', 'chat', 'info', 'bench'):\n"
+        "for command in ('generate', 'chat', 'info', 'bench', 'tune'):\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit as exit: assert exit.code == 0\n"
     )
     line = [sys.executable, "-c", code]
     got = subprocess.run(line, cwd=ROOT, check=True, timeout=60, capture_output=True, text=True)
-    assert got.stdout.count("usage: orthrus ") == 4
-    assert got.stdout.count("Exit codes: 0 done; 1 --check") == 3
+    assert got.stdout.count("usage: orthrus ") == 5
+    assert got.stdout.count("Exit codes: 0 done; 1 --check") == 4
     assert command("--version").stdout.decode() == f"orthrus-fast {orthrus_fast.__version__}\n"
 
 
@@ -442,7 +442,7 @@ def test_a_text_that_overflows_is_an_error(
     line = ("--checkpoint", model, "--prompt", "x", "--dtype", "float16", *flags)
     with pytest.MonkeyPatch.context() as patch:
         overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
-        patch.setattr(Transformer, "logits", lambda *_: overflow)
+        patch.setattr(EagerRunner, "prefill_logits", lambda *_: overflow)
         got = run(capsys, *line)
     error = "dtype: logits are not finite in float16; use bfloat16 or float32"
     assert (got.code, got.err.splitlines()[-1]) == (2, f"error: {error}")
@@ -468,7 +468,7 @@ def test_ctrl_c_before_the_first_token_is_said_so(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(orthrus_fast.steps, "prefill", interrupt)  # type: ignore[attr-defined]
+    monkeypatch.setattr(EagerRunner, "prefill", interrupt)
     got = run(capsys, "--checkpoint", raw, "--prompt", "x", "--json")
     assert got.code == 130
     assert got.err.splitlines()[-1] == "interrupted before the first token"
@@ -486,7 +486,7 @@ def test_what_was_decoded_is_printed_whatever_becomes_of_its_check(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(orthrus_fast.Decoder, "generate_one_row", fail)
+    monkeypatch.setattr(orthrus_fast.Decoder, "generate", fail)
     got = run(
         capsys, "--checkpoint", raw, "--prompt", "x", "--max-new-tokens", 8, "--check", "--json"
     )

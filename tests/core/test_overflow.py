@@ -17,7 +17,6 @@ import orthrus_fast
 from orthrus_fast import Decoder, Generation, SamplingParams
 from orthrus_fast.text import TextPieces
 from tests.checkpoints import random_tensors, tiny_config, write_byte_tokenizer, write_files
-from tests.decoders import unchecked
 from tests.marks import slow_but
 
 PROMPTS = [[104, 105], [9] * 20, [8, 7, 6]]
@@ -42,8 +41,7 @@ def write_model(directory: Path, **scales: float) -> Path:
 
 
 def load(directory: Path, dtype: str = "float16", **options: Any) -> Decoder:
-    with unchecked():
-        return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
+    return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
 
 
 def overflow_at(decoder: Decoder, results: list[Generation], slot: int, least: int) -> int:
@@ -106,18 +104,23 @@ def test_weights_that_overflow_in_any_dtype(tmp_path: Path, dtype: str) -> None:
     assert (result.tokens, result.error) == ([], expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_text_that_was_held_back_comes_before_the_error(tmp_path: Path, mode: str) -> None:
-    """Where no token comes with the error, too, as in AR."""
+def overflowing(tmp_path: Path) -> tuple[Decoder, list[int], str]:
+    """A decoder, and the tokens and the text of its first prompt up to where it overflows."""
     decoder = load(write_model(tmp_path / "model"))
     results = [decoder.generate(prompt, 40) for prompt in PROMPTS]
     assert decoder.tokenizer is not None
-    index = overflow_at(decoder, results, 0, 4)
-    text = decoder.tokenizer.decode(results[0].tokens[: index + 1])
+    tokens = results[0].tokens[: overflow_at(decoder, results, 0, 4) + 1]
+    return decoder, tokens, decoder.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_text_that_was_held_back_comes_before_the_error(tmp_path: Path, mode: str) -> None:
+    """Where no token comes with the error, too, as in AR."""
+    decoder, tokens, text = overflowing(tmp_path)
     stop = SamplingParams(stop=(text[-2:] + "never",))
+    assert decoder.tokenizer is not None
     pieces = TextPieces(decoder.tokenizer.detokenizer(), tuple(stop.stop))
-    shown = "".join(map(pieces.push, results[0].tokens[: index + 1]))
-    assert shown != text
+    assert "".join(map(pieces.push, tokens)) != text
     stream = decoder.stream(PROMPTS[0], 40, stop, mode)
     assert "".join(chunk.text for chunk in stream) == stream.result.text == text
     assert stream.result.error == ERROR
@@ -125,11 +128,7 @@ def test_text_that_was_held_back_comes_before_the_error(tmp_path: Path, mode: st
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stop_string_that_comes_first_ends_the_text(tmp_path: Path, mode: str) -> None:
-    decoder = load(write_model(tmp_path / "model"))
-    results = [decoder.generate(prompt, 40) for prompt in PROMPTS]
-    assert decoder.tokenizer is not None
-    index = overflow_at(decoder, results, 0, 4)
-    text = decoder.tokenizer.decode(results[0].tokens[: index + 1])
+    decoder, _, text = overflowing(tmp_path)
     result = decoder.generate(PROMPTS[0], 40, SamplingParams(stop=text[-1]), mode)
     assert (result.finish_reason, result.error) == ("stop", None)
     assert result.text == text[: text.index(text[-1])]
