@@ -36,7 +36,8 @@ class Invariance:
     """What the check found. ``holds`` False: a text may depend on how it was decoded here."""
 
     holds: bool
-    widths: tuple[int, ...]  # of the blocks compared; several: prefill is, too
+    widths: tuple[int, ...]  # of the blocks compared
+    prefill: bool  # whether they were compared with prefill, too
     n_rows: int  # rows compared: K and V in every layer, logits, the token chosen
     n_differing: int
     n_replayed: int  # tokens decoded twice, their logits and cache rows compared
@@ -45,22 +46,24 @@ class Invariance:
 
     def __str__(self) -> str:
         passes = f"blocks of {', '.join(map(str, self.widths))}"
-        passes += " and prefill" * (len(self.widths) > 1)
+        passes += " and prefill" if self.prefill else ""
         rows = f"{self.n_differing} differ" if self.n_differing else "equal to the bit"
         replay = "equal to the bit" if self.replay_equal else "differ"
         text = f"{self.n_rows} rows in {passes} {rows}; {self.n_replayed} tokens replayed {replay}"
         return f"{text} ({self.seconds:.1f} s)"
 
 
-CAPTURED, STEPWISE = 160, 36  # passes that a check may take: of graphs, and kernel by kernel
+CAPTURED, STEPWISE = 140, 36  # passes that a check may take: of graphs, and kernel by kernel
 N_LAYERS = 2  # that are checked kernel by kernel: all layers share their arithmetic
 
 
-def check(runner: EagerRunner, widths: Sequence[int], boundaries: list[int]) -> Invariance:
+def check(
+    runner: EagerRunner, widths: Sequence[int], boundaries: list[int], prefill: bool = True
+) -> Invariance:
     """Compare rows of a prepared runner's passes. Leaves its state and cache as new.
 
-    ``widths``, ascending, are those of the blocks that it may verify; with only one, it promises
-    nothing of prefill. ``boundaries`` are positions at which attention's tiles or splits begin.
+    ``widths``, ascending, are those of the blocks that it may verify; ``prefill`` whether its rows
+    must be the same. ``boundaries`` are positions at which attention's tiles or splits begin.
     """
     begin = time.perf_counter()
     captured = isinstance(runner, GraphRunner)
@@ -68,7 +71,7 @@ def check(runner: EagerRunner, widths: Sequence[int], boundaries: list[int]) -> 
     n_replayed = n_passes // 5  # twice
     limits = compiler_limits() if isinstance(runner, CompiledRunner) else contextlib.nullcontext()
     with torch.inference_mode(), full_precision_matmul(runner.device), limits:
-        probe = _Probe(looked_at, widths)
+        probe = _Probe(looked_at, widths, prefill)
         chosen = probe.choose(boundaries, n_passes - 2 * n_replayed)
         for boundary in reversed(chosen):  # what a pass leaves above is not read below
             probe.around(boundary)
@@ -77,7 +80,8 @@ def check(runner: EagerRunner, widths: Sequence[int], boundaries: list[int]) -> 
         runner.state.reset()
         looked_at.cache.reset()
     holds, seconds = n_differing == 0 and equal, time.perf_counter() - begin
-    found = Invariance(holds, tuple(widths), probe.n_rows, n_differing, n_replayed, equal, seconds)
+    compared = (tuple(widths), prefill, probe.n_rows, n_differing)
+    found = Invariance(holds, *compared, n_replayed, equal, seconds)
     level = logging.INFO if holds else logging.WARNING
     _log.log(level, "row invariance %s: %s", "holds" if holds else "DOES NOT HOLD", found)
     return found
@@ -112,7 +116,8 @@ class _Probe:
     Every slot is done, so nothing is committed, until the replay.
     """
 
-    def __init__(self, runner: EagerRunner, widths: Sequence[int]) -> None:
+    def __init__(self, runner: EagerRunner, widths: Sequence[int], prefill: bool) -> None:
+        self.prefill = prefill
         self.runner, self.state, self.device = runner, runner.state, runner.device
         self.widths, self.width, self.capacity = widths, widths[-1], runner.cache.capacity
         self.random = torch.Generator(self.device).manual_seed(0)
@@ -136,7 +141,7 @@ class _Probe:
         """Those to look at: the first, the last, where their distance changes, and some others."""
         room = range(self.width, self.capacity - 2 * self.width)
         usable = sorted(set(boundaries) & set(room)) or list(room[:1])
-        n = max(1, n_passes // (len(self._places()) + (4 if len(self.widths) > 1 else 2)))
+        n = max(1, n_passes // (len(self._places()) + (4 if self.prefill else 2)))
         triples = zip(usable, usable[1:], usable[2:], strict=False)
         edges = [b for a, b, c in triples if b - a != c - b]
         edges = _evenly(sorted({*usable[:1], *edges, *usable[-1:]}), n)
@@ -168,7 +173,7 @@ class _Probe:
                 row = self.width + first + slot % self.width
                 n = min(n_true, len(expected.ids) - row)
                 self._count(expected, row, differ[slot, row:][:n], logits[slot, :n], ids[slot, :n])
-        if len(self.widths) > 1:
+        if self.prefill:
             self._chunk(expected, 0, slot=0)
             self._chunk(expected, self.width - 1, slot=self.n_slots - 1)
 

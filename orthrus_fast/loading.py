@@ -224,7 +224,7 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
         "same; they may change with block_size, slots and max_seq_len",
         *(obstacle, block),
     )
-    return runner, ONE_WIDTH, check(runner, [block], boundaries)
+    return runner, ONE_WIDTH, check(runner, [block], boundaries, prefill=False)
 
 
 def _why_one_width(settings: Settings) -> str | None:

@@ -21,7 +21,7 @@ from orthrus_fast.model import Transformer, View
 from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings
 
 PREFILL_CHUNK = 2048  # rows of one prefill pass, at most
-PREFILL_WIDTHS = (64, 128, 256, 512, 1024, PREFILL_CHUNK)  # those that are captured
+PREFILL_WIDTHS = (64, 256, 512, 1024, PREFILL_CHUNK)  # those that are captured
 CHEAP_WIDTH = 256  # up to it a pass takes about as long as its weights do
 
 

@@ -32,7 +32,13 @@ FEW = 128  # rows up to which a tile holds them all
 # (block_m, block_n, block_k, num_warps) for many.
 FEW_ROWS = ((64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 128, 8))
 MANY_ROWS = ((128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8), (128, 256, 64, 8))
-SOME_ROWS = ((256, 64, 64, 8), (256, 64, 64, 4), (128, 64, 64, 4), (128, 64, 128, 4), (64, 128, 64, 4))
+SOME_ROWS = (
+    (256, 64, 64, 8),
+    (256, 64, 64, 4),
+    (128, 64, 64, 4),
+    (128, 64, 128, 4),
+    (64, 128, 64, 4),
+)
 SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
 
 

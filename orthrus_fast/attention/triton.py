@@ -34,7 +34,7 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 SPLITS: Bands = ((128, 256), (256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
-TALL_TILES_FROM = LONG_BLOCK + 1  # query rows per KV head from which a tile holds 128 of them
+MANY_SPLITS = 18  # from which 128 rows are better read by one tile, and rows joined in parts
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
 JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
 
@@ -63,13 +63,13 @@ def backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     return Backend("triton", attend, split_boundaries, row_invariant=True)
 
 
-def choose_tiles(n_rows: int, head_dim: int, itemsize: int, chip: Chip) -> Tiles:
+def choose_tiles(n_rows: int, n_splits: int, head_dim: int, itemsize: int, chip: Chip) -> Tiles:
     """Tiles for ``n_rows`` query rows per KV head, such that all of one chip and dtype agree.
 
     In 2 bytes that is 64 keys and 16 rows a warp: sums over keys then lie alike within a warp
     (measured on an H100). Elsewhere, and with sm_100's tensor memory, where it was not, one tile
-    serves every number of rows. Two tiles of 64 rows are sooner done than one of 128, which reads
-    the keys once.
+    serves every number of rows. Two tiles of 64 rows are sooner done than one of 128; but that one
+    reads the keys once, and wins where there are many.
     """
     large = chip.shared_memory >= 160 * 1024
     if itemsize == 4:  # no matrix unit multiplies fp32: larger tiles overflow the registers
@@ -78,12 +78,13 @@ def choose_tiles(n_rows: int, head_dim: int, itemsize: int, chip: Chip) -> Tiles
         return Tiles(64, 64 if large else 32, 8, 2)
     if 100 <= chip.capability < 120:
         return Tiles(64, 64, 4, 4 if large else 2)
-    if n_rows <= 16:
-        return Tiles(16, 64, 1, 3 if large else 2)  # fewer stages, more programs side by side
     # Where there is no wgmma, Triton lays warps over rows only if these are as many as a head's
     # dimensions; over keys, the sums would be others than those of the tiles above and below.
     over_rows = chip.capability == 90 or head_dim <= 64
-    if n_rows >= TALL_TILES_FROM or not over_rows:
+    if n_rows <= 16 and not over_rows:
+        return Tiles(16, 64, 1, 3 if large else 2)  # fewer stages, more programs side by side
+    tall = n_rows > LONG_BLOCK or (n_rows >= 128 and n_splits > MANY_SPLITS)
+    if tall or not over_rows:
         return Tiles(128, 64, 8, 3 if large else 2)
     return Tiles(64, 64, 4, 4 if large else 2)
 
@@ -122,8 +123,8 @@ def attend(
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert capacity % KEY_TILE == 0 and n_heads % n_kv_heads == 0
     n_rows = width * n_heads // n_kv_heads
-    tiles = tiles or choose_tiles(n_rows, head_dim, q.itemsize, _chip(q.device))
     n_splits = len(split_boundaries(capacity, bands))
+    tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
     walks = n_rows > LONG_BLOCK or n_splits == 1
     out = torch.empty_like(q)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
@@ -131,7 +132,7 @@ def attend(
     partial_sum = torch.empty_like(partial_max)
     partial_acc = partial_max.new_empty(*shape, head_dim)
     overlap = overlaps(q.device)
-    common = (width, n_heads, n_kv_heads, head_dim, _lines(bands), n_splits, causal, overlap)
+    common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
     grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
     _split_kernel[grid](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
@@ -142,8 +143,9 @@ def attend(
         **{"enable_fp_fusion": False, "launch_pdl": overlap},
     )
     if not walks:
-        _join_kernel[(n_heads, width, n_blocks)](
-            *(partial_max, partial_sum, partial_acc, start, out, *common, JOIN_UNROLL),
+        n_dims = min(head_dim, 32) if n_splits > MANY_SPLITS else head_dim
+        _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
+            *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
             num_warps=1,
             enable_fp_fusion=False,
             launch_pdl=overlap,
@@ -204,14 +206,14 @@ def _visible(key, last):  # type: ignore[no-untyped-def]
 @triton.jit
 def _keys_of(  # type: ignore[no-untyped-def]
     split, length, first_row, t,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, LINES: tl.constexpr, CAUSAL: tl.constexpr,
+    width, GROUP: tl.constexpr, LINES: tl.constexpr, CAUSAL: tl.constexpr,
     WALKS: tl.constexpr, ROW_TILE: tl.constexpr,
 ):  # fmt: skip
     """The keys of one split, or of all, that a tile of rows sees: begin, end, each row's last."""
     if CAUSAL:
-        last = length - WIDTH + t
+        last = length - width + t
         # Tiles past the lowest row's position are seen by no row.
-        end = tl.minimum(length, length - WIDTH + (first_row + ROW_TILE - 1) // GROUP + 1)
+        end = tl.minimum(length, length - width + (first_row + ROW_TILE - 1) // GROUP + 1)
     else:
         last = length - 1 + 0 * t
         end = length
@@ -273,37 +275,36 @@ def _join_rows(sums, part, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     return row_max, row_sum, _join(sums[2], shrink[:, None], part[2], weight[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "n_splits"])  # one binary for blocks of every width
 def _split_kernel(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc, prefetch,
-    capacity,
-    WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr, WALKS: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    capacity, width, n_splits,
+    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr, WALKS: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     REGION: tl.constexpr,
 ):  # fmt: skip
     """One split, or, if it ``WALKS``, all of them, for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
-    N_ROWS: tl.constexpr = WIDTH * GROUP
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5  # log2(e) / sqrt(D), for exp2
+    n_rows = width * GROUP
     split = tl.program_id(0)
     kv_head = tl.program_id(1) % N_KV_HEADS
     # The last rows see most keys: they go first, so that short work is left for the end.
-    first_row = (tl.cdiv(N_ROWS, ROW_TILE) - 1 - tl.program_id(1) // N_KV_HEADS) * ROW_TILE
+    first_row = (tl.cdiv(n_rows, ROW_TILE) - 1 - tl.program_id(1) // N_KV_HEADS) * ROW_TILE
     block = tl.program_id(2).to(tl.int64)
 
     release(OVERLAP)
     row = first_row + tl.arange(0, ROW_TILE)
     t = row // GROUP
-    length = tl.load(start + block).to(tl.int32) + WIDTH
+    length = tl.load(start + block).to(tl.int32) + width
     begin, end, last = _keys_of(
-        split, length, first_row, t, WIDTH, GROUP, LINES, CAUSAL, WALKS, ROW_TILE
+        split, length, first_row, t, width, GROUP, LINES, CAUSAL, WALKS, ROW_TILE
     )
     if begin >= end:
         return
     dim = tl.arange(0, HEAD_DIM)
-    q_row = (block * WIDTH + t) * N_HEADS + kv_head * GROUP + row % GROUP
-    in_block = (row < N_ROWS)[:, None]
+    q_row = (block * width + t) * N_HEADS + kv_head * GROUP + row % GROUP
+    in_block = (row < n_rows)[:, None]
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
@@ -328,42 +329,43 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         result = (sums[2] / sums[1][:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
-        p_row = ((block * N_KV_HEADS + kv_head) * N_SPLITS + split) * N_ROWS + row
-        tl.store(partial_max + p_row, part[0], mask=row < N_ROWS)
-        tl.store(partial_sum + p_row, part[1], mask=row < N_ROWS)
+        p_row = ((block * N_KV_HEADS + kv_head) * n_splits + split) * n_rows + row
+        tl.store(partial_max + p_row, part[0], mask=row < n_rows)
+        tl.store(partial_sum + p_row, part[1], mask=row < n_rows)
         tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], part[2], mask=in_block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "n_splits"])
 def _join_kernel(  # type: ignore[no-untyped-def]
-    partial_max, partial_sum, partial_acc, start, out,
-    WIDTH: tl.constexpr, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, LINES: tl.constexpr, N_SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    OVERLAP: tl.constexpr, UNROLL: tl.constexpr,
+    partial_max, partial_sum, partial_acc, start, out, width, n_splits,
+    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    LINES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr, N_DIMS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits that a row of one head sees."""
+    """Join the splits that a row of one head sees, N_DIMS of its dimensions."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
     SCALE: tl.constexpr = 1.4426950408889634 / HEAD_DIM**0.5
-    head, t, block = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    PARTS: tl.constexpr = HEAD_DIM // N_DIMS
+    head, t, block = tl.program_id(0) // PARTS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     release(OVERLAP)
-    n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else WIDTH)
-    n_splits = _splits_of(n_visible, LINES)
-    first_split = (block * N_KV_HEADS + head // GROUP) * N_SPLITS
-    dim = tl.arange(0, HEAD_DIM)
+    n_visible = tl.load(start + block).to(tl.int32) + (t + 1 if CAUSAL else width)
+    n_seen = _splits_of(n_visible, LINES)
+    first_split = (block * N_KV_HEADS + head // GROUP) * n_splits
+    dim = tl.program_id(0) % PARTS * N_DIMS + tl.arange(0, N_DIMS)
     row_max = -float("inf")
     row_sum = 0.0
-    acc = tl.zeros((HEAD_DIM,), tl.float32)
+    acc = tl.zeros((N_DIMS,), tl.float32)
     wait(OVERLAP)
-    for first in range(0, n_splits, UNROLL):
+    for first in range(0, n_seen, UNROLL):
         for i in tl.static_range(UNROLL):
             split = first + i
-            p_row = (first_split + split) * (WIDTH * GROUP) + t * GROUP + head % GROUP
+            p_row = (first_split + split) * (width * GROUP) + t * GROUP + head % GROUP
             values = partial_acc + p_row * HEAD_DIM + dim
-            part_max = tl.load(partial_max + p_row, mask=split < n_splits, other=-float("inf"))
-            part_sum = tl.load(partial_sum + p_row, mask=split < n_splits, other=0.0)
-            part_acc = tl.load(values, mask=split + 0 * dim < n_splits, other=0.0)
+            part_max = tl.load(partial_max + p_row, mask=split < n_seen, other=-float("inf"))
+            part_sum = tl.load(partial_sum + p_row, mask=split < n_seen, other=0.0)
+            part_acc = tl.load(values, mask=split + 0 * dim < n_seen, other=0.0)
             row_max, shrink, weight = _join_weights(row_max, part_max, SCALE)
             row_sum = _join(row_sum, shrink, part_sum, weight)
             acc = _join(acc, shrink, part_acc, weight)
-    o_row = (block * WIDTH + t) * N_HEADS + head
+    o_row = (block * width + t) * N_HEADS + head
     tl.store(out + o_row * HEAD_DIM + dim, (acc / row_sum).to(out.dtype.element_ty))

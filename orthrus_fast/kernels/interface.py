@@ -88,11 +88,14 @@ def k_split(n_columns: int, n_inner: int) -> int:
 
     A row's bits follow from where K is split, and from nothing else of a launch; so this is a
     property of the weight, never of a slice of it, of the number of rows or of the chip. Weights
-    that are longer than they are high (o and down) are split in two: a block of few rows needs the
-    programs, and two GPUs may own a half each. The boundary is a multiple of every tile's step.
+    that are longer than they are high (o and down) are split in two, of which two GPUs may own one
+    each; the longest of few columns in four, since a block of few rows needs the programs. The
+    boundaries are multiples of every tile's step.
     """
     step = LARGEST_STEP if n_inner >= 4 * LARGEST_STEP else LARGEST_STEP // 4
     n_partials = 2 if n_columns <= n_inner and n_inner > step else 1
+    if n_columns <= 2048 and n_inner >= 4096 and math.ceil(n_inner / step) % 4 == 0:
+        n_partials = 4
     return math.ceil(n_inner / (n_partials * step)) * step
 
 
@@ -105,9 +108,9 @@ class Products(Protocol):
     def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
         """The product as P partial sums [P, ..., N], for ``AddNorm`` or ``QkNormRopeWrite``.
 
-        Each sums ``split`` columns of K, which is ``k_split`` of the whole weight. Whoever reads
-        them adds them. They are float32; where P is 1 they may be rounded to x's dtype. An
-        implementation may add them itself.
+        Each sums ``split`` columns of K, which is ``k_split`` of the whole weight; P is 1, 2 or 4.
+        Whoever reads them adds them pairwise, neighbours first. They are float32; where P is 1 they
+        may be rounded to x's dtype. An implementation may add them itself.
         """
         ...
 

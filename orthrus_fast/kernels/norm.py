@@ -23,10 +23,13 @@ PREFETCH_LIMIT = (8 * 2**20, 768)
 def sum_partials(  # type: ignore[no-untyped-def]
     first, stride, mask, N_PARTIALS: tl.constexpr
 ):
-    """The one or two partial sums of a product, added."""
+    """The 1, 2 or 4 partial sums of a product, added pairwise, neighbours first."""
     total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    if N_PARTIALS == 2:
+    if N_PARTIALS > 1:
         total += tl.load(first + stride, mask=mask, other=0.0)
+    if N_PARTIALS > 2:
+        third = tl.load(first + 2 * stride, mask=mask, other=0.0)
+        total += third + tl.load(first + 3 * stride, mask=mask, other=0.0)
     return total
 
 
@@ -65,7 +68,7 @@ def add_norm(
     """
     size = x.shape[-1]
     assert x.is_contiguous() and partials.is_contiguous() and partials.shape[1:] == x.shape
-    assert len(partials) in (1, 2)
+    assert len(partials) in (1, 2, 4)
     total, normed = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)

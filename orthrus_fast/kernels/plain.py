@@ -100,8 +100,10 @@ def add_norm(
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """The one or two partial sums [P, ...] of a product, added and rounded once."""
-    return (partials[0] if len(partials) == 1 else partials[0] + partials[1]).to(dtype)
+    """The 1, 2 or 4 partial sums [P, ...] of a product, added pairwise and rounded once."""
+    while len(partials) > 1:
+        partials = partials[0::2] + partials[1::2]
+    return partials[0].to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

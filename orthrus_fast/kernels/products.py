@@ -98,7 +98,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     DESCRIPTORS: tl.constexpr, SWIGLU: tl.constexpr, ARGMAX: tl.constexpr, STORE: tl.constexpr,
     REGION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out [P, n_rows, n_columns]: a partial sum or, if JOINED, the sum of both.
+    """One tile of out [P, n_rows, n_columns]: a partial sum or, if JOINED, the sum of all.
 
     Programs that share a weight tile are neighbours, for the cache.
     """
@@ -130,7 +130,14 @@ def _product_kernel(  # type: ignore[no-untyped-def]
                     weight + weight_row.to(tl.int64) * K,
                     first, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-            total = part if partial == 0 else total + part
+            if partial == 0:
+                total = part
+            elif partial == 2:
+                pair = part
+            elif partial == 3:
+                total += pair + part
+            else:
+                total += part
         if SWIGLU:
             halves = tl.permute(tl.reshape(total, (2, COLUMNS, BLOCK_M)), (1, 2, 0))
             gate, up = tl.split(halves)
@@ -193,7 +200,7 @@ def launch(
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
     split = n_inner if swiglu or argmax else split
     n_partials = math.ceil(n_inner / split)
-    assert n_partials in (1, 2) and (n_partials == 1 or prefetch is None)
+    assert n_partials in (1, 2, 4) and (n_partials == 1 or prefetch is None)
     overlap, columns = overlaps(x.device), tiles.block_n
     if swiglu:
         columns, n_columns = columns // 2, n_columns // 2
@@ -231,11 +238,7 @@ def launch(
     return partials, ids
 
 
-_TRITON_TYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
+_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def _empty_partials(x: Tensor, n_columns: int, n_partials: int) -> Tensor:
@@ -276,9 +279,7 @@ product_op.register_fake(
 swiglu_product_op = torch.library.custom_op(
     "orthrus_fast::gated_product", swiglu_product, mutates_args=()
 )
-swiglu_product_op.register_fake(
-    lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight) // 2)
-)
+swiglu_product_op.register_fake(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight) // 2))
 lm_head_argmax_op = torch.library.custom_op(
     "orthrus_fast::lm_head_ids", lm_head_argmax, mutates_args=()
 )

@@ -509,7 +509,9 @@ def logprobs_op(logits: Tensor, tokens: Tensor) -> Tensor:
     logits = logits.contiguous()
     rows = _Launcher(logits.view(-1, logits.shape[-1]), overlaps(logits.device))
     out = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-    rows.start(_logprobs_kernel, 1, 8, rows.logits, tokens.contiguous(), out, logits.shape[-1], 4096)
+    rows.start(
+        _logprobs_kernel, 1, 8, rows.logits, tokens.contiguous(), out, logits.shape[-1], 4096
+    )
     return out
 
 
@@ -518,7 +520,9 @@ logprobs_op.register_fake(lambda logits, tokens: torch.empty_like(tokens, dtype=
 
 def logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """See ``interface.Logprobs``; in float32 whatever the logits' dtype."""
-    result: Tensor = logprobs_op(logits.float() if logits.dtype == torch.float64 else logits, tokens)
+    result: Tensor = logprobs_op(
+        logits.float() if logits.dtype == torch.float64 else logits, tokens
+    )
     return result
 
 

@@ -10,12 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
-from orthrus_fast.kernels.tiles import ROWS, Tiles, tuned_table
-from orthrus_fast.tuning import Shape
-
 from orthrus_fast import tuning
 from orthrus_fast.cli.flags import TUNED_ROWS
 from orthrus_fast.cli.main import main
+from orthrus_fast.kernels.tiles import ROWS, Tiles, tuned_table
+from orthrus_fast.tuning import Shape
 from tests.checkpoints import write_checkpoint
 
 TILES = Tiles(16, 64, 128, False, False, 4, 5)
