@@ -126,12 +126,11 @@ def attend(
     n_splits = len(split_boundaries(capacity, bands))
     tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
     walks = n_rows > LONG_BLOCK or n_splits == 1
-    out = torch.empty_like(q)
+    out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
     partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     partial_sum = torch.empty_like(partial_max)
     partial_acc = partial_max.new_empty(*shape, head_dim)
-    overlap = overlaps(q.device)
     common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
     grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
     _split_kernel[grid](

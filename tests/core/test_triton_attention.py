@@ -209,6 +209,15 @@ def test_a_rows_bits_do_not_depend_on_its_block(dtype: torch.dtype, position: in
     )
 
 
+def test_a_row_that_is_joined_in_parts_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    k, v = make_cache(torch.float32, head_dim=64)
+    of = torch.randn(1, 3, 2, 64), k, v, torch.tensor([650], dtype=torch.int32), torch.tensor([0])
+    whole = run(*of, causal=True)
+    monkeypatch.setattr(backend, "MANY_SPLITS", 5)  # there are six
+    assert torch.equal(run(*of, causal=True), whole)
+
+
 class JoinAtOnce:
     """In the place of the join kernel: the splits that a row sees, in no order."""
 
@@ -273,13 +282,14 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "wide heads": (8, 4, 256, 32),
 }
 PREFILL = 2048
+N_SPLITS = 20  # so many that a row is joined in parts
 
 
 def tiles_for(shape: str, dtype: str, width: int, capability: int) -> backend.Tiles:
     n_heads, n_kv_heads, head_dim, _ = SHAPES[shape]
     chip = backend.Chip(capability, CHIPS[capability])
     n_rows = width * n_heads // n_kv_heads
-    return backend.choose_tiles(n_rows, head_dim, 4 if dtype == "fp32" else 2, chip)
+    return backend.choose_tiles(n_rows, N_SPLITS, head_dim, 4 if dtype == "fp32" else 2, chip)
 
 
 def compile_both(
@@ -293,9 +303,10 @@ def compile_both(
     walks = width * n_heads // n_kv_heads > backend.LONG_BLOCK
     signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "prefetch"], f"*{dtype}")
     signature |= dict.fromkeys(["partial_max", "partial_sum", "partial_acc"], "*fp32")
-    signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
-    names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
-    values = (width, n_heads, n_kv_heads, head_dim, backend._lines(backend.SPLITS), 20, causal)
+    signature |= {"start": "*i32", "slot": "*i64"}
+    signature |= dict.fromkeys(["capacity", "width", "n_splits"], "i32")
+    names = ["N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "CAUSAL"]
+    values = (n_heads, n_kv_heads, head_dim, backend._lines(backend.SPLITS), causal)
     common = dict(zip(names, values, strict=True))
     own = common | {"WALKS": walks, "ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
     own |= {"REGION": (2048, 4096, 4096)}
@@ -303,7 +314,7 @@ def compile_both(
     split = compile_for(backend._split_kernel, signature, own, *options)
     made = [(backend._split_kernel, own, split, {"start", "slot"})]  # see attend: these stand still
     if not walks:
-        own = common | {"UNROLL": backend.JOIN_UNROLL}
+        own = common | {"UNROLL": backend.JOIN_UNROLL, "N_DIMS": min(head_dim, 32)}
         joined = compile_for(backend._join_kernel, signature, own, capability, 1, 3)
         made.append((backend._join_kernel, own, joined, {"start"}))
     return made
