@@ -7,6 +7,7 @@ no bit of a result (``kernels.tiles``), so this can change how long a text takes
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -161,7 +162,7 @@ def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles
     chosen: dict[str, Tiles] = {}
     for number, (shape, tried) in enumerate(usable.items(), 1):
         times = {
-            tiles: time_product(shape, lambda x, weight, t=tiles: run(x, weight, shape, t))  # type: ignore[misc]
+            tiles: time_product(shape, functools.partial(run, shape=shape, tiles=tiles))
             for tiles in tried
         }
         best = min(times, key=lambda tiles: times[tiles])
