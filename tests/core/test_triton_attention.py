@@ -275,11 +275,13 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
 PREFILL = 2048
 
 
-def tiles_for(shape: str, dtype: str, width: int, capability: int) -> backend.Tiles:
+def tiles_for(
+    shape: str, dtype: str, width: int, capability: int, n_splits: int = 20
+) -> backend.Tiles:
     n_heads, n_kv_heads, head_dim, _ = SHAPES[shape]
     chip = backend.Chip(capability, CHIPS[capability])
     n_rows = width * n_heads // n_kv_heads
-    return backend.choose_tiles(n_rows, head_dim, 4 if dtype == "fp32" else 2, chip)
+    return backend.choose_tiles(n_rows, n_splits, head_dim, 4 if dtype == "fp32" else 2, chip)
 
 
 def compile_both(
@@ -293,9 +295,10 @@ def compile_both(
     walks = width * n_heads // n_kv_heads > backend.LONG_BLOCK
     signature = dict.fromkeys(["q", "k_cache", "v_cache", "out", "prefetch"], f"*{dtype}")
     signature |= dict.fromkeys(["partial_max", "partial_sum", "partial_acc"], "*fp32")
-    signature |= {"start": "*i32", "slot": "*i64", "capacity": "i32"}
-    names = ["WIDTH", "N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "N_SPLITS", "CAUSAL"]
-    values = (width, n_heads, n_kv_heads, head_dim, backend._lines(backend.SPLITS), 20, causal)
+    signature |= {"start": "*i32", "slot": "*i64"}
+    signature |= dict.fromkeys(["capacity", "width", "n_splits"], "i32")
+    names = ["N_HEADS", "N_KV_HEADS", "HEAD_DIM", "LINES", "CAUSAL"]
+    values = (n_heads, n_kv_heads, head_dim, backend._lines(backend.SPLITS), causal)
     common = dict(zip(names, values, strict=True))
     own = common | {"WALKS": walks, "ROW_TILE": tiles.rows, "KEY_TILE": tiles.keys}
     own |= {"REGION": (2048, 4096, 4096)}
@@ -303,7 +306,7 @@ def compile_both(
     split = compile_for(backend._split_kernel, signature, own, *options)
     made = [(backend._split_kernel, own, split, {"start", "slot"})]  # see attend: these stand still
     if not walks:
-        own = common | {"UNROLL": backend.JOIN_UNROLL}
+        own = common | {"UNROLL": backend.JOIN_UNROLL, "N_DIMS": min(head_dim, 32)}
         joined = compile_for(backend._join_kernel, signature, own, capability, 1, 3)
         made.append((backend._join_kernel, own, joined, {"start"}))
     return made
@@ -368,8 +371,12 @@ def share_rows_only(shape: str, dtype: str, width: int, chip: int, tiles: backen
 )
 def test_compiles_sums_of_one_order_at_every_width(capability: int, shape: str, dtype: str) -> None:
     """Nothing but the GPU can show the bits; this shows what they were seen to follow there."""
-    widths = (1, SHAPES[shape][3], PREFILL)
-    tiles = [tiles_for(shape, dtype, width, capability) for width in widths]
+    block = SHAPES[shape][3]
+    widths = (1, block, block, PREFILL)
+    tiles = [
+        tiles_for(shape, dtype, width, capability, n_splits)
+        for width, n_splits in zip(widths, (20, 5, 20, 20), strict=True)
+    ]
     if len({(tile.rows, tile.num_warps) for tile in tiles}) > 1:
         assert {tile.keys for tile in tiles} == {64}
         for width, tile in zip(widths, tiles, strict=True):
