@@ -176,6 +176,8 @@ def write_table(path: Path, chosen: dict[str, Tiles]) -> None:
     try:
         table = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
+        table = None
+    if not isinstance(table, dict) or not isinstance(table.get("chips"), dict):
         table = {"chips": {}}
     device = torch.device("cuda", torch.cuda.current_device())
     entry = table["chips"].setdefault(chip_name(device), {"measured_on": "", "tiles": {}})

@@ -71,7 +71,8 @@ def _sum_by_descriptors(  # type: ignore[no-untyped-def]
     total = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
     for step in range(0, SPLIT, BLOCK_K):
         x_tile = x.load([row, first + step])
-        total = tl.dot(weight.load([weight_row, first + step]), x_tile.T, total)
+        weight_tile = weight.load([weight_row, first + step])
+        total = tl.dot(weight_tile, x_tile.T, total, input_precision="ieee")
     return total
 
 
@@ -85,8 +86,10 @@ def _swiglu_by_descriptors(  # type: ignore[no-untyped-def]
     up = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
     for step in range(0, K, BLOCK_K):
         x_tile = x.load([row, step]).T
-        gate = tl.dot(weight.load([weight_row, step]), x_tile, gate)
-        up = tl.dot(weight.load([n_columns + weight_row, step]), x_tile, up)
+        gate_tile = weight.load([weight_row, step])
+        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
+        up_tile = weight.load([n_columns + weight_row, step])
+        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
     return _swiglu(gate, up, dtype)
 
 
@@ -204,6 +207,8 @@ def launch(
     overlap, columns = overlaps(x.device), tiles.block_n
     if swiglu:
         columns, n_columns = columns // 2, n_columns // 2
+    # A step ends where its share does, also where a small weight's shares are shorter than a step.
+    block_k = math.gcd(tiles.block_k, split) if n_partials > 1 else tiles.block_k
     n_tiles = triton.cdiv(n_columns, columns)
     n_left = 1 if tiles.joined else n_partials
     partials = _empty_partials(x, n_columns if argmax != "ids" else 0, n_left)
@@ -215,14 +220,14 @@ def launch(
     if tiles.descriptors:
         rows = x.view(n_rows, n_inner)
         operands = (
-            TensorDescriptor.from_tensor(rows, [tiles.block_m, tiles.block_k]),
-            TensorDescriptor.from_tensor(weight, [columns, tiles.block_k]),
+            TensorDescriptor.from_tensor(rows, [tiles.block_m, block_k]),
+            TensorDescriptor.from_tensor(weight, [columns, block_k]),
         )
     start: Any = _product_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_left]
     start(
         *(*operands, partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
         *(n_rows, n_columns, _TRITON_TYPES[x.dtype], n_inner, split, n_partials, tiles.joined),
-        *(tiles.block_m, tiles.block_n, tiles.block_k, tiles.descriptors),
+        *(tiles.block_m, tiles.block_n, block_k, tiles.descriptors),
         *(swiglu, bool(argmax), argmax != "ids", region, overlap),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

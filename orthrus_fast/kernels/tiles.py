@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 
     block_m: int  # rows of x in a tile
     block_n: int  # rows of the weight
-    block_k: int  # divides what ``k_split`` gives
+    block_k: int  # divides LARGEST_STEP; a launch takes less where what ``k_split`` gives wants it
     joined: bool  # a program adds all partial sums of its tile; else the next kernel does
     descriptors: bool  # the copy engine of the chip loads the tiles
     num_warps: int
@@ -106,12 +106,12 @@ def read_table(path: Path, chip: str) -> Table:
     try:
         entry = json.loads(path.read_text("utf-8"))["chips"].get(chip, {"tiles": {}})
         return parse_table(entry)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return {}
 
 
 def parse_table(entry: Mapping[str, Any]) -> Table:
-    """A chip's entry of a table. Raises KeyError, TypeError or ValueError for what is none."""
+    """A chip's entry of a table. Raises what Python raises at what is none, or ValueError."""
     table: Table = {}
     for key, values in entry["tiles"].items():
         n_rows, n_columns, n_inner = map(int, key.split("x"))
