@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from orthrus_fast.runners import (
     compiler_limits,
     full_precision_matmul,
 )
-
-_log = logging.getLogger("orthrus_fast")
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,7 @@ def check(
         looked_at.cache.reset()
     holds, seconds = n_differing == 0 and equal, time.perf_counter() - begin
     compared = (tuple(widths), prefill, probe.n_rows, n_differing)
-    found = Invariance(holds, *compared, n_replayed, equal, seconds)
-    level = logging.INFO if holds else logging.WARNING
-    _log.log(level, "row invariance %s: %s", "holds" if holds else "DOES NOT HOLD", found)
-    return found
+    return Invariance(holds, *compared, n_replayed, equal, seconds)
 
 
 def _first_layers(runner: EagerRunner) -> EagerRunner:

@@ -216,15 +216,20 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
         runner.prepare_prefill()
         found = check(runner, sorted({1, block}), boundaries)
         if found.holds:
+            level = logging.INFO if name == "graph" else logging.DEBUG  # there starting takes time
+            _log.log(level, "row invariance holds: %s", found)
             return runner, ONE_ROW, found
-        obstacle = "a row's bits depend on more than its tokens here"
+        obstacle = f"a row's bits depend on more than its tokens here ({found})"
     runner.prefill_widths = ()  # so that a prompt's length alone says how it is cut
+    found = check(runner, [block], boundaries, prefill=False)
+    texts = "are the same; they may change with block_size, slots and max_seq_len"
+    if not found.holds:
+        texts = f"may differ even so ({found})"
     _log.warning(
-        "%s: both modes decode by blocks of %d rows, of which ar uses one. Their texts are the "
-        "same; they may change with block_size, slots and max_seq_len",
-        *(obstacle, block),
+        "%s: both modes decode by blocks of %d rows, of which ar uses one. Their texts %s",
+        *(obstacle, block, texts),
     )
-    return runner, ONE_WIDTH, check(runner, [block], boundaries, prefill=False)
+    return runner, ONE_WIDTH, found
 
 
 def _why_one_width(settings: Settings) -> str | None:

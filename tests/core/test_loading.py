@@ -144,9 +144,11 @@ def steps_of_loading(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             EagerRunner, name, lambda _, *width, name=name: seen.append(name[7:] or width[0])
         )
 
-    def check(runner: EagerRunner, widths: list[int], _: list[int]) -> Any:
+    def check(
+        runner: EagerRunner, widths: list[int], boundaries: list[int], prefill: bool = True
+    ) -> Any:
         seen.append(tuple(widths))
-        return found(len(widths) == 1, widths)
+        return found(not prefill, widths, prefill)
 
     monkeypatch.setattr(loading, "check", check)
     return seen
@@ -155,15 +157,26 @@ def steps_of_loading(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_where_the_check_fails_both_modes_run_one_width(
     path: Path, steps_of_loading: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, logger="orthrus_fast")
     decoder = load(path, slots=2)
     assert steps_of_loading == [8, 1, "_prefill", (1, 8), (8,)]
     assert decoder.configuration["promise"] == ONE_WIDTH
     assert (decoder.ar_width, decoder.block_width, decoder.runner.prefill_widths) == (8, 8, ())
-    assert decoder.invariance == found(True, [8])
+    assert decoder.invariance == found(True, [8], prefill=False)
     [said] = [record.getMessage() for record in caplog.records]
-    assert said.startswith("a row's bits depend on more than its tokens here: both modes ")
-    assert "by blocks of 8 rows" in said and said.isprintable()
+    why = f"a row's bits depend on more than its tokens here ({found(False, [1, 8])}): both modes "
+    assert said.startswith(why) and "by blocks of 8 rows" in said and said.isprintable()
+    assert "Their texts are the same; they may change with block_size" in said
     assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_where_no_check_holds_nothing_is_promised(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "check", lambda *_, **__: found(False, [8]))
+    assert not load(path).invariance.holds
+    [said] = caplog.messages
+    assert said.endswith(f"Their texts may differ even so ({found(False, [8])})")
 
 
 def test_a_backend_that_cannot_promise_is_not_asked(
@@ -194,15 +207,20 @@ def test_on_a_gpu_products_of_a_library_cannot_promise(
 
 @pytest.mark.parametrize(("draft", "width"), [(True, 8), (False, 1)])
 def test_what_holds_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: bool, width: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    draft: bool,
+    width: int,
 ) -> None:
-    """A plain Qwen3 has no other width to compare with."""
+    """A plain Qwen3 has no other width to compare with. Nobody reads of it at each start."""
+    caplog.set_level(logging.DEBUG, logger="orthrus_fast")
     checked: list[Any] = []
     check = loading.check
 
-    def noting(runner: EagerRunner, widths: list[int], boundaries: list[int]) -> Any:
+    def noting(runner: EagerRunner, widths: list[int], *rest: Any, **named: Any) -> Any:
         checked.append(widths)
-        return check(runner, widths, boundaries)
+        return check(runner, widths, *rest, **named)
 
     monkeypatch.setattr(loading, "check", noting)
     decoder = load(write_checkpoint(tmp_path / "model", draft=draft))
@@ -212,6 +230,8 @@ def test_what_holds_is_said(
         pytest.skip(f"this CPU's rows depend on more than their tokens: {decoder.invariance}")
     assert (decoder.configuration["promise"], decoder.ar_width) == (ONE_ROW, 1)
     assert decoder.startup["check"] == decoder.invariance.seconds > 0
+    line = ("orthrus_fast", logging.DEBUG, f"row invariance holds: {decoder.invariance}")
+    assert caplog.record_tuples == [line]
 
 
 # Memory

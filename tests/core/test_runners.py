@@ -989,12 +989,12 @@ def test_opaque_sampling_is_plain_sampling() -> None:
 def test_custom_kernels_become_custom_operators() -> None:
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.products import CustomProducts
+    from orthrus_fast.kernels.products import CompiledProducts, CustomProducts
 
-    products: Any = object.__new__(CustomProducts)  # whose tiles are of no interest here
+    products = CustomProducts()
     own = Kernels(sdpa.attend, rope.qk_norm_rope_write, norm.add_norm, products, sample, logprobs)
     opaque = as_custom_ops(own)
-    assert opaque.products is products  # whose kernels are operators in eager code, too
+    assert isinstance(opaque.products, CompiledProducts)
     assert opaque.attend is as_custom_ops(own).attend
     assert opaque.qk_norm_rope_write is rope.qk_norm_rope_write_op
     assert opaque.add_norm is norm.add_norm_op
@@ -1140,14 +1140,14 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     eager, other = (load(directory, max_seq_len=400, slots=3) for _ in range(2))
     runner = graph_runner_of(other)
     runner.prepare_prefill()
-    assert list(runner.prefill_widths) == [64, 128, 256, 512]  # as the cache has rows
+    assert list(runner.prefill_widths) == [64, 256, 512]  # as the cache has rows
 
     def n_replays() -> list[int]:
         graphs: Any = [graph for graph, _ in runner._prefill_graphs.values()]
         return [graph.n_replays for graph in graphs]
 
     text = torch.arange(330) * 7 % 250
-    for begin, end, slot, replays in ((0, 330, 2, [0, 1, 1, 0]), (70, 75, 2, [1, 0, 0, 0])):
+    for begin, end, slot, replays in ((0, 330, 2, [0, 2, 0]), (70, 75, 2, [1, 0, 0])):
         before = n_replays()
         got = runner.prefill_logits(text[:end], slot, begin)
         assert [b - a for a, b in zip(before, n_replays(), strict=True)] == replays

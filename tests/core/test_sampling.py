@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthrus_fast import sampling
 from orthrus_fast.errors import RequestError
 from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.kernels.plain_sampling import choose, gumbel, keep, philox, sample
@@ -431,11 +430,11 @@ def test_logprobs_are_of_the_model_itself() -> None:
     logits = random_logits(14, 3, 4, 1000, scale=8)
     tokens = torch.randint(0, 1000, (3, 4), generator=torch.Generator().manual_seed(14))
     expected = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    got = sampling.logprobs(logits, tokens)
+    got = plain_sampling.logprobs(logits, tokens)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-5)
-    half = sampling.logprobs(logits.bfloat16(), tokens)
-    assert torch.equal(half, sampling.logprobs(logits.bfloat16().float(), tokens))
+    half = plain_sampling.logprobs(logits.bfloat16(), tokens)
+    assert torch.equal(half, plain_sampling.logprobs(logits.bfloat16().float(), tokens))
 
 
 # --- the settings ---

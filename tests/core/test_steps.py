@@ -220,10 +220,10 @@ def test_prefill_chunks_cover_the_tokens_once_and_stay_within_the_cache(
     [
         (0, 1, 128, [64]),
         (0, 64, 128, [64]),
-        (0, 65, 256, [128]),
+        (0, 65, 256, [256]),
         (0, 257, 512, [256, 64]),  # not 512: that takes as long as more
         (0, 400, 512, [512]),
-        (0, 400, 500, [256, 128, 64]),  # nothing longer would fit
+        (0, 400, 500, [256, 64, 64, 64]),  # nothing longer would fit
         (300, 301, 448, [64]),
         (0, 5000, 8192, [2048, 2048, 1024]),
     ],
