@@ -33,9 +33,9 @@ def rows_are_invariant(decoder: Decoder) -> bool:
     return True
 
 
-def found(holds: bool, widths: Any = (1,)) -> Invariance:
+def found(holds: bool, widths: Any = (1,), prefill: bool = True) -> Invariance:
     """What a check might find."""
-    return Invariance(holds, tuple(widths), 10, 0 if holds else 3, 5, holds, 0.5)
+    return Invariance(holds, tuple(widths), prefill, 10, 0 if holds else 3, 5, holds, 0.5)
 
 
 @contextmanager
@@ -45,5 +45,7 @@ def unchecked(holds: bool = True) -> Iterator[None]:
     For tests of texts, which see for themselves; a check of each decoder would cost them minutes.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "check", lambda _, widths, *__: found(holds, widths))
+        patch.setattr(
+            loading, "check", lambda _, widths, __, prefill=True: found(holds, widths, prefill)
+        )
         yield
