@@ -376,6 +376,7 @@ class GraphRunner(CompiledRunner):
     @torch.inference_mode()
     def prepare_prefill(self) -> None:
         """Capture passes over a prompt, each of whose graphs keeps its output."""
+        _log.info("capturing CUDA graphs of passes over a prompt")
         tokens, *where = self._prefill_inputs
         widths = [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
         blocks = [tokens[:, :width] for width in widths]

@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,8 @@ def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> f
 def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
     """The fastest tiles of each shape, by its key; progress goes to ``log``."""
     device = torch.device("cuda", torch.cuda.current_device())
-    shared = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
+    shared = int(properties.shared_memory_per_block_optin)
     jobs = [(shape, tiles) for shape in shapes for tiles in candidates(shape, shared)]
     log(f"compiling {len(jobs)} kernels")
     usable: dict[Shape, list[Tiles]] = {}
@@ -161,8 +163,7 @@ def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles
     chosen: dict[str, Tiles] = {}
     for number, (shape, tried) in enumerate(usable.items(), 1):
         times = {
-            tiles: time_product(shape, lambda x, weight, t=tiles: run(x, weight, shape, t))  # type: ignore[misc]
-            for tiles in tried
+            tiles: time_product(shape, partial(run, shape=shape, tiles=tiles)) for tiles in tried
         }
         best = min(times, key=lambda tiles: times[tiles])
         chosen[shape.key] = best

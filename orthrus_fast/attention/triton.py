@@ -280,8 +280,8 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc, prefetch,
     capacity, width, n_splits,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    LINES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr, WALKS: tl.constexpr, ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
-    REGION: tl.constexpr,
+    LINES: tl.constexpr, CAUSAL: tl.constexpr, OVERLAP: tl.constexpr, WALKS: tl.constexpr,
+    ROW_TILE: tl.constexpr, KEY_TILE: tl.constexpr, REGION: tl.constexpr,
 ):  # fmt: skip
     """One split, or, if it ``WALKS``, all of them, for one tile of rows that share a KV head."""
     GROUP: tl.constexpr = N_HEADS // N_KV_HEADS
