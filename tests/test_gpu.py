@@ -1,4 +1,4 @@
-"""Decoding on a CUDA device: graphs, kernels and the promise in bf16, to the bit.
+"""Decoding on a CUDA device: graphs, kernels and one row, one result, to the bit.
 
 Everything here also runs at real sizes in ``orthrus_fast.bench``; these are the small ones.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,24 @@ import torch
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import SamplingParams, invariance, steps
+from orthrus_fast import SamplingParams, invariance
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
-from orthrus_fast.kernels.plain import PlainProducts
+from orthrus_fast.invariance import bits_of
+from orthrus_fast.kernels.interface import k_split
+from orthrus_fast.kernels.plain import PlainProducts, sum_partials
 from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.kernels.tiles import ROWS
 from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.runners import GraphRunner, full_precision_matmul
+from orthrus_fast.options import MODES, ONE_ROW, ONE_WIDTH
+from orthrus_fast.runners import EagerRunner, GraphRunner, compiler_limits, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
-from tests.embedded import HELD_OUT, MODEL, differing_prompts
+from tests.core.test_one_row import Pieces, compute, decode
+from tests.decoders import unchecked
+from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, dense_attention, follows
 
 pytestmark = [
@@ -36,12 +42,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda", 0)
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny") / "model"
-    return write_checkpoint(directory, seed=3, block_size=16, eos_token_id=[])
+    return write_checkpoint(
+        directory, seed=3, block_size=16, max_position_embeddings=2048, eos_token_id=[]
+    )
 
 
 def backend(name: str, dtype: torch.dtype, head_dim: int) -> Any:
@@ -103,7 +112,7 @@ def test_the_dense_computations_agree() -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "flash"])
-def test_a_rows_bits_do_not_depend_on_its_block(name: str) -> None:
+def test_a_rows_bits_do_not_depend_on_its_place_in_a_block(name: str) -> None:
     attend, capacity, width = backend(name, torch.bfloat16, 64), 4096, 16
     q, k, v = random_inputs(torch.bfloat16, capacity)
     slot = torch.tensor([0, 1, 2], device=CUDA)
@@ -116,6 +125,34 @@ def test_a_rows_bits_do_not_depend_on_its_block(name: str) -> None:
                 start = torch.tensor([position - t, edge, 5], device=CUDA, dtype=torch.int32)
                 rows.append(attend(block, k, v, start, slot, causal=True)[0, t])
             assert all(torch.equal(row, rows[0]) for row in rows), position
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("n_heads", [16, 32])
+def test_attention_of_a_row_has_the_same_bits_at_every_width(
+    n_heads: int, dtype: torch.dtype
+) -> None:
+    """As one row, and in blocks beside two others, as in a chunk; where tiles and splits begin."""
+    attend, capacity = backend("triton", dtype, 128), 10_240
+    random = torch.Generator(CUDA).manual_seed(0)
+    shapes = [(capacity, n_heads, 128), (3, 8, capacity, 128), (3, 8, capacity, 128)]
+    q, k, v = (torch.randn(s, generator=random, device=CUDA, dtype=dtype) for s in shapes)
+
+    def rows_from(begin: int, width: int, others: tuple[int, ...] = ()) -> Tensor:
+        starts = torch.tensor([*others, begin], dtype=torch.int32, device=CUDA)
+        block = torch.stack([q[start : start + width] for start in starts.tolist()])
+        slot = torch.tensor([2, 0, 1], device=CUDA)[-len(starts) :]
+        out: Tensor = attend(block, k, v, starts, slot, causal=True)
+        return bits_of(out[-1])
+
+    for edge in (128, 256, 1280, 4352, 4864, 8448, 9216):
+        first = max(edge - 500, 0)
+        expected = rows_from(first, 1000)
+        for width in (1, 32, 100):
+            for begin in (edge - width, edge - width // 2, edge):
+                for others in ((), (7, 5000)):
+                    got = rows_from(begin, width, others)
+                    assert torch.equal(got, expected[begin - first :][:width]), (width, begin)
 
 
 @pytest.mark.parametrize("runner", ["graph", "compiled", "eager"])
@@ -159,7 +196,7 @@ class Recorder:
         cache, lengths = self.runner.cache, self.runner.state.length.tolist()
         for tensor in (*cache.k, *cache.v):
             taken += [tensor[slot, :, :n].clone() for slot, n in enumerate(lengths)]
-        return [tensor.view(torch.int16) for tensor in taken]
+        return [bits_of(tensor) for tensor in taken]
 
 
 def both_modes(
@@ -204,10 +241,11 @@ def test_a_narrower_block_is_equal_to_the_bit_in_both_modes(slots: int, block_si
     results = both_modes(decoder, PROMPTS[:slots], 150)
     accepted = [n for result in results["diffusion"] for n in result.stats.accepted]
     assert 0 < max(accepted) <= block_size - 1
-    assert set(decoder.runner._verify_graphs) == {(block_size, False)}
+    assert isinstance(decoder.runner, GraphRunner)
+    assert set(decoder.runner._verify_graphs) == {(1, False), (block_size, False)}
 
 
-@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature: float) -> None:
     decoder = orthrus_fast.load(MODEL, slots=slots)
@@ -216,16 +254,155 @@ def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature:
         for i, (top_k, top_p) in enumerate([(None, None), (20, 0.8), (None, 0.9), (5, None)])
     ][:slots]
     both_modes(decoder, PROMPTS[:slots], 100, settings)
-    assert set(decoder.runner._verify_graphs) == {(16, False), (16, True)}
+    assert isinstance(decoder.runner, GraphRunner)
+    assert set(decoder.runner._draft_graphs) == {(16, False), (16, True)}
+    assert set(decoder.runner._verify_graphs) == {(1, False), (1, True), (16, False), (16, True)}
 
 
-def test_greedy_slots_are_the_same_beside_sampling_ones() -> None:
-    decoder = orthrus_fast.load(MODEL, slots=2)
-    prompts = ["def f(n):\n", "import os\n"]
-    alone = [result.tokens for result in decoder.generate(prompts, 80)]
-    beside = decoder.generate(prompts, 80, [None, SamplingParams(temperature=1.0, seed=3)])
-    assert beside[0].tokens == alone[0]
-    assert beside[1].tokens != alone[1]
+# One row, one result: a runner driven by hand, and texts
+
+DTYPES = [BF16, torch.float32, torch.float16]
+WAYS: list[Pieces] = [
+    [("chunk", 64), ("chunk", 1), ("chunk", 100), ("chunk", 256), ("chunk", 279)],
+    [
+        ("chunk", 500),
+        *[("block", 1)] * 20,
+        *[("block", 2)] * 10,
+        *[("block", 4)] * 5,
+        *[("block", 8)] * 5,
+        *[("block", 16)] * 6,
+        ("block", 8),
+    ],
+    [("block", 16)] * 44,
+    [("block", 1)] * 300 + [("chunk", 400)],
+]
+
+
+def runner_of(directory: Path, dtype: torch.dtype, slots: int, **options: Any) -> EagerRunner:
+    """A runner whose cache is full of what others have left."""
+    with unchecked():
+        runner = orthrus_fast.load(directory, dtype=dtype, slots=slots, **options).runner
+    for rows in (*runner.cache.k, *runner.cache.v):
+        rows.normal_()
+    return runner
+
+
+def computed(runner: EagerRunner, slot: int, text: Tensor, pieces: Pieces) -> list[Tensor]:
+    """The bits of the logits after each token, and of all cache rows."""
+    with full_precision_matmul(CUDA), compiler_limits():
+        return [bits_of(rows) for rows in compute(runner, slot, text, pieces)]
+
+
+def are_equal(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("checkpoint", ["embedded", "tiny"])
+def test_a_row_has_the_same_bits_however_it_is_computed(
+    tiny: Path, checkpoint: str, dtype: torch.dtype
+) -> None:
+    """One slot and another capacity, a chunk; four, and pieces, beside random neighbours."""
+    torch.manual_seed(0)
+    directory = MODEL if checkpoint == "embedded" else tiny
+    one = runner_of(directory, dtype, 1, max_seq_len=800)
+    four = runner_of(directory, dtype, 4, max_seq_len=2000)
+    for width in (2, 4, 8):
+        four.prepare(width)
+    text = torch.randint(272, (700,), device=CUDA)
+    expected = computed(one, 0, text, [("chunk", 700)])
+    for slot, pieces in enumerate(WAYS):
+        assert are_equal(computed(four, slot, text, pieces), expected), slot
+    for runner, slot, begin in ((one, 0, 0), (four, 3, 123), (four, 3, 699), (four, 1, 0)):
+        assert torch.equal(bits_of(runner.prefill_logits(text, slot, begin)), expected[0][-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_texts_and_log_probabilities_are_equal_at_every_width(
+    tiny: Path, dtype: torch.dtype
+) -> None:
+    one, four = runner_of(tiny, dtype, 1, max_seq_len=800), runner_of(tiny, dtype, 4)
+    params = SamplingParams(0.7, top_k=20, seed=5, logprobs=True)
+    prompts = [[5, 6, 7], [1] * 270, [9], list(range(100))]
+    one.prepare(1, sampling=True)
+    expected = [decode(one, [prompt], 60, 1, params)[0] for prompt in prompts]
+    assert [len(text[1]) for text in expected] == [60] * 4
+    for width in (1, 2, 4, 8, 16):
+        four.prepare(width)
+        four.prepare(width, sampling=True)
+        assert decode(four, prompts, 60, width, params) == expected, width
+
+
+def test_runners_give_equal_bits() -> None:
+    torch.manual_seed(0)
+    text = torch.randint(272, (320,), device=CUDA)
+    pieces: Pieces = [("chunk", 256), *[("block", 16)] * 2, *[("block", 1)] * 32]
+    params = SamplingParams(0.7, seed=5, logprobs=True)
+    bits, texts = {}, {}
+    for name in ("eager", "compiled", "graph"):
+        runner = runner_of(MODEL, BF16, 2, runner=name)
+        bits[name] = computed(runner, 1, text, pieces)
+        for width in (1, 16):
+            runner.prepare(width, sampling=True)
+            texts[name, width] = decode(runner, [[5, 6, 7], [9]], 60, width, params)
+    assert are_equal(bits["compiled"], bits["eager"])
+    assert are_equal(bits["graph"], bits["eager"])
+    assert all(text == texts["eager", 1] for text in texts.values())
+
+
+TEXTS = [prompt_of(example) for example in HELD_OUT[:6]]
+
+
+def texts_of(decoder: Decoder, mode: str) -> list[tuple[list[int], list[float] | None]]:
+    """Tokens and log-probabilities of TEXTS, greedy and then sampled, as many at once as fit."""
+    settings = [
+        SamplingParams(temperature, top_k=20, seed=seed, logprobs=True)
+        for temperature in (0.0, 0.7)
+        for seed in range(len(TEXTS))
+    ]
+    results = decoder.generate(TEXTS * 2, 60, settings, mode=mode)
+    return [(result.tokens, result.logprobs) for result in results]
+
+
+@pytest.fixture(scope="module")
+def expected_texts() -> Any:
+    return texts_of(orthrus_fast.load(MODEL, max_seq_len=400), "ar")
+
+
+@pytest.mark.parametrize(
+    "block_size, slots, max_seq_len", [(16, 1, 400), (16, 4, 2000), (8, 4, 400), (4, 1, 2000)]
+)
+def test_a_text_depends_on_its_prompt_and_settings_alone(
+    expected_texts: Any, block_size: int, slots: int, max_seq_len: int
+) -> None:
+    decoder = orthrus_fast.load(MODEL, block_size=block_size, slots=slots, max_seq_len=max_seq_len)
+    assert decoder.configuration["promise"] == ONE_ROW and decoder.ar_width == 1
+    for mode in MODES:
+        assert texts_of(decoder, mode) == expected_texts, mode
+
+
+@pytest.mark.parametrize(
+    "options", [{"attention": "sdpa"}, {"attention": "flash"}, {"dtype": "float64"}], ids=str
+)
+def test_what_cannot_keep_to_a_row_keeps_to_one_width(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    if "attention" in options:
+        backend(options["attention"], BF16, 64)
+    with caplog.at_level(logging.WARNING, "orthrus_fast"):
+        decoder = orthrus_fast.load(MODEL, slots=2, **options)
+    assert decoder.configuration["promise"] == ONE_WIDTH
+    assert "both modes decode by blocks of 16 rows" in caplog.text
+    assert decoder.ar_width == decoder.block_width == 16
+    assert isinstance(decoder.runner, GraphRunner)
+    assert set(decoder.runner._verify_graphs) == {(16, False)}
+    assert not decoder.invariance.prefill and decoder.invariance.widths == (16,)
+    for sampling in (None, SamplingParams(0.7, seed=3)):
+        ar, diffusion = (
+            [result.tokens for result in decoder.generate(TEXTS[:3], 60, sampling, mode=mode)]
+            for mode in ("ar", "diffusion")
+        )
+        assert ar == diffusion
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -241,6 +418,7 @@ def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path:
     assert decoder.configuration["dtype"] == "bfloat16"
     assert decoder.configuration["runner"] == "graph"
     assert decoder.configuration["attention"] == "triton"
+    assert decoder.configuration["promise"] == ONE_ROW
     weights = list(decoder.runner.model.parameters())
     assert {weight.device.type for weight in weights} == {"cuda"}
     assert decoder.runner.model.lm_head.weight is decoder.runner.model.embed_tokens.weight
@@ -250,7 +428,15 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
     decoder = orthrus_fast.load(tiny, max_seq_len=400)
     runner = decoder.runner
     assert isinstance(runner, GraphRunner)
-    before = (dict(runner._draft_graphs), dict(runner._verify_graphs))
+    assert set(runner._draft_graphs) == {(16, False)}
+    assert set(runner._verify_graphs) == {(1, False), (16, False)}
+
+    def captured() -> list[dict[Any, Any]]:
+        graphs = (runner._draft_graphs, runner._verify_graphs, runner._prefill_graphs)
+        return [dict(of) for of in graphs]
+
+    before = captured()
+    assert all(before)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     alone = {n: decoder.generate([7] * n, 30, mode="ar").tokens for n in (1, 65, 300, 2)}
     for n, tokens in alone.items():
@@ -262,7 +448,7 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
             assert decoder.generate([7], 30).tokens == alone[1]
     finally:
         torch.set_default_dtype(torch.float32)
-    assert (runner._draft_graphs, runner._verify_graphs) == before
+    assert captured() == before
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
@@ -279,8 +465,8 @@ def test_a_cycle_past_the_end_changes_nothing(tiny: Path) -> None:
         return [tensor.clone() for tensor in tensors]
 
     before = committed()
-    for drafting in (True, False):
-        decoder.runner.launch(drafting, 16)
+    for drafting, width in ((True, 16), (False, 16), (False, 1)):
+        decoder.runner.launch(drafting, width)
         assert [output.tokens for output in decoder.runner.read()] == [[], []]
     assert all(torch.equal(a, b) for a, b in zip(committed(), before, strict=True))
 
@@ -295,18 +481,6 @@ def test_a_dropped_stream_leaves_the_decoder_usable(tiny: Path) -> None:
     assert decoder.runner.in_flight == 0
     assert decoder.generate([9, 9], 30).tokens == expected
     assert decoder.generate([9, 9], 30, mode="ar").tokens == expected
-
-
-def test_one_row_ar_is_captured_when_it_is_asked_for(tiny: Path) -> None:
-    decoder = orthrus_fast.load(tiny, dtype="float64")
-    assert set(decoder.runner._verify_graphs) == {(16, False)}
-    assert (
-        decoder.generate_one_row([1, 2, 3], 40).tokens == Judge(tiny).generate([1, 2, 3], 40, ())[0]
-    )
-    assert set(decoder.runner._verify_graphs) == {(16, False), (1, False)}
-    assert (
-        decoder.generate([1, 2, 3], 40).tokens == decoder.generate([1, 2, 3], 40, mode="ar").tokens
-    )
 
 
 def test_two_decoders_in_one_process(tiny: Path) -> None:
@@ -411,42 +585,142 @@ def splits_by_length(attend: Attend) -> Attend:
     ids=["sound", "mask one wide", "stale length", "reads scratch rows", "splits by length"],
 )
 def test_the_invariance_check_sees_planted_faults(plant: Any, holds: bool, request: Any) -> None:
-    decoder = orthrus_fast.load(MODEL)
-    runner = decoder.runner
+    with unchecked():
+        runner = orthrus_fast.load(MODEL).runner
     kernels = runner.model.kernels
     kernels = dataclasses.replace(kernels, attend=plant(kernels.attend))
     name = f"planted_{request.node.callspec.id.replace(' ', '_').replace('-', '_')}"
-    backend = Backend(name, kernels.attend, lambda capacity: [])
+    backend = Backend(name, kernels.attend, lambda capacity: [], row_invariant=True)
     kernels = register_custom_ops(kernels, backend.custom_op())
     faulty = GraphRunner(runner.model, runner.state, runner.cache, kernels)
-    faulty.prepare(16)
-    found = invariance.check(faulty, 16, tile_boundaries("triton", runner.cache.capacity))
+    for width in (1, 16):
+        faulty.prepare(width)
+    found = invariance.check(faulty, (1, 16), tile_boundaries("triton", runner.cache.capacity))
     assert found.holds is holds
     assert found.n_rows > 0 and found.n_replayed > 0
 
 
-def test_a_failing_product_is_replaced_by_ours(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+# Faults in the launches of narrow blocks alone, in every part of a pass
+
+NARROW = 16  # rows of a product, and of queries per KV head, up to which a fault sets in
+Patch = pytest.MonkeyPatch
+
+
+def other_tiles(patch: Patch, rows: int, keys: int) -> None:
+    """Attention of narrow blocks with tiles of other rows or keys, on four warps."""
+    from orthrus_fast.attention import triton
+
+    choose_tiles = triton.choose_tiles
+
+    def wrong(n_rows: int, *of: Any) -> triton.Tiles:
+        return triton.Tiles(rows, keys, 4, 2) if n_rows <= NARROW else choose_tiles(n_rows, *of)
+
+    patch.setattr(triton, "choose_tiles", wrong)
+
+
+def tiles_of_few_rows(patch: Patch) -> None:
+    """Four warps side by side over the keys: another order of summation."""
+    other_tiles(patch, rows=16, keys=64)
+
+
+def tiles_of_few_keys(patch: Patch) -> None:
+    other_tiles(patch, rows=64, keys=32)
+
+
+def splits_are_joined_backwards(patch: Patch) -> None:
+    """The first three of them, where a row of a narrow block has seen these."""
+    from orthrus_fast.attention import triton
+
+    join_kernel: Any = triton._join_kernel
+
+    class Backwards:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*arguments: Any, **options: Any) -> None:
+                partials, (start, _, width) = arguments[:3], arguments[3:6]
+                if width < NARROW:
+                    seen = start >= 512  # splits begin at 0, 128, 256, 512
+                    partials = tuple(backwards(partial, seen) for partial in partials)
+                join_kernel[grid](*partials, *arguments[3:], **options)
+
+            return launch
+
+    def backwards(partial: Tensor, seen: Tensor) -> Tensor:
+        other = torch.cat((partial[:, :, :3].flip(2), partial[:, :, 3:]), 2)
+        return torch.where(seen.view(-1, *[1] * (partial.dim() - 1)), other, partial)
+
+    patch.setattr(triton, "_join_kernel", Backwards())
+
+
+def k_splits_follow_the_rows(patch: Patch) -> None:
+    """Few rows want more programs, and so more partial sums."""
+    from orthrus_fast.kernels import products
+
+    launch = products.launch
+
+    def wrong(x: Tensor, weight: Tensor, split: int, tiles: Any, **how: Any) -> Any:
+        is_narrow = x.numel() // x.shape[-1] <= NARROW and 0 < split < x.shape[-1]
+        return launch(x, weight, split // 2 if is_narrow else split, tiles, **how)
+
+    patch.setattr(products, "launch", wrong)
+
+
+@pytest.fixture(scope="module")
+def many_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float16, which keeps more of a sum's last bits; splits of K are 128 columns or more."""
+    return write_checkpoint(
+        tmp_path_factory.mktemp("many_heads") / "model",
+        seed=8,
+        dtype=torch.float16,
+        torch_dtype="float16",
+        tied=False,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        block_size=16,
+        max_position_embeddings=1024,
+        eos_token_id=[],
+    )
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        None,
+        tiles_of_few_rows,
+        tiles_of_few_keys,
+        splits_are_joined_backwards,
+        k_splits_follow_the_rows,
+    ],
+    ids=lambda plant: plant.__name__ if plant else "sound",
+)
+def test_the_invariance_check_sees_what_follows_the_width(
+    many_heads: Path, plant: Callable[[Patch], None] | None, monkeypatch: Patch
 ) -> None:
-    """The embedded model's shapes are in no table: the library's, as long as they do no harm."""
-    with caplog.at_level(logging.INFO, "orthrus_fast"):
-        plain = orthrus_fast.load(MODEL)
-    assert "at 16 rows: cuBLAS" in caplog.text
-    layer: Any = plain.runner.model.layers[0]
-    weight = layer.mlp.down.weight
-    shape = tuple(weight.shape)
-    assert shape in invariance.cublas_products(plain.runner.model, 16)
-    monkeypatch.setattr(invariance, "variant_products", lambda model, n_rows: {shape})
-    with caplog.at_level(logging.INFO, "orthrus_fast"):
-        own = orthrus_fast.load(MODEL)
-    assert own.invariance is not None and own.invariance.holds
-    assert own.invariance.replaced == (f"{shape[0]} × {shape[1]}",)
-    assert own.configuration["custom_products"] == list(own.invariance.replaced)
-    assert "custom kernels in place of cuBLAS" in caplog.text
-    assert own.runner.model.kernels.products.is_custom(16, weight)
-    assert own.runner.passes.kernels.products.is_custom(16, weight)
-    results = both_modes(own, ["def f(n):\n"], 60)
-    assert max(results["diffusion"][0].stats.accepted) > 0
+    if plant is not None:
+        plant(monkeypatch)
+    with unchecked():
+        runner = orthrus_fast.load(many_heads, slots=4, max_seq_len=1000).runner
+    assert isinstance(runner, GraphRunner) and runner.prefill_widths
+    for width in (2, 4):
+        runner.prepare(width)
+    boundaries = tile_boundaries("triton", runner.cache.capacity)
+    found = invariance.check(runner, (1, 2, 4, 16), boundaries)
+    assert found.holds is (plant is None), str(found)
+
+
+def test_a_decoder_that_fails_the_check_keeps_to_one_width(
+    many_heads: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiles_of_few_keys(monkeypatch)
+    with caplog.at_level(logging.WARNING, "orthrus_fast"):
+        decoder = orthrus_fast.load(many_heads, slots=4)
+    assert "row invariance DOES NOT HOLD" in caplog.text
+    assert "a row's bits depend on more than its tokens here" in caplog.text
+    assert decoder.configuration["promise"] == ONE_WIDTH and decoder.ar_width == 16
+    both_modes(decoder, [[1, 2, 3], [9] * 200], 60)
 
 
 # Products at the sizes of the public models, with the committed table of tiles. Bounds on rounding:
@@ -455,15 +729,6 @@ def test_a_failing_product_is_replaced_by_ours(
 # a lost tile of the inner dimension would be thousands of times that.
 
 U, SUM = 2.0**-8, 2.0**-18
-BF16 = torch.bfloat16
-
-
-def custom_products() -> Any:
-    """What a decoder has on this chip; skips the test where that is the library's alone."""
-    products: Any = kernels_for("auto", CUDA, BF16, 128).products
-    if not getattr(products, "table", None):
-        pytest.skip(f"no table of tiles for {torch.cuda.get_device_name(CUDA)}")
-    return products
 
 
 def product_shapes(shape: str) -> dict[str, tuple[int, int]]:
@@ -486,69 +751,76 @@ def lowest_greatest(logits: Tensor) -> Tensor:
     return torch.where(greatest, ids, logits.shape[-1]).amin(-1)
 
 
-@pytest.mark.parametrize("n_rows", [32, 31])  # a block's, and its drafts'
-@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
-@pytest.mark.parametrize("shape", ["1.7B", "4B", "8B"])
-def test_a_product_of_a_public_model_is_within_rounding_of_float64(
-    shape: str, name: str, n_rows: int
-) -> None:
-    """Every value, with what follows the product; and a row has the same bits anywhere."""
-    from orthrus_fast.invariance import rows_are_invariant
+def multiplier(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x [M, K] -> what a pass makes of its product with ``weight``, rounded."""
+    products = kernels_for("auto", CUDA, weight.dtype, 128).products
+    split = k_split(*weight.shape)
 
-    products = custom_products()
-    n_columns, n_inner = product_shapes(shape)[name]
-    random = torch.Generator(CUDA).manual_seed(0)
-    x = torch.randn(n_rows, n_inner, generator=random, device=CUDA, dtype=BF16)
-    weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
-    weight.normal_(0, n_inner**-0.5, generator=random)
-    assert products.is_custom(n_rows, weight)
+    def multiply(x: Tensor) -> Tensor:
+        if name == "gate_up":
+            return products.swiglu(x, weight, weight)  # fetching which changes nothing, of course
+        if name == "lm_head":
+            return products.lm_head_argmax(x, weight, return_logits=True)[1]
+        return sum_partials(products.partials(x, weight, split), x.dtype)
+
+    return multiply
+
+
+def exact_product(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float64, and the error that rounding may cause."""
     with full_precision_matmul(CUDA):
         exact = x.double() @ weight.double().T
         error = SUM * (x.double().abs() @ weight.double().abs().T)  # of the sum, not rounded yet
+    if name != "gate_up":
+        return exact, error + U * exact.abs()
+    (gate, up), (gate_error, up_error) = exact.chunk(2, -1), error.chunk(2, -1)
+    silu = torch.nn.functional.silu(gate)
+    exact = silu * up
+    gate_error, up_error = gate_error + U * gate.abs(), up_error + U * up.abs()
+    # silu is at most 1.1 steep; its own rounding, and the product's; a little for what is small of
+    # second order.
+    error = 1.1 * gate_error * up.abs() + silu.abs() * up_error + 2 * U * exact.abs()
+    return exact, 1.05 * error
 
-    if name == "gate_up":
-        got = products.swiglu(x, weight, weight)  # which changes nothing, of course
-        (gate, up), (gate_error, up_error) = exact.chunk(2, -1), error.chunk(2, -1)
-        silu = torch.nn.functional.silu(gate)
-        exact = silu * up
-        gate_error, up_error = gate_error + U * gate.abs(), up_error + U * up.abs()
-        # silu is at most 1.1 steep; its own rounding, and the product's; a little for what is
-        # small of second order.
-        error = 1.1 * gate_error * up.abs() + silu.abs() * up_error + 2 * U * exact.abs()
-        error *= 1.05
 
-        def linear(x: Tensor) -> Tensor:
-            out: Tensor = products.swiglu(x, weight)
-            return out
-    elif name == "lm_head":
-        ids, got = products.lm_head_argmax(x, weight, return_logits=True)
-        error += U * exact.abs()
-        assert torch.equal(ids, lowest_greatest(got))
-        assert torch.equal(products.lm_head_argmax(x, weight, return_logits=False)[0], ids)
-
-        def linear(x: Tensor) -> Tensor:
-            out: Tensor = products.lm_head_argmax(x, weight, return_logits=True)[1]
-            return out
-    else:
-        parts = products.partials(x, weight)
-        assert parts.dtype == (torch.float32 if len(parts) > 1 else BF16)
-        got = parts.sum(0, dtype=torch.float64)
-        error += U * exact.abs() * (len(parts) == 1)
-
-        def linear(x: Tensor) -> Tensor:
-            out: Tensor = products.partials(x, weight)
-            return out.movedim(0, 1).flatten(1)
-
-    assert got.shape == exact.shape
-    wrong = (got.double() - exact).abs() > error
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
+@pytest.mark.parametrize("shape", ["1.7B", "8B"])
+def test_a_product_of_a_public_model(shape: str, name: str) -> None:
+    """A row has the same bits among any number of others; a few rows are held to float64."""
+    n_columns, n_inner = product_shapes(shape)[name]
+    random = torch.Generator(CUDA).manual_seed(0)
+    x = torch.randn(ROWS[-1], n_inner, generator=random, device=CUDA, dtype=BF16)
+    weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
+    weight.normal_(0, n_inner**-0.5, generator=random)
+    multiply = multiplier(name, weight)
+    expected = torch.cat([multiply(rows) for rows in x.split(32)])
+    for n_rows in ROWS:
+        for rows in (slice(n_rows), slice(len(x) - n_rows, None)):
+            got = multiply(x[rows])
+            assert torch.equal(bits_of(got), bits_of(expected[rows])), n_rows
+    few = slice(33)
+    exact, error = exact_product(name, x[few], weight)
+    assert expected[few].shape == exact.shape
+    wrong = (expected[few].double() - exact).abs() > error
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first {wrong.nonzero()[0]}"
-    assert rows_are_invariant(linear, n_rows, n_inner, BF16, CUDA)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_log_probabilities_follow_no_number_of_rows(dtype: torch.dtype) -> None:
+    logprobs = kernels_for("auto", CUDA, dtype, 128).logprobs
+    random = torch.Generator(CUDA).manual_seed(0)
+    logits = 3 * torch.randn(40, 151_936, generator=random, device=CUDA, dtype=dtype)
+    tokens = torch.randint(151_936, (40,), generator=random, device=CUDA)
+    together = logprobs(logits.view(2, 20, -1), tokens.view(2, 20)).flatten()
+    alone = [logprobs(*row) for row in zip(logits, tokens, strict=True)]
+    assert torch.equal(bits_of(torch.stack(alone)), bits_of(together))
+    wanted = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert torch.allclose(together.double(), wanted, atol=2e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
 def large() -> Decoder:
-    """Random weights of shape 1.7B, cut to two layers; every product is ours."""
-    custom_products()
+    """Random weights of shape 1.7B, cut to two layers."""
     config = dataclasses.replace(shape_config("1.7B"), n_layers=2)
 
     def make_model(*of: Any) -> Transformer:
@@ -557,12 +829,11 @@ def large() -> Decoder:
     return build_decoder("random", config, make_model, Options(max_seq_len=2048))
 
 
-def test_every_product_of_a_public_shape_is_ours(large: Decoder) -> None:
-    """And the pass is invariant with them, so that none gives way to another one."""
-    assert invariance.cublas_products(large.runner.model, 32) == {}
-    assert large.invariance is not None and large.invariance.holds
+def test_a_public_shape_keeps_the_promise(large: Decoder) -> None:
+    assert large.configuration["promise"] == ONE_ROW
+    assert large.invariance.holds and large.invariance.prefill
+    assert large.invariance.widths == (1, 32)
     assert large.invariance.n_rows > 0 and large.invariance.n_replayed > 0
-    assert large.invariance.replaced == ()
 
 
 def test_the_greedy_ids_are_those_of_the_logits(large: Decoder) -> None:
@@ -580,7 +851,7 @@ def test_the_greedy_ids_are_those_of_the_logits(large: Decoder) -> None:
         assert not ids.any() and not logits.any()
 
 
-def test_a_pass_agrees_with_the_librarys_products(large: Decoder) -> None:
+def test_a_pass_agrees_with_plain_products(large: Decoder) -> None:
     """Hidden rows after two layers, the same cache before them.
 
     Each of some ten roundings on a value's way may fall to the other side: U of it, or 2^-8. So the
@@ -622,7 +893,7 @@ def test_a_public_shape_is_equal_to_the_bit_in_both_modes(
     known = torch.tensor([*text, *[0] * 32], device=CUDA)
     state = large.runner.state
 
-    def replay(sampling: bool = False) -> None:
+    def replay(width: int, sampling: bool = False) -> None:
         offset = torch.arange(1, 32, device=CUDA)
         right = known[(state.length[:, None] + offset).clamp(max=len(known) - 1)]
         draw = torch.rand(right.shape, generator=random, device=CUDA)
@@ -642,4 +913,3 @@ def test_prefill_commits_the_same_rows_whatever_was_there(tiny: Path) -> None:
     for rows in (*decoder.runner.cache.k, *decoder.runner.cache.v):
         rows.normal_()
     assert torch.equal(decoder.next_logits(prompt), first)
-    assert steps.PREFILL_CHUNK >= 300

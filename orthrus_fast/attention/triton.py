@@ -31,7 +31,7 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
 # (keys in a split, position up to which): short splits first, so that a short context fills the
 # chip; longer ones later, so that a long one does not drown in partial results.
-SPLITS: Bands = ((128, 256), (256, 4352), (512, 8448), (1024, None))
+SPLITS: Bands = ((256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
 MANY_SPLITS = 18  # from which 128 rows are better read by one tile, and rows joined in parts
@@ -142,7 +142,9 @@ def attend(
         **{"enable_fp_fusion": False, "launch_pdl": overlap},
     )
     if not walks:
-        n_dims = min(head_dim, 32) if n_splits > MANY_SPLITS else head_dim
+        n_dims = head_dim
+        if n_splits > MANY_SPLITS:
+            n_dims = min(head_dim, 32 if n_rows >= 128 else 64)
         _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
             num_warps=1,
@@ -308,30 +310,28 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
     sums = _nothing(ROW_TILE, HEAD_DIM)  # of the splits that are joined
-    part = _nothing(ROW_TILE, HEAD_DIM)  # of the one at hand
-    for first_key in range(begin, end, KEY_TILE):
-        key = first_key + tl.arange(0, KEY_TILE)
-        tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
-        seen = _visible(key, last)
-        part = _attend_tile(queries, k_cache + tile, v_cache + tile, seen, part, SCALE)
-        if WALKS:  # noqa: SIM102 (one is known when compiling, the other is not)
-            if first_key + KEY_TILE == _split_begin(split + 1, LINES):
-                sums = _join_rows(sums, part, SCALE)
-                part = _nothing(ROW_TILE, HEAD_DIM)
-                split += 1
+    # A loop within a loop: where one loop joined at a split's end, its products would run in turn.
+    for at_split in range(split, _splits_of(end, LINES) if WALKS else split + 1):
+        part = _nothing(ROW_TILE, HEAD_DIM)
+        stop = tl.minimum(end, _split_begin(at_split + 1, LINES))
+        for first_key in range(_split_begin(at_split, LINES), stop, KEY_TILE):
+            key = first_key + tl.arange(0, KEY_TILE)
+            tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
+            seen = _visible(key, last)
+            part = _attend_tile(queries, k_cache + tile, v_cache + tile, seen, part, SCALE)
+        sums = _join_rows(sums, part, SCALE) if WALKS else part
     if block == 0:  # now that its keys and values are here
         n_programs = tl.num_programs(1) * (1 if WALKS else _splits_of(length, LINES))
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
     if WALKS:
-        sums = _join_rows(sums, part, SCALE)
         result = (sums[2] / sums[1][:, None]).to(out.dtype.element_ty)
         tl.store(out + q_row[:, None] * HEAD_DIM + dim[None, :], result, mask=in_block)
     else:
         p_row = ((block * N_KV_HEADS + kv_head) * n_splits + split) * n_rows + row
-        tl.store(partial_max + p_row, part[0], mask=row < n_rows)
-        tl.store(partial_sum + p_row, part[1], mask=row < n_rows)
-        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], part[2], mask=in_block)
+        tl.store(partial_max + p_row, sums[0], mask=row < n_rows)
+        tl.store(partial_sum + p_row, sums[1], mask=row < n_rows)
+        tl.store(partial_acc + p_row[:, None] * HEAD_DIM + dim[None, :], sums[2], mask=in_block)
 
 
 @triton.jit(do_not_specialize=["width", "n_splits"])

@@ -17,6 +17,7 @@ from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release
 
 # Bytes of the next weight, and of each of its rows: the best of what was timed.
 PREFETCH_LIMIT = (8 * 2**20, 768)
+PREFETCHERS = 32  # programs at least, where there is something to ask for
 
 
 @triton.jit
@@ -40,17 +41,23 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     REGION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row: x plus the partials' sum, rounded to x's dtype at each step, then its norm."""
+    """One row: x plus the partials' sum, rounded to x's dtype at each step, then its norm.
+
+    Programs without a row only ask for their share of the next weight.
+    """
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     release(OVERLAP)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     wait(OVERLAP)
-    at = tl.program_id(0).to(tl.int64) * SIZE + column
+    program, n_programs = tl.program_id(0), tl.num_programs(0)
+    if program >= n_elements // SIZE:
+        fetch(prefetch, program, n_programs, REGION, OVERLAP)
+        return
+    at = program.to(tl.int64) * SIZE + column
     dtype = x.dtype.element_ty
     update = sum_partials(partials + at, n_elements, inside, N_PARTIALS)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    program, n_programs = tl.program_id(0), tl.num_programs(0)
     fetch(prefetch, program, n_programs, REGION, OVERLAP)
     row = (row + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(total + at, row, mask=inside)
@@ -73,7 +80,8 @@ def add_norm(
     block = triton.next_power_of_2(size)
     overlap = overlaps(x.device)
     region = tuple(first_columns(prefetch, *PREFETCH_LIMIT))
-    launch: Any = _add_norm_kernel[(x.numel() // size,)]
+    n_rows = x.numel() // size
+    launch: Any = _add_norm_kernel[(max(n_rows, PREFETCHERS * (overlap and region[2] > 0)),)]
     launch(
         *(x, partials, weight, total, normed, x if prefetch is None else prefetch, x.numel()),
         *(size, block, len(partials), eps, region, overlap),

@@ -282,14 +282,15 @@ SHAPES = {  # n_heads, n_kv_heads, head_dim, block
     "wide heads": (8, 4, 256, 32),
 }
 PREFILL = 2048
-N_SPLITS = 20  # so many that a row is joined in parts
 
 
-def tiles_for(shape: str, dtype: str, width: int, capability: int) -> backend.Tiles:
+def tiles_for(
+    shape: str, dtype: str, width: int, capability: int, n_splits: int = 20
+) -> backend.Tiles:
     n_heads, n_kv_heads, head_dim, _ = SHAPES[shape]
     chip = backend.Chip(capability, CHIPS[capability])
     n_rows = width * n_heads // n_kv_heads
-    return backend.choose_tiles(n_rows, N_SPLITS, head_dim, 4 if dtype == "fp32" else 2, chip)
+    return backend.choose_tiles(n_rows, n_splits, head_dim, 4 if dtype == "fp32" else 2, chip)
 
 
 def compile_both(
@@ -379,8 +380,12 @@ def share_rows_only(shape: str, dtype: str, width: int, chip: int, tiles: backen
 )
 def test_compiles_sums_of_one_order_at_every_width(capability: int, shape: str, dtype: str) -> None:
     """Nothing but the GPU can show the bits; this shows what they were seen to follow there."""
-    widths = (1, SHAPES[shape][3], PREFILL)
-    tiles = [tiles_for(shape, dtype, width, capability) for width in widths]
+    block = SHAPES[shape][3]
+    widths = (1, block, block, PREFILL)
+    tiles = [
+        tiles_for(shape, dtype, width, capability, n_splits)
+        for width, n_splits in zip(widths, (20, 5, 20, 20), strict=True)
+    ]
     if len({(tile.rows, tile.num_warps) for tile in tiles}) > 1:
         assert {tile.keys for tile in tiles} == {64}
         for width, tile in zip(widths, tiles, strict=True):
