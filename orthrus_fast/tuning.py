@@ -24,7 +24,7 @@ from torch import Tensor
 from orthrus_fast.kernels.interface import k_split
 from orthrus_fast.kernels.norm import add_norm
 from orthrus_fast.kernels.products import launch
-from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name
+from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name, shared_memory
 from orthrus_fast.model import Transformer, View
 
 STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
@@ -150,8 +150,7 @@ def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> f
 def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
     """The fastest tiles of each shape, by its key; progress goes to ``log``."""
     device = torch.device("cuda", torch.cuda.current_device())
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
-    shared = int(properties.shared_memory_per_block_optin)
+    shared = shared_memory(device)
     jobs = [(shape, tiles) for shape in shapes for tiles in candidates(shape, shared)]
     log(f"compiling {len(jobs)} kernels")
     usable: dict[Shape, list[Tiles]] = {}

@@ -15,7 +15,7 @@ sums. Fused operations are written as such: the compiler fuses nothing by itself
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from orthrus_fast.attention import Backend
 from orthrus_fast.errors import UnsupportedError
 from orthrus_fast.kernels.overlap import fetch, first_rows, overlaps, release, wait
 from orthrus_fast.kernels.select import why_no_triton
+from orthrus_fast.kernels.tiles import shared_memory
 
 Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
@@ -173,11 +174,8 @@ def _lines(bands: Bands) -> tuple[tuple[int, int], ...]:
 @functools.cache
 def _chip(device: torch.device) -> Chip:
     """The chip of ``device``; on the CPU, for Triton's interpreter, the smallest one."""
-    if device.type != "cuda":
-        return Chip(86, 99 * 1024)
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
-    capability = 10 * properties.major + properties.minor
-    return Chip(capability, int(properties.shared_memory_per_block_optin))
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
+    return Chip(10 * major + minor, shared_memory(device))
 
 
 @triton.jit
