@@ -90,6 +90,13 @@ def choose_tiles(n_rows: int, n_splits: int, head_dim: int, itemsize: int, chip:
     return Tiles(64, 64, 4, 4 if large else 2)
 
 
+def _joined_at_once(n_rows: int, n_splits: int, head_dim: int) -> int:
+    """How many of a row's dimensions one program of the second kernel joins."""
+    if n_splits <= MANY_SPLITS:
+        return head_dim
+    return min(head_dim, 32 if n_rows >= 128 else 64)
+
+
 def split_boundaries(capacity: int, bands: Bands = SPLITS) -> list[int]:
     """The positions below ``capacity`` at which a split of the keys begins."""
     boundaries: list[int] = []
@@ -143,9 +150,7 @@ def attend(
         **{"enable_fp_fusion": False, "launch_pdl": overlap},
     )
     if not walks:
-        n_dims = head_dim
-        if n_splits > MANY_SPLITS:
-            n_dims = min(head_dim, 32 if n_rows >= 128 else 64)
+        n_dims = _joined_at_once(n_rows, n_splits, head_dim)
         _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
             num_warps=1,
