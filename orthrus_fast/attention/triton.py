@@ -34,7 +34,8 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 # chip; longer ones later, so that a long one does not drown in partial results.
 SPLITS: Bands = ((256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
-LONG_BLOCK = 256  # query rows per KV head from which they fill the chip without splitting the keys
+LONG_BLOCK = 256  # query rows per KV head past which they fill the chip without splitting the keys
+MANY_PROGRAMS = 128  # so do as many tiles of rows, of all slots, as long as no slot can be long
 MANY_SPLITS = 18  # from which 128 rows are better read by one tile, and rows joined in parts
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
 JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
@@ -90,6 +91,15 @@ def choose_tiles(n_rows: int, n_splits: int, head_dim: int, itemsize: int, chip:
     return Tiles(64, 64, 4, 4 if large else 2)
 
 
+def _walks(n_rows: int, n_programs: int, n_splits: int, tiles: Tiles) -> tuple[bool, Tiles]:
+    """Whether a program walks all splits, of which then ``n_programs`` are, and its tiles."""
+    walks = n_rows > LONG_BLOCK or n_splits == 1
+    walks |= n_programs >= MANY_PROGRAMS and n_splits <= MANY_SPLITS
+    if walks and tiles.rows == 64:
+        tiles = tiles._replace(num_stages=min(tiles.num_stages, 3))  # two programs side by side
+    return walks, tiles
+
+
 def _joined_at_once(n_rows: int, n_splits: int, head_dim: int) -> int:
     """How many of a row's dimensions one program of the second kernel joins."""
     if n_splits <= MANY_SPLITS:
@@ -133,7 +143,8 @@ def attend(
     n_rows = width * n_heads // n_kv_heads
     n_splits = len(split_boundaries(capacity, bands))
     tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
-    walks = n_rows > LONG_BLOCK or n_splits == 1
+    n_programs = n_blocks * n_kv_heads * triton.cdiv(n_rows, tiles.rows)
+    walks, tiles = _walks(n_rows, n_programs, n_splits, tiles)
     out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
     partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
