@@ -304,6 +304,10 @@ class CompiledRunner(EagerRunner):
         with compiler_limits():  # torch compiles anew where its global settings have changed
             super().launch(drafting, width, sampling)
 
+    def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
+        with compiler_limits():
+            return super().prefill_chunk(tokens, start, slot)
+
     def draft(self, width: int, sampling: bool = False) -> None:
         self._begin_pass()
         super().draft(width, sampling)
