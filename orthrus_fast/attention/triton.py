@@ -143,30 +143,29 @@ def attend(
     n_rows = width * n_heads // n_kv_heads
     n_splits = len(split_boundaries(capacity, bands))
     tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
-    n_programs = n_blocks * n_kv_heads * triton.cdiv(n_rows, tiles.rows)
-    walks, tiles = _walks(n_rows, n_programs, n_splits, tiles)
+    n_tiles = n_kv_heads * triton.cdiv(n_rows, tiles.rows)
+    walks, tiles = _walks(n_rows, n_blocks * n_tiles, n_splits, tiles)
     out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
     partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     partial_sum = torch.empty_like(partial_max)
     partial_acc = partial_max.new_empty(*shape, head_dim)
+    options = {"enable_fp_fusion": False, "launch_pdl": overlap}
     common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
-    grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
+    grid = (1 if walks else n_splits, n_tiles, n_blocks)
     _split_kernel[grid](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
         *(walks, tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
-        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
-        **{"enable_fp_fusion": False, "launch_pdl": overlap},
+        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **options},
     )
     if not walks:
         n_dims = _joined_at_once(n_rows, n_splits, head_dim)
         _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
             num_warps=1,
-            enable_fp_fusion=False,
-            launch_pdl=overlap,
+            **options,
         )
     return out
 
