@@ -150,7 +150,8 @@ def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> f
 def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
     """The fastest tiles of each shape, by its key; progress goes to ``log``."""
     device = torch.device("cuda", torch.cuda.current_device())
-    shared = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
+    shared = int(properties.shared_memory_per_block_optin)
     jobs = [(shape, tiles) for shape in shapes for tiles in candidates(shape, shared)]
     log(f"compiling {len(jobs)} kernels")
     usable: dict[Shape, list[Tiles]] = {}
