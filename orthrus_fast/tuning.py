@@ -7,13 +7,13 @@ no bit of a result (``kernels.tiles``), so this can change how long a text takes
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,7 +163,8 @@ def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles
     chosen: dict[str, Tiles] = {}
     for number, (shape, tried) in enumerate(usable.items(), 1):
         times = {
-            tiles: time_product(shape, partial(run, shape=shape, tiles=tiles)) for tiles in tried
+            tiles: time_product(shape, functools.partial(run, shape=shape, tiles=tiles))
+            for tiles in tried
         }
         best = min(times, key=lambda tiles: times[tiles])
         chosen[shape.key] = best

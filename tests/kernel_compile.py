@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -36,7 +36,8 @@ def compile_for(
     """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's kernel.
 
     ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32");
-    pointers are taken as 16-byte aligned, as PyTorch's are. OVERLAP is as on that chip.
+    pointers are taken as 16-byte aligned, as PyTorch's are; "tensordesc<bf16[64,128]>" is a tensor
+    descriptor of such tiles. OVERLAP is as on that chip.
     ``metadata.shared`` is in bytes, ``asm["ptx"]`` is text.
     """
     import triton
@@ -61,15 +62,19 @@ def compile_for(
     return compiled
 
 
-def read_before_waiting(kernel: Any, constexprs: dict[str, Any], ptx: str) -> set[str]:
-    """The pointers that a kernel reads before it waits for its predecessors; nothing is written.
+def read_before_waiting(
+    kernel: Any, constexprs: dict[str, Any], ptx: str, descriptors: Collection[str] = ()
+) -> set[str]:
+    """What a kernel reads before it waits for its predecessors, by argument; nothing is written.
 
     The wait must be there, at the top level of the text. An address is traced to its arguments
-    through the registers that it was made from.
+    through the registers that it was made from. One of the ``descriptors``, of a matrix, takes the
+    places of five.
     """
     head, wait, _ = ptx.partition("griddepcontrol.wait")
     assert wait and not re.search(r"\b(st\.global|st\.async|atom\.|red\.)", head)
     names = [name for name in kernel.arg_names if name not in constexprs and name != "OVERLAP"]
+    names = [name for name in names for _ in range(5 if name in descriptors else 1)]
     made_from: dict[str, set[str]] = {}
     read: set[str] = set()
     for line in re.sub(r"//.*", "", head).splitlines():
@@ -143,12 +148,16 @@ def _refusing_open_ties() -> Any:
 def _multiply(builder: Any, a: Any, b: Any, c: Any, *rest: Any) -> Any:
     """A product whose rows do not depend on each other, as a GPU's matrix units make it.
 
-    The interpreter's own is numpy's, which knows no bfloat16 and sums some rows in another order.
+    It adds one column of ``a`` after another to what it is given, so that a sum that goes from tile
+    to tile has the same bits for tiles of any size: a share of one that begins or ends elsewhere is
+    seen. The interpreter's own is numpy's, which knows no bfloat16 and keeps to no order.
     """
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
     if a.dtype.scalar != tl.float32:
         a, b = builder.create_fp_ext(a, tl.float32), builder.create_fp_ext(b, tl.float32)
-    products = a.data[:, :, None] * b.data[None]
-    return TensorHandle(products.sum(1) + c.data, c.dtype.scalar)
+    total = c.data.copy()
+    for column, row in zip(a.data.T, b.data, strict=True):
+        total += column[:, None] * row
+    return TensorHandle(total, c.dtype.scalar)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.kernels.plain_sampling import keep, sample
-from orthrus_fast.sampling import SamplingParams, Settings
+from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings
 from tests.core.test_sampling import min_p_thresholds
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
 from tests.marks import slow_but
@@ -294,14 +295,48 @@ def test_what_is_gathered_is_what_may_decide(
     assert given["n"][2] == given["n"][1]  # top-k is off
 
 
+# --- log-probabilities ---
+
+
+@pytest.mark.parametrize("dtype", [*FEW_DTYPES, torch.float64])
+@pytest.mark.parametrize("vocab_size", [7, 9000])  # a part of a block, and several
+def test_logprobs_are_the_models(interpreting: None, dtype: torch.dtype, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    size = torch.tensor([[0.1], [1.0], [30.0], [1e4], [3.0], [3.0]])
+    logits = (size * torch.randn(6, vocab_size, generator=generator)).to(dtype)
+    logits[4, ::2] = -math.inf
+    logits[5, 1:] = -math.inf
+    tokens = torch.tensor([[0, vocab_size - 1, 5], [3, 1, 0]])
+    logits = logits.view(2, 3, -1)
+    got = kernel.logprobs(logits, tokens)
+    exact = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert got.dtype == torch.float32 and got.shape == tokens.shape
+    assert torch.allclose(got.double(), exact, rtol=2e-7, atol=2e-6)
+    assert got[1, 2] == 0
+    assert torch.allclose(got, plain_sampling.logprobs(logits, tokens), rtol=2e-7, atol=2e-6)
+
+
+def test_a_logprob_depends_on_its_row_alone(interpreting: None) -> None:
+    logits = torch.randn(3, 4, 5000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    tokens = logits.argmax(-1)
+    together = kernel.logprobs(logits, tokens)
+    assert torch.equal(kernel.logprobs(logits.flip(0, 1), tokens.flip(0, 1)), together.flip(0, 1))
+    for at in ((0, 0), (2, 3)):
+        assert kernel.logprobs(logits[at], tokens[at]) == together[at]
+    masked = tokens.clone()
+    masked[1] = NO_TOKEN  # whose own is of no use
+    beside = kernel.logprobs(logits, masked)
+    assert torch.equal(beside[::2], together[::2])
+
+
 # --- the machine code ---
 
 
-def test_the_operator_says_what_it_returns(interpreting: None) -> None:
-    settings = settings_of(SamplingParams(1.0, seed=3))
-    arguments = (torch.randn(1, 3, 70), torch.arange(3)[None], *settings)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernel.sample_op, arguments, test_utils=checks)
+def test_the_operators_say_what_they_return(interpreting: None) -> None:
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    logits, tokens = torch.randn(1, 3, 70), torch.arange(3)[None]
+    check(kernel.sample_op, (logits, tokens, *settings_of(SamplingParams(1.0, seed=3))))
+    check(kernel.logprobs_op, (logits.bfloat16(), tokens))
 
 
 SIGNATURE = {"temperatures": "*fp32", "top_ks": "*i64", "top_ps": "*fp32", "min_ps": "*fp32"}
@@ -320,8 +355,15 @@ WARPS = {
     "search": 8,
     "draw": 4,
     "pick": 4,
+    "logprobs": 8,
 }
-BLOCK = {"bound": 4096, "search": kernel.BLOCKS.gathered, "draw": kernel.BLOCKS.draw, "pick": 256}
+BLOCK = {
+    "logprobs": 4096,
+    "bound": 4096,
+    "search": kernel.BLOCKS.gathered,
+    "draw": kernel.BLOCKS.draw,
+    "pick": 256,
+}
 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
@@ -330,7 +372,10 @@ def test_the_kernels_compile_for_every_chip(name: str, chip: int) -> None:
     made = getattr(kernel, f"_{name}_kernel")
     constants = CONSTANTS | {"BLOCK": BLOCK.get(name)}
     constants = {name: value for name, value in constants.items() if name in made.arg_names}
-    compiled = compile_for(made, SIGNATURE, constants, chip, WARPS[name], 3)
+    signature = SIGNATURE
+    if name == "logprobs":
+        signature = SIGNATURE | {"tokens": "*i64", "out": "*fp32"}
+    compiled = compile_for(made, signature, constants, chip, WARPS[name], 3)
     assert compiled.metadata.shared <= CHIPS[chip]
     ptx = compiled.asm["ptx"]
     # The noise is as good as its logarithms near 1, where the fast approximation is poor.
