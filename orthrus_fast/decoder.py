@@ -280,9 +280,8 @@ class Decoder:
     ) -> Generator[tuple[Request, Chunk], None, None]:
         """Serve requests in order, as many at once as there are slots, each to its end.
 
-        Verify passes have ``width`` rows.
         The next one is asked for once a slot is free; one that has failed by then takes none.
-        ``samples``: whether any may sample.
+        Verify passes have ``width`` rows. ``samples``: whether any request may sample.
         """
         with self._exclusive():
             runner, source = self.runner, iter(requests)

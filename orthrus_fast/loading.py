@@ -28,6 +28,7 @@ from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.invariance import Invariance, check
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
+from orthrus_fast.kernels.tiles import chip_name, tables_of
 from orthrus_fast.model import Transformer
 from orthrus_fast.options import DTYPES, ONE_ROW, ONE_WIDTH, dtype_name
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
@@ -131,10 +132,17 @@ class Settings(NamedTuple):
             "runner": self.runner,
             "compile_mode": None if self.runner == "eager" else self.compile_mode,
             "attention": self.backend.name,
+            "tiles": self._tables(),
             "slots": self.slots,
             "block_size": self.config.block_size,
             "max_seq_len": self.max_seq_len,
         }
+
+    def _tables(self) -> list[str] | None:
+        """The tables that products' tiles come from; None where a library multiplies."""
+        if why_no_triton(self.device, self.dtype, self.config.head_dim):
+            return None
+        return tables_of(chip_name(self.device))
 
 
 def resolve(options: Options, config: ModelConfig) -> Settings:

@@ -7,7 +7,6 @@ no bit of a result (``kernels.tiles``), so this can change how long a text takes
 
 from __future__ import annotations
 
-import functools
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from torch import Tensor
 from orthrus_fast.kernels.interface import k_split
 from orthrus_fast.kernels.norm import add_norm
 from orthrus_fast.kernels.products import launch
-from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name
+from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name, shared_memory
 from orthrus_fast.model import Transformer, View
 
 STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
@@ -40,7 +39,7 @@ SOME_ROWS = (
     (128, 64, 128, 4),
     (64, 128, 64, 4),
 )
-SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
+SHARED_KIB = (50, 74, 112, 122, 165, 220)  # four programs on a multiprocessor, down to one
 
 
 class Shape(NamedTuple):
@@ -150,8 +149,7 @@ def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> f
 def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles]:
     """The fastest tiles of each shape, by its key; progress goes to ``log``."""
     device = torch.device("cuda", torch.cuda.current_device())
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
-    shared = int(properties.shared_memory_per_block_optin)
+    shared = shared_memory(device)
     jobs = [(shape, tiles) for shape in shapes for tiles in candidates(shape, shared)]
     log(f"compiling {len(jobs)} kernels")
     usable: dict[Shape, list[Tiles]] = {}
@@ -163,8 +161,7 @@ def tune(shapes: Iterable[Shape], log: Callable[[str], None]) -> dict[str, Tiles
     chosen: dict[str, Tiles] = {}
     for number, (shape, tried) in enumerate(usable.items(), 1):
         times = {
-            tiles: time_product(shape, functools.partial(run, shape=shape, tiles=tiles))
-            for tiles in tried
+            tiles: time_product(shape, partial(run, shape=shape, tiles=tiles)) for tiles in tried
         }
         best = min(times, key=lambda tiles: times[tiles])
         chosen[shape.key] = best

@@ -36,7 +36,13 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
-LIMITS = {"the core": 6820, "bench": 1500, "model.py": 400, "benchmarks/report.py": 600}
+LIMITS = {
+    "the core": 7540,
+    "tuning": 200,
+    "bench": 1500,
+    "model.py": 400,
+    "benchmarks/report.py": 600,
+}
 
 
 @cache
@@ -201,7 +207,7 @@ def test_files_stay_within_their_limits() -> None:
     for module, file in modules().items():
         part = part_of(module) if "." in module else ""
         if part not in ("cli", "server"):
-            sizes["bench" if part == "bench" else "the core"] += n_lines(file)
+            sizes[part if part in LIMITS else "the core"] += n_lines(file)
     sizes["model.py"] = n_lines(modules()["orthrus_fast.model"])
     sizes["benchmarks/report.py"] = n_lines(ROOT / "benchmarks" / "report.py")
     assert {name: size for name, size in sizes.items() if size > LIMITS[name]} == {}

@@ -15,7 +15,7 @@ sums. Fused operations are written as such: the compiler fuses nothing by itself
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from orthrus_fast.attention import Backend
 from orthrus_fast.errors import UnsupportedError
 from orthrus_fast.kernels.overlap import fetch, first_rows, overlaps, release, wait
 from orthrus_fast.kernels.select import why_no_triton
+from orthrus_fast.kernels.tiles import shared_memory
 
 Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 
@@ -34,7 +35,7 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 SPLITS: Bands = ((256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head past which they fill the chip without splitting the keys
-MANY_PROGRAMS = 128  # so do as many tiles of rows, of all slots, as long as no slot can be long
+MANY_TILES = 128  # of rows, of all slots, which do so, too
 MANY_SPLITS = 18  # from which 128 rows are better read by one tile, and rows joined in parts
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
 JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
@@ -90,6 +91,19 @@ def choose_tiles(n_rows: int, n_splits: int, head_dim: int, itemsize: int, chip:
     return Tiles(64, 64, 4, 4 if large else 2)
 
 
+def _fills_the_chip(n_rows: int, n_splits: int, n_tiles: int) -> bool:
+    """Whether ``n_tiles`` of rows, of all slots, are programs enough without splitting the keys."""
+    no_slot_is_long = n_splits <= MANY_SPLITS  # which the others would wait for
+    return n_rows > LONG_BLOCK or n_splits == 1 or (n_tiles >= MANY_TILES and no_slot_is_long)
+
+
+def _joined_at_once(n_rows: int, n_splits: int, head_dim: int) -> int:
+    """How many of a row's dimensions one program of the second kernel joins."""
+    if n_splits <= MANY_SPLITS:
+        return head_dim
+    return min(head_dim, 32 if n_rows >= 128 else 64)
+
+
 def split_boundaries(capacity: int, bands: Bands = SPLITS) -> list[int]:
     """The positions below ``capacity`` at which a split of the keys begins."""
     boundaries: list[int] = []
@@ -126,31 +140,27 @@ def attend(
     n_rows = width * n_heads // n_kv_heads
     n_splits = len(split_boundaries(capacity, bands))
     tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
-    n_programs = n_blocks * n_kv_heads * triton.cdiv(n_rows, tiles.rows)
-    walks = n_rows > LONG_BLOCK or n_splits == 1
-    walks |= n_programs >= MANY_PROGRAMS and n_splits <= MANY_SPLITS
-    if walks and tiles.rows == 64:
-        tiles = tiles._replace(num_stages=min(tiles.num_stages, 3))  # two programs side by side
-    out = torch.empty_like(q)
+    n_tiles = n_kv_heads * triton.cdiv(n_rows, tiles.rows)
+    walks = _fills_the_chip(n_rows, n_splits, n_blocks * n_tiles)
+    stages = min(tiles.num_stages, 3) if walks else tiles.num_stages  # two programs side by side
+    out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
     partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     partial_sum = torch.empty_like(partial_max)
     partial_acc = partial_max.new_empty(*shape, head_dim)
-    overlap = overlaps(q.device)
     common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
-    grid = (1 if walks else n_splits, n_kv_heads * triton.cdiv(n_rows, tiles.rows), n_blocks)
-    _split_kernel[grid](
+    _split_kernel[1 if walks else n_splits, n_tiles, n_blocks](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
         *(walks, tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
-        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
-        **{"enable_fp_fusion": False, "launch_pdl": overlap},
+        num_warps=tiles.num_warps,
+        num_stages=stages,
+        enable_fp_fusion=False,
+        launch_pdl=overlap,
     )
     if not walks:
-        n_dims = head_dim
-        if n_splits > MANY_SPLITS:
-            n_dims = min(head_dim, 32 if n_rows >= 128 else 64)
+        n_dims = _joined_at_once(n_rows, n_splits, head_dim)
         _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
             num_warps=1,
@@ -179,11 +189,8 @@ def _lines(bands: Bands) -> tuple[tuple[int, int], ...]:
 @functools.cache
 def _chip(device: torch.device) -> Chip:
     """The chip of ``device``; on the CPU, for Triton's interpreter, the smallest one."""
-    if device.type != "cuda":
-        return Chip(86, 99 * 1024)
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
-    capability = 10 * properties.major + properties.minor
-    return Chip(capability, int(properties.shared_memory_per_block_optin))
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 6)
+    return Chip(10 * major + minor, shared_memory(device))
 
 
 @triton.jit

@@ -39,7 +39,7 @@ SAMPLES, SAMPLE_BYTES = 1024, 4096  # of a file of weights that is too large to 
 WHOLE_BYTES = 2**26
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "stop", "logprobs")
 # Where the files lie and which of several equal devices runs them changes no text.
-NOT_SETTINGS = ("checkpoint", "commit", "device")
+NOT_SETTINGS = ("checkpoint", "commit", "device", "tiles")  # tiles change no bit
 
 
 # The fingerprint: what results must share to stand in one file.

@@ -93,6 +93,37 @@ def _swiglu_by_descriptors(  # type: ignore[no-untyped-def]
     return _swiglu(gate, up, dtype)
 
 
+@triton.jit
+def _partial_sum(  # type: ignore[no-untyped-def]
+    x, weight, first, first_row, row, n_rows, first_column, weight_row,
+    K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """One partial sum of a tile, whichever way the tiles of x and the weight are loaded."""
+    if DESCRIPTORS:
+        return _sum_by_descriptors(
+            x, weight, first_row, first_column, first, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    else:
+        return _sum_by_pointers(
+            x + tl.minimum(row, n_rows - 1).to(tl.int64) * K,
+            weight + weight_row.to(tl.int64) * K,
+            first, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
+    """Each row's greatest value in a tile [columns, rows], and where it is; at a tie the lowest.
+
+    A NaN is neither greater nor less; it must win, so that the chosen logit tells of it.
+    """
+    value = result.to(tl.float32)
+    value = tl.where(value == value, value, float("inf"))
+    value = tl.where(column < n_columns, value, -float("inf"))
+    return tl.max(value, 0, return_indices=True)
+
+
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for every M of a tile size
 def _product_kernel(  # type: ignore[no-untyped-def]
     x, weight, out, tile_max, tile_argmax, prefetch, n_rows, n_columns, dtype: tl.constexpr,
@@ -122,17 +153,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         )
     else:
         for partial in tl.static_range(N_PARTIALS if JOINED else 1):
-            first = (split + partial) * SPLIT
-            if DESCRIPTORS:
-                part = _sum_by_descriptors(
-                    x, weight, first_row, first_column, first, SPLIT, BLOCK_M, COLUMNS, BLOCK_K
-                )
-            else:
-                part = _sum_by_pointers(
-                    x + tl.minimum(row, n_rows - 1).to(tl.int64) * K,
-                    weight + weight_row.to(tl.int64) * K,
-                    first, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+            part = _partial_sum(
+                x, weight, (split + partial) * SPLIT, first_row, row, n_rows, first_column,
+                weight_row, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+            )  # fmt: skip
             if partial == 0:
                 total = part
             elif partial == 2:
@@ -157,11 +181,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if STORE:
         tl.store(out + at, result, mask=inside)
     if ARGMAX:
-        # A NaN is neither greater nor less; it must win, so that the chosen logit tells of it.
-        value = result.to(tl.float32)
-        value = tl.where(value == value, value, float("inf"))
-        value = tl.where(column < n_columns, value, -float("inf"))
-        greatest, winner = tl.max(value, 0, return_indices=True)  # the lowest index wins a tie
+        greatest, winner = _greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(tile_max + tile, greatest, mask=row < n_rows)
         tl.store(tile_argmax + tile, winner + tl.program_id(1) * BLOCK_N, mask=row < n_rows)
@@ -204,9 +224,8 @@ def launch(
     split = n_inner if swiglu or argmax else split
     n_partials = math.ceil(n_inner / split)
     assert n_partials in (1, 2, 4) and (n_partials == 1 or prefetch is None)
-    overlap, columns = overlaps(x.device), tiles.block_n
-    if swiglu:
-        columns, n_columns = columns // 2, n_columns // 2
+    overlap, n_halves = overlaps(x.device), 2 if swiglu else 1
+    columns, n_columns = tiles.block_n // n_halves, n_columns // n_halves
     # A step ends where its share does, also where a small weight's shares are shorter than a step.
     block_k = math.gcd(tiles.block_k, split) if n_partials > 1 else tiles.block_k
     n_tiles = triton.cdiv(n_columns, columns)
@@ -216,31 +235,33 @@ def launch(
     tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
     ids = x.new_empty(x.shape[:-1] if argmax else (0,), dtype=torch.int64)
     region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
-    operands: tuple[Any, Any] = (x, weight)
-    if tiles.descriptors:
-        rows = x.view(n_rows, n_inner)
-        operands = (
-            TensorDescriptor.from_tensor(rows, [tiles.block_m, block_k]),
-            TensorDescriptor.from_tensor(weight, [columns, block_k]),
-        )
+    operands = ((x.view(n_rows, n_inner), tiles.block_m), (weight, columns))
     start: Any = _product_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_left]
     start(
-        *(*operands, partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
+        *(_operand(*side, block_k, tiles.descriptors) for side in operands),
+        *(partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
         *(n_rows, n_columns, _TRITON_TYPES[x.dtype], n_inner, split, n_partials, tiles.joined),
         *(tiles.block_m, tiles.block_n, block_k, tiles.descriptors),
         *(swiglu, bool(argmax), argmax != "ids", region, overlap),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=True,  # said, because the default differs between Triton's versions
+        # Fusion is said, because the default differs between Triton's versions.
+        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True},
         launch_pdl=overlap,
     )
     if argmax:
-        start = _join_argmax_kernel[(n_rows,)]
-        block = triton.next_power_of_2(n_tiles)
-        start(
-            *(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap
-        )
+        _join_argmax(tile_max, tile_argmax, ids, overlap)
     return partials, ids
+
+
+def _operand(rows: Tensor, n_rows: int, n_columns: int, descriptor: bool) -> Any:
+    """What a kernel loads tiles of ``rows`` by."""
+    return TensorDescriptor.from_tensor(rows, [n_rows, n_columns]) if descriptor else rows
+
+
+def _join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:
+    n_rows, n_tiles = tile_max.shape
+    start: Any = _join_argmax_kernel[(n_rows,)]
+    block = triton.next_power_of_2(n_tiles)
+    start(*(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
 
 
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

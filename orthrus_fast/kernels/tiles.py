@@ -67,10 +67,16 @@ def find_tiles(x: Tensor, weight: Tensor) -> Tiles:
 @functools.cache  # read once a process
 def _of_device(device: torch.device) -> tuple[int, Table]:
     """Bytes of shared memory that a block may use, and the tiles of all tables."""
-    if device.type != "cuda":  # Triton's interpreter
-        return 99 * 1024, {}
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks a field
-    return int(properties.shared_memory_per_block_optin), read_tables(chip_name(device))
+    on_gpu = device.type == "cuda"
+    return shared_memory(device), read_tables(chip_name(device)) if on_gpu else {}
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may use; on the CPU, for Triton's interpreter, the least of all chips'."""
+    if device.type != "cuda":
+        return 99 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def chip_name(device: torch.device) -> str:

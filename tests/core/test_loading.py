@@ -200,9 +200,14 @@ def test_on_a_gpu_products_of_a_library_cannot_promise(
     assert loading._why_one_width(settings) is None
     settings = settings._replace(device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    for dtype, obstacle in ((torch.bfloat16, None), (torch.float64, "has no float64")):
-        said = loading._why_one_width(settings._replace(dtype=dtype))
+    for dtype, obstacle, tables in (
+        (torch.bfloat16, None, ["committed"]),
+        (torch.float64, "has no float64", None),
+    ):
+        other = settings._replace(dtype=dtype)
+        said = loading._why_one_width(other)
         assert said == obstacle or (said or "").endswith(str(obstacle))
+        assert other.described()["tiles"] == tables
 
 
 @pytest.mark.parametrize(("draft", "width"), [(True, 8), (False, 1)])

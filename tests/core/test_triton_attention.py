@@ -209,6 +209,15 @@ def test_a_rows_bits_do_not_depend_on_its_block(dtype: torch.dtype, position: in
     )
 
 
+def test_a_row_that_is_joined_in_parts_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    k, v = make_cache(torch.float32, head_dim=128)
+    of = torch.randn(1, 3, 2, 128), k, v, torch.tensor([650], dtype=torch.int32), torch.tensor([0])
+    whole = run(*of, causal=True)
+    monkeypatch.setattr(backend, "MANY_SPLITS", 5)  # there are six
+    assert torch.equal(run(*of, causal=True), whole)
+
+
 class JoinAtOnce:
     """In the place of the join kernel: the splits that a row sees, in no order."""
 
