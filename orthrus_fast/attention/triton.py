@@ -161,11 +161,9 @@ def attend(
     )
     if not walks:
         n_dims = _joined_at_once(n_rows, n_splits, head_dim)
-        _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
+        _join_kernel[n_heads * (head_dim // n_dims), width, n_blocks](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
-            num_warps=1,
-            enable_fp_fusion=False,
-            launch_pdl=overlap,
+            **{"num_warps": 1, "enable_fp_fusion": False, "launch_pdl": overlap},
         )
     return out
 
