@@ -145,8 +145,7 @@ def attend(
     stages = min(tiles.num_stages, 3) if walks else tiles.num_stages  # two programs side by side
     out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
-    partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
-    partial_sum = torch.empty_like(partial_max)
+    partial_max, partial_sum = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     partial_acc = partial_max.new_empty(*shape, head_dim)
     common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
     _split_kernel[1 if walks else n_splits, n_tiles, n_blocks](
