@@ -40,7 +40,7 @@ SOME_ROWS = (
     (128, 64, 128, 4),
     (64, 128, 64, 4),
 )
-SHARED_KIB = (74, 112, 220)  # for three, two and one program on a multiprocessor
+SHARED_KIB = (50, 74, 112, 122, 165, 220)  # four programs on a multiprocessor, down to one
 
 
 class Shape(NamedTuple):

@@ -35,7 +35,7 @@ Bands: TypeAlias = "tuple[tuple[int, int | None], ...]"
 SPLITS: Bands = ((256, 4352), (512, 8448), (1024, None))
 KEY_TILE = 64  # the longest tile of keys; shorter ones divide it, and it divides S and every split
 LONG_BLOCK = 256  # query rows per KV head past which they fill the chip without splitting the keys
-MANY_PROGRAMS = 128  # so do as many tiles of rows, of all slots, as long as no slot can be long
+MANY_TILES = 128  # of rows, of all slots, which do so, too
 MANY_SPLITS = 18  # from which 128 rows are better read by one tile, and rows joined in parts
 PREFETCH_LIMIT = 8 * 2**20  # bytes of the next weight: the best of what was timed
 JOIN_UNROLL = 8  # partial results that the second kernel loads before it joins them
@@ -91,13 +91,10 @@ def choose_tiles(n_rows: int, n_splits: int, head_dim: int, itemsize: int, chip:
     return Tiles(64, 64, 4, 4 if large else 2)
 
 
-def _walks(n_rows: int, n_programs: int, n_splits: int, tiles: Tiles) -> tuple[bool, Tiles]:
-    """Whether a program walks all splits, of which then ``n_programs`` are, and its tiles."""
-    walks = n_rows > LONG_BLOCK or n_splits == 1
-    walks |= n_programs >= MANY_PROGRAMS and n_splits <= MANY_SPLITS
-    if walks and tiles.rows == 64:
-        tiles = tiles._replace(num_stages=min(tiles.num_stages, 3))  # two programs side by side
-    return walks, tiles
+def _fills_the_chip(n_rows: int, n_splits: int, n_tiles: int) -> bool:
+    """Whether ``n_tiles`` of rows, of all slots, are programs enough without splitting the keys."""
+    no_slot_is_long = n_splits <= MANY_SPLITS  # which the others would wait for
+    return n_rows > LONG_BLOCK or n_splits == 1 or (n_tiles >= MANY_TILES and no_slot_is_long)
 
 
 def _joined_at_once(n_rows: int, n_splits: int, head_dim: int) -> int:
@@ -144,28 +141,28 @@ def attend(
     n_splits = len(split_boundaries(capacity, bands))
     tiles = tiles or choose_tiles(n_rows, n_splits, head_dim, q.itemsize, _chip(q.device))
     n_tiles = n_kv_heads * triton.cdiv(n_rows, tiles.rows)
-    walks, tiles = _walks(n_rows, n_blocks * n_tiles, n_splits, tiles)
+    walks = _fills_the_chip(n_rows, n_splits, n_blocks * n_tiles)
+    stages = min(tiles.num_stages, 3) if walks else tiles.num_stages  # two programs side by side
     out, overlap = torch.empty_like(q), overlaps(q.device)
     shape = (0,) if walks else (n_blocks, n_kv_heads, n_splits, n_rows)
-    partial_max = torch.empty(shape, dtype=torch.float32, device=q.device)
-    partial_sum = torch.empty_like(partial_max)
+    partial_max, partial_sum = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
     partial_acc = partial_max.new_empty(*shape, head_dim)
-    options = {"enable_fp_fusion": False, "launch_pdl": overlap}
     common = (width, n_splits, n_heads, n_kv_heads, head_dim, _lines(bands), causal, overlap)
-    grid = (1 if walks else n_splits, n_tiles, n_blocks)
-    _split_kernel[grid](
+    _split_kernel[1 if walks else n_splits, n_tiles, n_blocks](
         *(q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc),
         *(q if prefetch is None else prefetch, capacity),
         *common,
         *(walks, tiles.rows, tiles.keys, tuple(first_rows(prefetch, PREFETCH_LIMIT))),
-        **{"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **options},
+        num_warps=tiles.num_warps,
+        num_stages=stages,
+        enable_fp_fusion=False,
+        launch_pdl=overlap,
     )
     if not walks:
         n_dims = _joined_at_once(n_rows, n_splits, head_dim)
-        _join_kernel[(n_heads * (head_dim // n_dims), width, n_blocks)](
+        _join_kernel[n_heads * (head_dim // n_dims), width, n_blocks](
             *(partial_max, partial_sum, partial_acc, start, out, *common, n_dims, JOIN_UNROLL),
-            num_warps=1,
-            **options,
+            **{"num_warps": 1, "enable_fp_fusion": False, "launch_pdl": overlap},
         )
     return out
 

@@ -17,7 +17,7 @@ from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release
 
 # Bytes of the next weight, and of each of its rows: the best of what was timed.
 PREFETCH_LIMIT = (8 * 2**20, 768)
-PREFETCHERS = 32  # programs at least, where there is something to ask for
+PREFETCHERS = 64  # programs at least, where there is something to ask for
 
 
 @triton.jit
