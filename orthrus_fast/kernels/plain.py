@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,16 +41,22 @@ def gate_up(rows: Tensor) -> Tensor:
     """rows [M, 2 · I], gate and up -> silu(gate) · up [M, I].
 
     PyTorch's silu on the CPU takes another exp for the last few numbers of a row, and of what a
-    thread is given, which follows M. So it is given too little at once to share among threads.
+    thread is given. So it is given whole rows for each thread, or too little to share at all.
     """
     gate, up = rows.chunk(2, dim=-1)
-    n_at_once = max(1, MOST_OF_A_THREAD // gate.shape[1])
-    if rows.device.type != "cpu" or len(rows) <= n_at_once:
+    n_rows, size = gate.shape
+    n_alone = max(1, MOST_OF_A_THREAD // size)
+    if rows.device.type != "cpu" or n_rows <= n_alone:
         return F.silu(gate) * up
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    for begin in range(0, len(rows), n_at_once):
-        some = slice(begin, begin + n_at_once)
-        torch.mul(F.silu(gate[some]), up[some], out=out[some])
+    n_threads = torch.get_num_threads()
+    n_shared = n_rows // n_threads * n_threads
+    # Not a share for every thread; or a row alone would be shared, too.
+    if n_shared * size <= n_threads * MOST_OF_A_THREAD or size > MOST_OF_A_THREAD:
+        n_shared = 0
+    ends = [*range(n_shared, n_rows, n_alone), n_rows]
+    for begin, end in pairwise([0, *ends] if n_shared else ends):
+        torch.mul(F.silu(gate[begin:end]), up[begin:end], out=out[begin:end])
     return out
 
 

@@ -87,6 +87,29 @@ def test_a_rows_bits_do_not_depend_on_its_block(backend: str, dtype: torch.dtype
         assert all(torch.equal(row, rows[0]) for row in rows), position
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_how_many_tiles_attend_at_once_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    """A long chunk's mask is made piece by piece."""
+    q, k, v = make_inputs(1, 75, 1, torch.float32)
+    at = torch.tensor([480]), torch.tensor([0])
+    together = sdpa.attend(q, k, v, *at, causal=causal)
+    n_calls = len(list(sdpa._calls((480,), 75, 5, 8, causal)))
+    monkeypatch.setattr(sdpa, "MASK_BYTES", 1)
+    assert len(list(sdpa._calls((480,), 75, 5, 8, causal))) == 5 > n_calls
+    assert torch.equal(sdpa.attend(q, k, v, *at, causal=causal), together)
+
+
+def test_slots_side_by_side_are_not_copied() -> None:
+    k = make_inputs(1, 1, 4, torch.float32)[1]
+    for slots in ([2], [0, 1, 2, 3], [1, 2]):
+        keys = sdpa._first_keys(k, slots, 1024)
+        assert keys.data_ptr() == k[slots[0]].data_ptr()
+        assert torch.equal(keys, k[slots, :, :1024])
+    assert torch.equal(sdpa._first_keys(k, [3, 1], 512), k[[3, 1], :, :512])
+
+
 class FakeFlash:
     """Computes what ``flash_attn_with_kvcache`` promises to, densely, and keeps its arguments."""
 

@@ -33,7 +33,7 @@ from tests.judge import Judge, follows
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
 VOCABULARY = 272
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Pieces = list[tuple[str, int]]  # how a text is computed: ("chunk" or "block", how many rows) each
 
 
