@@ -30,6 +30,7 @@ from orthrus_fast.bench.common import Result
 from orthrus_fast.bench.session import release_memory
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.decoder import Decoder
+from orthrus_fast.files import write_whole
 from orthrus_fast.invariance import bits_of
 from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.sampling import SamplingParams
@@ -183,7 +184,7 @@ def main() -> int:
     print(f"{sum(result['rows'] for result in found)} rows compared, {differing} differ")
     if args.json is not None:
         content = {"shape": args.shape, "differing": differing, "compared": found}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(args.json, json.dumps(content, indent=1) + "\n")
     return 1 if differing else 0
 
 

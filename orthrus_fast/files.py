@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and reading them: nobody vouches for what is in them."""
+"""Reading the files of a checkpoint, which nobody vouches for, and writing a file whole."""
 
 from __future__ import annotations
 
@@ -148,3 +148,10 @@ def no_weights(place: Path | str, names: Iterable[str]) -> CheckpointError:
         "is never loaded: if you trust it, convert it with transformers' "
         "from_pretrained(...).save_pretrained(...), which writes safetensors"
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also when writing is interrupted."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

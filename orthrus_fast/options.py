@@ -8,6 +8,9 @@ ATTENTION_BACKENDS = ("sdpa", "triton", "flash")  # each is a module of orthrus_
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ONE_ROW, ONE_WIDTH = "one row, one result", "both modes at one width"  # what a decoder promises
+PUBLIC_SHAPES = ("1.7B", "4B", "8B")
+# Rows of a pass up to which a line of a table of tiles serves: what ``orthrus tune`` measures.
+TILED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MAX_NEW_TOKENS = 256  # of a request that asks for no number, as far as they fit
 _SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _SPELLINGS |= {"half": "float16", "float": "float32", "double": "float64"}  # torch's own

@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from orthrus_fast.files import write_whole
 from orthrus_fast.kernels.interface import k_split
 from orthrus_fast.kernels.norm import add_norm
 from orthrus_fast.kernels.products import launch
-from orthrus_fast.kernels.tiles import ROWS, Tiles, chip_name, shared_memory
+from orthrus_fast.kernels.tiles import Tiles, chip_name, shared_memory
 from orthrus_fast.model import Transformer, View
+from orthrus_fast.options import TILED_ROWS
 
 STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
 FEW = 128  # rows up to which a tile holds them all
@@ -60,7 +62,7 @@ class Shape(NamedTuple):
         return self.k if self.end else k_split(self.n, self.k)
 
 
-def product_shapes(model: Transformer, rows: Sequence[int] = ROWS) -> list[Shape]:
+def product_shapes(model: Transformer, rows: Sequence[int] = TILED_ROWS) -> list[Shape]:
     """Every product of a model's passes, for every number of rows."""
     linears = model.linears(View.AUTOREGRESSIVE)
     ends = {model.lm_head: "argmax"} | {layer.mlp.gate_up: "swiglu" for layer in model.layers}  # type: ignore[union-attr]
@@ -183,9 +185,7 @@ def write_table(path: Path, chosen: dict[str, Tiles]) -> None:
     entry["measured_on"] = torch.cuda.get_device_name(device)
     entry["tiles"] |= {key: list(tiles) for key, tiles in chosen.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(to_json(table), "utf-8")
-    os.replace(draft, path)
+    write_whole(path, to_json(table))
 
 
 def to_json(table: object) -> str:

@@ -26,10 +26,9 @@ from orthrus_fast.invariance import bits_of
 from orthrus_fast.kernels.interface import k_split
 from orthrus_fast.kernels.plain import PlainProducts, sum_partials
 from orthrus_fast.kernels.select import register_custom_ops
-from orthrus_fast.kernels.tiles import ROWS
 from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.model import Transformer, View
-from orthrus_fast.options import MODES, ONE_ROW, ONE_WIDTH
+from orthrus_fast.options import MODES, ONE_ROW, ONE_WIDTH, TILED_ROWS
 from orthrus_fast.runners import EagerRunner, GraphRunner, compiler_limits, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.core.test_one_row import Pieces, compute, decode
@@ -787,12 +786,12 @@ def test_a_product_of_a_public_model(shape: str, name: str) -> None:
     """A row has the same bits among any number of others; a few rows are held to float64."""
     n_columns, n_inner = product_shapes(shape)[name]
     random = torch.Generator(CUDA).manual_seed(0)
-    x = torch.randn(ROWS[-1], n_inner, generator=random, device=CUDA, dtype=BF16)
+    x = torch.randn(TILED_ROWS[-1], n_inner, generator=random, device=CUDA, dtype=BF16)
     weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
     weight.normal_(0, n_inner**-0.5, generator=random)
     multiply = multiplier(name, weight)
     expected = torch.cat([multiply(rows) for rows in x.split(32)])
-    for n_rows in ROWS:
+    for n_rows in TILED_ROWS:
         for rows in (slice(n_rows), slice(len(x) - n_rows, None)):
             got = multiply(x[rows])
             assert torch.equal(bits_of(got), bits_of(expected[rows])), n_rows

@@ -9,7 +9,7 @@ from typing import NoReturn
 from orthrus_fast.bench.common import CONTEXTS, Result
 from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
-from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, RUNNERS
+from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, PUBLIC_SHAPES, RUNNERS
 
 PROGRAM = "python -m orthrus_fast.bench"
 PARTS = "startup ceiling passes cycles sampling identity prefill slots acceptance".split()
@@ -109,7 +109,7 @@ def add_decoder_flags(parser: Parser) -> None:
     text = "directory or Hub repository (default: the embedded one)"
     add("--checkpoint", metavar="DIR_OR_REPO", help=text)
     text = "random weights in the shape of a public model, without a download (tiny: for tests)"
-    add("--shape", choices=("1.7B", "4B", "8B", "tiny"), help=text)
+    add("--shape", choices=(*PUBLIC_SHAPES, "tiny"), help=text)
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", choices=DTYPES)
     add("--runner", choices=("auto", *RUNNERS), default="auto")

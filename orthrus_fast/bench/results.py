@@ -14,6 +14,7 @@ import torch
 
 from orthrus_fast.bench.common import REPOSITORY, Result
 from orthrus_fast.bench.flags import Parser, flags_of
+from orthrus_fast.files import write_whole
 
 
 class Report:
@@ -35,10 +36,8 @@ class Report:
     def add(self, section: str, name: str, value: Any) -> None:
         """Set one part of "parts", or its problem in "failed", and write the file."""
         self.content[section][name] = value
-        if self.path is not None:  # there whole or not at all, also when writing is interrupted
-            draft = Path(f"{self.path}.part")
-            draft.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-            draft.replace(self.path)
+        if self.path is not None:
+            write_whole(Path(self.path), json.dumps(self.content, indent=1) + "\n")
 
 
 def environment(configuration: Result) -> Result:

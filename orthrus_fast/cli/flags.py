@@ -11,7 +11,14 @@ from typing import NoReturn
 
 from orthrus_fast import __version__
 from orthrus_fast.errors import RequestError
-from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, MODES, RUNNERS
+from orthrus_fast.options import (
+    ATTENTION_BACKENDS,
+    COMPILE_MODES,
+    MODES,
+    PUBLIC_SHAPES,
+    RUNNERS,
+    TILED_ROWS,
+)
 
 Group = argparse._ActionsContainer  # a parser, or a group of its flags
 DESCRIPTION = "Decode an Orthrus checkpoint losslessly, several tokens per cycle."
@@ -21,8 +28,6 @@ EXIT_CODES = (
 )
 FILTERS = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}  # and what spells them as off
 DEMOS = ("records", "keyed", "columns", "code")
-PUBLIC_SHAPES = ("1.7B", "4B", "8B")
-TUNED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # as kernels.tiles has them
 CHAT, INFO = (
     "orthrus chat, or python -m orthrus_fast chat",
     "orthrus info, or python -m orthrus_fast info",
@@ -153,16 +158,16 @@ def build_tune_parser(prog: str) -> Parser:
     models("--shape", choices=PUBLIC_SHAPES, action="append", help=shape)
     where = "directory or Hub repository of a model to tune for instead"
     models("--checkpoint", "--model", metavar="DIR_OR_REPO", help=where)
-    rows = f"numbers of rows (default: {','.join(map(str, TUNED_ROWS))})"
+    rows = f"numbers of rows (default: {','.join(map(str, TILED_ROWS))})"
     add = parser.add_argument
-    add("--rows", type=row_counts, default=list(TUNED_ROWS), metavar="N,…", help=rows)
+    add("--rows", type=row_counts, default=list(TILED_ROWS), metavar="N,…", help=rows)
     add("--output", metavar="FILE", help="write the table here (default: in your cache directory)")
     return parser
 
 
 def row_counts(text: str) -> list[int]:
     """Return the numbers of a list. Raises ArgumentTypeError for one that no table has."""
-    known = {str(n_rows): n_rows for n_rows in TUNED_ROWS}
+    known = {str(n_rows): n_rows for n_rows in TILED_ROWS}
     counts = [known.get(part, 0) for part in text.split(",")]
     if not all(counts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(known)}")

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orthrus_fast.cli.flags import PUBLIC_SHAPES, build_tune_parser
+from orthrus_fast.cli.flags import build_tune_parser
 from orthrus_fast.cli.terminal import write_output
 from orthrus_fast.errors import RequestError
+from orthrus_fast.options import PUBLIC_SHAPES
 
 if TYPE_CHECKING:
     from orthrus_fast.config import ModelConfig

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from orthrus_fast import __version__
 from orthrus_fast.kernels.interface import LARGEST_STEP
+from orthrus_fast.options import TILED_ROWS
 
-ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # of x, up to which a line of a table serves
-
-Table = dict[tuple[int, int, int], "Tiles"]  # (one of ROWS, N, K)
+Table = dict[tuple[int, int, int], "Tiles"]  # (one of TILED_ROWS, N, K)
 
 
 class Tiles(NamedTuple):
@@ -38,8 +37,8 @@ class Tiles(NamedTuple):
 
 
 def row_class(n_rows: int) -> int:
-    """The one of ROWS whose tiles serve ``n_rows``."""
-    return next((rows for rows in ROWS if rows >= n_rows), ROWS[-1])
+    """The one of TILED_ROWS whose tiles serve ``n_rows``."""
+    return next((rows for rows in TILED_ROWS if rows >= n_rows), TILED_ROWS[-1])
 
 
 def default_tiles(n_rows: int, itemsize: int, shared: int) -> Tiles:
@@ -92,8 +91,9 @@ def read_tables(chip: str) -> Table:
 
 def tables_of(chip: str) -> list[str]:
     """Where the chip's tiles come from: "committed", a path, both or neither."""
-    found = ["committed"] if read_table(committed_table(), chip) else []
-    return [*found, str(tuned_table(chip))] if read_table(tuned_table(chip), chip) else found
+    tuned = tuned_table(chip)
+    places = {"committed": committed_table(), str(tuned): tuned}
+    return [name for name, path in places.items() if read_table(path, chip)]
 
 
 def committed_table() -> Path:
@@ -122,7 +122,7 @@ def parse_table(entry: Mapping[str, Any]) -> Table:
     for key, values in entry["tiles"].items():
         n_rows, n_columns, n_inner = map(int, key.split("x"))
         tiles = Tiles(*values)
-        if LARGEST_STEP % tiles.block_k or n_rows not in ROWS:
+        if LARGEST_STEP % tiles.block_k or n_rows not in TILED_ROWS:
             raise ValueError(f"{key}: {values}")
         table[n_rows, n_columns, n_inner] = tiles
     return table

@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
 from orthrus_fast import tuning
-from orthrus_fast.cli.flags import TUNED_ROWS
+from orthrus_fast.cli.flags import build_tune_parser
 from orthrus_fast.cli.main import main
-from orthrus_fast.kernels.tiles import ROWS, Tiles, tuned_table
+from orthrus_fast.kernels.tiles import Tiles, tuned_table
+from orthrus_fast.options import TILED_ROWS
 from orthrus_fast.tuning import Shape
 from tests.checkpoints import write_checkpoint
 
@@ -49,7 +50,7 @@ def test_the_public_models_are_measured_unless_another_is_named(
     got = capsys.readouterr()
     assert (got.out, got.err) == (f"{tuned_table('sm_90')}\n", "measuring\n")
     assert tuned_table("sm_90").is_relative_to(tmp_path / "cache")
-    assert len(asked[0]) == len(set(asked[0])) == 15 * len(ROWS)
+    assert len(asked[0]) == len(set(asked[0])) == 15 * len(TILED_ROWS)
     assert main(["tune", "--shape", "8B", "--rows", "1,32"]) == 0
     assert set(asked[1]) < set(asked[0]) and len(asked[1]) == 5 * 2
     assert Shape(32, 151936, 4096, "argmax") in asked[1]
@@ -60,7 +61,7 @@ def test_the_public_models_are_measured_unless_another_is_named(
 
 
 def test_the_flags_know_the_rows_of_a_table() -> None:
-    assert TUNED_ROWS == ROWS
+    assert tuple(build_tune_parser("tune").parse_args([]).rows) == TILED_ROWS
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.checkpoint import build_on_meta
-from orthrus_fast.cli.flags import PUBLIC_SHAPES
 from orthrus_fast.config import read_config
 from orthrus_fast.kernels import tiles
 from orthrus_fast.kernels.interface import LARGEST_STEP
-from orthrus_fast.kernels.tiles import ROWS, Tiles, default_tiles, find_tiles
+from orthrus_fast.kernels.tiles import Tiles, default_tiles, find_tiles
+from orthrus_fast.options import PUBLIC_SHAPES, TILED_ROWS
 from tests.kernel_compile import CHIPS
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
@@ -52,20 +52,21 @@ def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.M
     assert of(16, weight=weight.float()) == default_tiles(16, 4, 99 * 1024)
 
 
-DEFAULT_CLASSES = (16, 32, 64, 128, 2048)  # of ROWS, that have tiles of their own by default
+DEFAULT_CLASSES = (16, 32, 64, 128, 2048)  # of TILED_ROWS, that have tiles of their own by default
 
 
 @pytest.mark.parametrize("chip", SHARED)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_default_tiles_fit_the_chip_and_serve_a_class(chip: str, itemsize: int) -> None:
-    for n_rows in (*range(1, 300), *ROWS, 5000):
+    for n_rows in (*range(1, 300), *TILED_ROWS, 5000):
         chosen = default_tiles(n_rows, itemsize, SHARED[chip])
         assert chosen == default_tiles(tiles.row_class(n_rows), itemsize, SHARED[chip])
         stage = (chosen.block_m + chosen.block_n) * chosen.block_k * itemsize
         assert chosen.num_stages >= 2 and stage * chosen.num_stages <= SHARED[chip]
         assert chosen.block_m >= min(n_rows, 64) and LARGEST_STEP % chosen.block_k == 0
     kinds = [
-        {default_tiles(n, itemsize, SHARED[chip]) for n in of} for of in (ROWS, DEFAULT_CLASSES)
+        {default_tiles(n, itemsize, SHARED[chip]) for n in of}
+        for of in (TILED_ROWS, DEFAULT_CLASSES)
     ]
     assert kinds[0] == kinds[1]
     assert [tiles.row_class(n) for n in (1, 2, 16, 17, 1024, 1025, 5000)] == [
@@ -183,7 +184,7 @@ def test_the_committed_table_has_a_candidate_for_each_product_of_the_public_mode
 
 @pytest.mark.parametrize("shared", sorted(set(CHIPS.values())))
 def test_candidates_fit_the_chip(shared: int) -> None:
-    odd = [Shape(rows, 4100, 3001, "") for rows in ROWS]
+    odd = [Shape(rows, 4100, 3001, "") for rows in TILED_ROWS]
     small = tuning.product_shapes(build_on_meta(EMBEDDED))
     for shape in (*SHAPES, *odd, *small):
         tried = list(tuning.candidates(shape, shared))
