@@ -97,9 +97,12 @@ class EagerRunner:
             return self.model.greedy(hidden[0, end - 1 - first], return_logits=True)[1]
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
-        """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next."""
+        """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next.
+
+        Padding at the end may be any token: it lands in scratch rows.
+        """
         where = self._start.fill_(start), self.state.slots[slot : slot + 1]
-        return steps.prefill(self.prefilling, self.cache, tokens, *where)
+        return self.prefilling(tokens, *where, self.cache, View.AUTOREGRESSIVE)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def prefill(
@@ -381,7 +384,7 @@ class GraphRunner(CompiledRunner):
     def prepare_prefill(self) -> None:
         """Capture passes over a prompt, each of whose graphs keeps its output."""
         _log.info("capturing CUDA graphs of passes over a prompt")
-        tokens, *where = self._prefill_inputs
+        (tokens, *where), how = self._prefill_inputs, (self.cache, View.AUTOREGRESSIVE)
         widths = [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
         blocks = [tokens[:, :width] for width in widths]
         with full_precision_matmul(self.device):
@@ -389,10 +392,10 @@ class GraphRunner(CompiledRunner):
                 placed = [self.model.embed(block, *where) for block in blocks]
                 self._compile_kernels([job for of in placed for job in self._layer_jobs(*of)])
                 for block in blocks:
-                    steps.prefill(self.model, self.cache, block, *where)
+                    self.model(block, *where, *how)
             with self._timed("capture"):
                 for width, block in zip(widths, blocks, strict=True):
-                    run = partial(steps.prefill, self.model, self.cache, block, *where)
+                    run = partial(self.model, block, *where, *how)
                     self._prefill_graphs[width] = self._capture(run)
         self.prefill_widths = widths
 

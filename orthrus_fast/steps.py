@@ -93,17 +93,6 @@ def cache_rows(max_seq_len: int, block_size: int) -> int:
     return -(-(max_seq_len + max(block_size, multiple)) // multiple) * multiple
 
 
-def prefill(
-    model: Transformer, cache: KVCache, tokens: Tensor, start: Tensor, slot: Tensor
-) -> Tensor:
-    """One pass over tokens [1, W] of a prompt, at ``start`` [1] … of ``slot`` [1] -> their hidden.
-
-    hidden [1, W, hidden_size]. Padding at the end may be any token: it lands in scratch rows.
-    """
-    hidden: Tensor = model(tokens, start, slot, cache, View.AUTOREGRESSIVE)
-    return hidden
-
-
 def start_sequence(
     state: State,
     slot: int,

@@ -1080,6 +1080,11 @@ class StandInGraph:
         self.runner.logits = held  # a graph runs no Python
 
 
+def stand_in_capture(runner: Any, step: Callable[[], Any]) -> tuple[StandInGraph, Any]:
+    graph = StandInGraph(runner, step)
+    return graph, graph.out
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any, Any], Any]) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
@@ -1100,11 +1105,7 @@ def test_the_graph_runner_replays_what_it_captured(
 ) -> None:
     """Greedy and sampling graphs of each width, each captured once, and replayed by its calls."""
 
-    def capture(self: Any, step: Callable[[], Any]) -> Any:
-        graph = StandInGraph(self, step)
-        return graph, graph.out
-
-    stand_in(monkeypatch, capture)
+    stand_in(monkeypatch, stand_in_capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager, decoder = load(directory, "float64", slots=2), load(directory, "float64", slots=2)
     runner = graph_runner_of(decoder)
@@ -1135,11 +1136,7 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
 ) -> None:
     """From any row of any slot on; what else is in the graphs' inputs is seen nowhere."""
 
-    def capture(self: Any, step: Callable[[], Any]) -> Any:
-        graph = StandInGraph(self, step)
-        return graph, graph.out
-
-    stand_in(monkeypatch, capture)
+    stand_in(monkeypatch, stand_in_capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager, other = (load(directory, max_seq_len=400, slots=3) for _ in range(2))
     runner = graph_runner_of(other)
@@ -1205,8 +1202,7 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
         attempts.append(step)
         if len(attempts) == 2:  # the draft is captured, verification is not
             raise KeyboardInterrupt
-        graph = StandInGraph(self, step)
-        return graph, graph.out
+        return stand_in_capture(self, step)
 
     attempts: list[Any] = []
     stand_in(monkeypatch, capture)
