@@ -22,14 +22,17 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.files import write_whole
-from orthrus_fast.kernels.interface import k_split
+from orthrus_fast.kernels import quantized
+from orthrus_fast.kernels.formats import GROUP, PLACES, Stored, quantize, quantized_split
+from orthrus_fast.kernels.interface import Weight, k_split
 from orthrus_fast.kernels.norm import add_norm
 from orthrus_fast.kernels.products import launch
 from orthrus_fast.kernels.tiles import Tiles, chip_name, shared_memory
-from orthrus_fast.model import Transformer, View
+from orthrus_fast.model import Layer, Transformer
 from orthrus_fast.options import TILED_ROWS
 
 STREAMED = 600_000_000  # bytes of weights that one timing walks through; far past the caches
+MOST_QUANTIZED = 1024  # rows of a product with fewer bits in the table
 FEW = 128  # rows up to which a tile holds them all
 # What came first for some shape in a wider search: (block_n, block_k, num_warps) for few rows;
 # (block_m, block_n, block_k, num_warps) for many.
@@ -46,36 +49,47 @@ SHARED_KIB = (50, 74, 112, 122, 165, 220)  # four programs on a multiprocessor, 
 
 
 class Shape(NamedTuple):
-    """A product of ``n_rows`` rows with a weight [n, k], and what follows it."""
+    """A product of ``n_rows`` rows with a weight [n, k], what follows it, and the format."""
 
     n_rows: int
     n: int
     k: int
     end: str  # "", "swiglu" or "argmax"
+    format: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.n_rows}x{self.n}x{self.k}"
+        return f"{self.n_rows}x{self.n}x{self.k} {self.format}".strip()
 
     @property
     def split(self) -> int:
-        return self.k if self.end else k_split(self.n, self.k)
+        if self.end:
+            return self.k
+        return quantized_split(self.k) if self.format else k_split(self.n, self.k)
 
 
-def product_shapes(model: Transformer, rows: Sequence[int] = TILED_ROWS) -> list[Shape]:
-    """Every product of a model's passes, for every number of rows."""
-    linears = model.linears(View.AUTOREGRESSIVE)
-    ends = {model.lm_head: "argmax"} | {layer.mlp.gate_up: "swiglu" for layer in model.layers}  # type: ignore[union-attr]
+def product_shapes(
+    model: Transformer, rows: Sequence[int] = TILED_ROWS, formats: Sequence[str] = ("",)
+) -> list[Shape]:
+    """Every product of a model's passes, for every number of rows and format of the weights."""
+    layer, head = model.verifier.layers[0], model.verifier.lm_head
+    assert isinstance(layer, Layer)
+    ends = {layer.mlp.gate_up: "swiglu", head: "argmax"}
     found: dict[Shape, None] = {}
     for n_rows in rows:
-        for linear in linears:
-            n, k = linear.weight.shape
-            found[Shape(n_rows, n, k, ends.get(linear, ""))] = None
+        for linear in (*layer.linears(), head):
+            shape = Shape(n_rows, len(linear.weight), linear.n_inputs, ends.get(linear, ""))
+            for format in formats:
+                if not format or n_rows <= MOST_QUANTIZED:
+                    found[shape._replace(format=format)] = None
     return list(found)
 
 
 def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
     """Tiles worth a try on a chip with ``shared`` bytes of shared memory for a block."""
+    if shape.format:
+        yield from quantized_candidates(shape, shared)
+        return
     joins = (False, True) if shape.split < shape.k else (False,)
     if shape.n_rows <= FEW:
         heights = {1: (16, 32), 16: (16, 32), 128: (64, 128)}.get(shape.n_rows, (shape.n_rows,))
@@ -94,9 +108,41 @@ def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
             yield Tiles(block_m, block_n, block_k, joined, by, num_warps, depth)
 
 
-def run(x: Tensor, weight: Tensor, shape: Shape, tiles: Tiles) -> Tensor:
-    argmax = "both" if shape.end == "argmax" else ""
-    return launch(x, weight, shape.split, tiles, swiglu=shape.end == "swiglu", argmax=argmax)[0]
+def quantized_candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
+    """The same of weights in fewer bits, of which a step is a group of words."""
+    heights = {1: (16,), 16: (16,)}.get(shape.n_rows, (min(shape.n_rows, 128),))
+    for block_m, (block_n, num_warps) in product(heights, ((64, 4), (128, 4), (128, 8))):
+        stage = (block_n + block_m * PLACES[shape.format]) * GROUP * 2
+        for depth in {min(limit * 1024 // stage, 8) for limit in (50, 74, 112, 130, 165, 220)}:
+            if depth >= 2 and depth * stage <= shared:
+                yield Tiles(block_m, block_n, GROUP, False, False, num_warps, depth)
+
+
+def make_operands(shape: Shape, n_weights: int) -> tuple[Tensor, list[Weight]]:
+    """Rows of x, and weights to multiply them with in turn; those in fewer bits mean nothing."""
+    kind: Any = {"dtype": torch.bfloat16, "device": "cuda"}
+    weights: list[Weight] = []
+    for _ in range(n_weights):
+        if not shape.format:
+            weights.append(Stored(torch.randn(shape.n, shape.k, **kind)))
+            continue
+        meta = quantize(torch.empty(shape.n, shape.k, device="meta"), shape.format)
+        words, scale, codes = (
+            None if t is None else torch.empty_like(t, device="cuda") for t in meta
+        )
+        assert words is not None and scale is not None
+        words.random_(-(2**15), 2**15)
+        scale.fill_(1)
+        codes = None if codes is None else codes.fill_(0x3C3C3C3C)
+        weights.append(Stored(words, scale, codes, shape.k, shape.split, shape.format))
+    return torch.randn(shape.n_rows, shape.k, **kind), weights
+
+
+def run(x: Tensor, weight: Weight, shape: Shape, tiles: Tiles) -> Tensor:
+    swiglu, argmax = shape.end == "swiglu", "both" if shape.end == "argmax" else ""
+    if shape.format:  # greedy drafts need no logits
+        return quantized.launch(x, weight, "ids" if argmax else shape.end, tiles=tiles)[0]
+    return launch(x, weight.weight, shape.split, tiles, swiglu=swiglu, argmax=argmax)[0]
 
 
 def compile_one(job: tuple[Shape, Tiles]) -> str | None:
@@ -106,8 +152,8 @@ def compile_one(job: tuple[Shape, Tiles]) -> str | None:
     """
     shape, tiles = job
     try:
-        x = torch.zeros(shape.n_rows, shape.k, dtype=torch.bfloat16, device="cuda")
-        run(x, torch.zeros(shape.n, shape.k, dtype=torch.bfloat16, device="cuda"), shape, tiles)
+        x, (weight,) = make_operands(shape, 1)
+        run(x, weight, shape, tiles)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -131,13 +177,12 @@ def microseconds(step: Callable[[], None], n_products: int) -> float:
     return statistics.median(spans) * 1000 / n_products
 
 
-def time_product(shape: Shape, product: Callable[[Tensor, Tensor], Tensor]) -> float:
+def time_product(shape: Shape, product: Callable[[Tensor, Weight], Tensor]) -> float:
     """Microseconds of ``product`` (x, weight) and of the norm after it."""
     n_weights = max(2, min(32, STREAMED // (shape.n * shape.k * 2)))
-    kind: Any = {"dtype": torch.bfloat16, "device": "cuda"}
-    weights = torch.randn(n_weights, shape.n, shape.k, **kind)
-    x = torch.randn(shape.n_rows, shape.k, **kind)
-    stream = torch.randn(shape.n_rows, 1024 if shape.end else shape.n, **kind)
+    x, weights = make_operands(shape, n_weights)
+    width = 1024 if shape.end else shape.n
+    stream = torch.randn(shape.n_rows, width, dtype=torch.bfloat16, device="cuda")
 
     def step() -> None:
         partials = stream[None]

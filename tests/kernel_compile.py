@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tests.marks import slow_but
 
@@ -125,6 +126,32 @@ def interpreted(module: ModuleType) -> Iterator[None]:
         finally:
             for scope in reversed(scopes.values()):
                 scope.restore()
+
+
+@contextmanager
+def rounding_as_a_gpu(*modules: ModuleType) -> Iterator[None]:
+    """The same for several modules; casts to 16 and 8 bits go to the nearest, as a GPU's.
+
+    The interpreter's own to bfloat16 truncates, and to fp8 rounds halves up.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    nearest = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+
+    def to_nearest(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source != tl.float32 or target not in nearest:
+            return convert(x, source, target, rounding)
+        rounded = torch.from_numpy(x.copy()).to(nearest[target])
+        bits = torch.int16 if target == tl.bfloat16 else torch.uint8
+        return rounded.view(bits).numpy().view(f"uint{8 * rounded.itemsize}")
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(interpreter, "_convert_float", to_nearest)
+        for module in modules:
+            stack.enter_context(interpreted(module))
+        yield
 
 
 def _refusing_open_ties() -> Any:

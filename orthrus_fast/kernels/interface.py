@@ -16,6 +16,28 @@ from torch import Tensor
 from orthrus_fast.sampling import Settings
 
 
+class Weight(Protocol):
+    """A weight [N, K] of products with it.
+
+    As it stands where ``format`` is empty. Else ``weight`` has fewer bits, which ``formats`` lays
+    out, ``scale`` [N] a float32 for each row and ``group_scale`` a small number for each group of
+    columns, where the format has groups. ``split`` columns of K are summed at once (``k_split``).
+    """
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def scale(self) -> Tensor | None: ...
+    @property
+    def group_scale(self) -> Tensor | None: ...
+    @property
+    def n_inputs(self) -> int: ...
+    @property
+    def split(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+
+
 class Attend(Protocol):
     """Attention of a short block of rows over the cache, which already holds the block's K and V.
 
@@ -105,21 +127,21 @@ class Products(Protocol):
     A row of a result depends on that row of x alone: not on its neighbours, not on their number.
     """
 
-    def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
+    def partials(self, x: Tensor, weight: Weight) -> Tensor:
         """The product as P partial sums [P, ..., N], for ``AddNorm`` or ``QkNormRopeWrite``.
 
-        Each sums ``split`` columns of K, which is ``k_split`` of the whole weight; P is 1, 2 or 4.
-        Whoever reads them adds them pairwise, neighbours first. They are float32; where P is 1 they
-        may be rounded to x's dtype. An implementation may add them itself.
+        P is 1, 2 or 4. Whoever reads them adds them pairwise, neighbours first. They are float32;
+        where P is 1 they may be rounded to the model's dtype. An implementation may add them
+        itself.
         """
         ...
 
-    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
+    def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
         """SwiGLU (arXiv 2002.05202) of the product's halves, gate and up: [..., N / 2]."""
         ...
 
     def lm_head_argmax(
-        self, x: Tensor, weight: Tensor, return_logits: bool
+        self, x: Tensor, weight: Weight, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
         """Token ids [...] of each row's greatest logit, the lowest at a tie, and logits [..., N].
 

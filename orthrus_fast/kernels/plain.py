@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus_fast.cache import write_rows
-from orthrus_fast.kernels.interface import Attend, Kernels
+from orthrus_fast.kernels.formats import dequantize
+from orthrus_fast.kernels.interface import Attend, Kernels, Weight
 from orthrus_fast.kernels.plain_sampling import choose, logprobs, sample
 
 ROW_MULTIPLE = 16  # of rows that a CPU's library multiplies at once, and of queries that attend
@@ -85,17 +86,20 @@ class PlainProducts:
     row_multiple: int = ROW_MULTIPLE
     linear: Callable[[Tensor, Tensor, int, bool], Tensor] = padded_linear
 
-    def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
-        return self.linear(x, weight, self.row_multiple, False)[None]
+    def partials(self, x: Tensor, weight: Weight) -> Tensor:
+        return self._product(x, weight, False)[None]
 
-    def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
-        return self.linear(x, weight, self.row_multiple, True)
+    def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
+        return self._product(x, weight, True)
 
     def lm_head_argmax(
-        self, x: Tensor, weight: Tensor, return_logits: bool
+        self, x: Tensor, weight: Weight, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
-        logits = self.linear(x, weight, self.row_multiple, False)
+        logits = self._product(x, weight, False)
         return choose(logits), logits
+
+    def _product(self, x: Tensor, weight: Weight, gated: bool) -> Tensor:
+        return self.linear(x, dequantize(weight, x.dtype), self.row_multiple, gated)
 
 
 def add_norm(

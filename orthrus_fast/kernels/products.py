@@ -27,7 +27,7 @@ PREFETCH_LIMIT = 4 * 2**20  # bytes of the weight after SwiGLU: the best of what
 
 
 @triton.jit
-def _swiglu(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def swiglu_of(gate, up, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """SwiGLU of sums, rounded as PyTorch rounds it op by op."""
     gate = gate.to(dtype).to(tl.float32)
     gate = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
@@ -90,7 +90,7 @@ def _swiglu_by_descriptors(  # type: ignore[no-untyped-def]
         gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
         up_tile = weight.load([n_columns + weight_row, step])
         up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
-    return _swiglu(gate, up, dtype)
+    return swiglu_of(gate, up, dtype)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _partial_sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
+def greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
     """Each row's greatest value in a tile [columns, rows], and where it is; at a tie the lowest.
 
     A NaN is neither greater nor less; it must win, so that the chosen logit tells of it.
@@ -168,7 +168,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
         if SWIGLU:
             halves = tl.permute(tl.reshape(total, (2, COLUMNS, BLOCK_M)), (1, 2, 0))
             gate, up = tl.split(halves)
-            result = _swiglu(gate, up, dtype)
+            result = swiglu_of(gate, up, dtype)
         else:
             result = total.to(out.dtype.element_ty)
 
@@ -181,9 +181,9 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     if STORE:
         tl.store(out + at, result, mask=inside)
     if ARGMAX:
-        greatest, winner = _greatest(result, column, n_columns)
+        value, winner = greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(tile_max + tile, greatest, mask=row < n_rows)
+        tl.store(tile_max + tile, value, mask=row < n_rows)
         tl.store(tile_argmax + tile, winner + tl.program_id(1) * BLOCK_N, mask=row < n_rows)
 
 
@@ -230,7 +230,7 @@ def launch(
     block_k = math.gcd(tiles.block_k, split) if n_partials > 1 else tiles.block_k
     n_tiles = triton.cdiv(n_columns, columns)
     n_left = 1 if tiles.joined else n_partials
-    partials = _empty_partials(x, n_columns if argmax != "ids" else 0, n_left)
+    partials = empty_partials(x, n_columns if argmax != "ids" else 0, n_left)
     tile_max = x.new_empty(n_rows if argmax else 0, n_tiles, dtype=torch.float32)
     tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
     ids = x.new_empty(x.shape[:-1] if argmax else (0,), dtype=torch.int64)
@@ -240,7 +240,7 @@ def launch(
     start(
         *(_operand(*side, block_k, tiles.descriptors) for side in operands),
         *(partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
-        *(n_rows, n_columns, _TRITON_TYPES[x.dtype], n_inner, split, n_partials, tiles.joined),
+        *(n_rows, n_columns, triton_type(x.dtype), n_inner, split, n_partials, tiles.joined),
         *(tiles.block_m, tiles.block_n, block_k, tiles.descriptors),
         *(swiglu, bool(argmax), argmax != "ids", region, overlap),
         # Fusion is said, because the default differs between Triton's versions.
@@ -248,7 +248,7 @@ def launch(
         launch_pdl=overlap,
     )
     if argmax:
-        _join_argmax(tile_max, tile_argmax, ids, overlap)
+        join_argmax(tile_max, tile_argmax, ids, overlap)
     return partials, ids
 
 
@@ -257,17 +257,20 @@ def _operand(rows: Tensor, n_rows: int, n_columns: int, descriptor: bool) -> Any
     return TensorDescriptor.from_tensor(rows, [n_rows, n_columns]) if descriptor else rows
 
 
-def _join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:
+def join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:
     n_rows, n_tiles = tile_max.shape
     start: Any = _join_argmax_kernel[(n_rows,)]
     block = triton.next_power_of_2(n_tiles)
     start(*(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
 
 
-_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _empty_partials(x: Tensor, n_columns: int, n_partials: int) -> Tensor:
+def empty_partials(x: Tensor, n_columns: int, n_partials: int) -> Tensor:
+    """Room for the partial sums [P, ..., N] of x [..., K]; several are float32."""
     dtype = torch.float32 if n_partials > 1 else x.dtype
     return x.new_empty(n_partials, *x.shape[:-1], n_columns, dtype=dtype)
 
@@ -288,46 +291,3 @@ def lm_head_argmax(x: Tensor, weight: Tensor, return_logits: bool) -> tuple[Tens
     argmax = "both" if return_logits else "ids"
     partials, ids = launch(x, weight, 0, find_tiles(x, weight), argmax=argmax)
     return ids, partials[0]
-
-
-# The same as custom operators, which a compiler calls without looking inside. A new name for each
-# new signature: the compiler's cache on disk knows operators by name alone.
-
-
-@torch.library.custom_op("orthrus_fast::split_product", mutates_args=())
-def product_op(x: Tensor, weight: Tensor, split: int) -> Tensor:
-    return product(x, weight, split, joins=False)
-
-
-product_op.register_fake(
-    lambda x, weight, split: _empty_partials(x, len(weight), math.ceil(x.shape[-1] / split))
-)
-swiglu_product_op = torch.library.custom_op(
-    "orthrus_fast::gated_product", swiglu_product, mutates_args=()
-)
-swiglu_product_op.register_fake(lambda x, weight, *_: x.new_empty(*x.shape[:-1], len(weight) // 2))
-lm_head_argmax_op = torch.library.custom_op(
-    "orthrus_fast::lm_head_ids", lm_head_argmax, mutates_args=()
-)
-
-
-@lm_head_argmax_op.register_fake
-def _(x: Tensor, weight: Tensor, return_logits: bool) -> tuple[Tensor, Tensor]:
-    ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
-    return ids, x.new_empty(*x.shape[:-1], len(weight) if return_logits else 0)
-
-
-class CustomProducts:
-    """``interface.Products`` by these kernels."""
-
-    partials = staticmethod(product)
-    swiglu = staticmethod(swiglu_product)
-    lm_head_argmax = staticmethod(lm_head_argmax)
-
-
-class CompiledProducts:
-    """The same for a compiler, to which the number of partial sums cannot follow that of rows."""
-
-    partials = staticmethod(product_op)
-    swiglu = staticmethod(swiglu_product_op)
-    lm_head_argmax = staticmethod(lm_head_argmax_op)

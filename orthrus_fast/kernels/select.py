@@ -39,7 +39,7 @@ def select_kernels(
     if why_no_triton(device, dtype, head_dim):
         return kernels
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.products import CustomProducts
+    from orthrus_fast.kernels.custom import CustomProducts
 
     return replace(
         kernels,
@@ -62,7 +62,7 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     if isinstance(kernels.products, PlainProducts):
         return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.products import CompiledProducts
+    from orthrus_fast.kernels.custom import CompiledProducts
 
     return replace(
         kernels,

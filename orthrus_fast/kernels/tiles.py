@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from orthrus_fast import __version__
-from orthrus_fast.kernels.interface import LARGEST_STEP
+from orthrus_fast.kernels.formats import GROUP, PLACES
+from orthrus_fast.kernels.interface import LARGEST_STEP, Weight
 from orthrus_fast.options import TILED_ROWS
 
-Table = dict[tuple[int, int, int], "Tiles"]  # (one of TILED_ROWS, N, K)
+# (one of TILED_ROWS, N, K, the weight's format)
+Table = dict[tuple[int, int, int, str], "Tiles"]
 
 
 class Tiles(NamedTuple):
@@ -59,8 +61,26 @@ def find_tiles(x: Tensor, weight: Tensor) -> Tiles:
     n_columns, n_inner = weight.shape
     n_rows = x.numel() // n_inner
     shared, table = _of_device(x.device)
-    tiles = table.get((row_class(n_rows), n_columns, n_inner)) if x.itemsize == 2 else None
+    tiles = table.get((row_class(n_rows), n_columns, n_inner, "")) if x.itemsize == 2 else None
     return tiles or default_tiles(n_rows, x.itemsize, shared)
+
+
+def find_quantized_tiles(x: Tensor, weight: Weight) -> Tiles:
+    """The tiles of x [..., K] times a weight in fewer bits [N, K]."""
+    n_rows, n_columns = x.numel() // weight.n_inputs, len(weight.weight)
+    shared, table = _of_device(x.device)
+    key = (row_class(n_rows), n_columns, weight.n_inputs, weight.format)
+    tiles = table.get(key) if x.itemsize == 2 else None
+    places = PLACES[weight.format]
+    return tiles or default_quantized_tiles(n_rows, places, x.itemsize, shared)
+
+
+def default_quantized_tiles(n_rows: int, places: int, itemsize: int, shared: int) -> Tiles:
+    """Tiles where no table has any, as ``default_tiles``; a word has ``places`` weights."""
+    block_m = min(max(row_class(n_rows), 16), 64)
+    stage = (64 * 2 + block_m * places * itemsize) * GROUP
+    depth = max(2, min(4, shared // (2 * stage)))
+    return Tiles(block_m, 64, GROUP, False, False, 4, depth if itemsize == 2 else 2)
 
 
 @functools.cache  # read once a process
@@ -120,9 +140,10 @@ def parse_table(entry: Mapping[str, Any]) -> Table:
     """A chip's entry of a table. Raises what Python raises at what is none, or ValueError."""
     table: Table = {}
     for key, values in entry["tiles"].items():
-        n_rows, n_columns, n_inner = map(int, key.split("x"))
+        shape, _, kind = key.partition(" ")
+        n_rows, n_columns, n_inner = map(int, shape.split("x"))
         tiles = Tiles(*values)
         if LARGEST_STEP % tiles.block_k or n_rows not in TILED_ROWS:
             raise ValueError(f"{key}: {values}")
-        table[n_rows, n_columns, n_inner] = tiles
+        table[n_rows, n_columns, n_inner, kind] = tiles
     return table

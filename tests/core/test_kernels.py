@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,19 +20,27 @@ from orthrus_fast import model
 from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.checkpoint import build_on_meta
 from orthrus_fast.kernels import plain
-from orthrus_fast.kernels.interface import LARGEST_STEP, Kernels, k_split
+from orthrus_fast.kernels.formats import Stored
+from orthrus_fast.kernels.interface import LARGEST_STEP, Kernels, Weight, k_split
 from tests.core.test_tiles import COMMITTED, DEFAULT_CLASSES, EMBEDDED, MODELS, SHAPES
-from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, interpreted, read_before_waiting
+from tests.kernel_compile import (
+    CHIPS,
+    EVERY_CHIP,
+    compile_for,
+    interpreted,
+    read_before_waiting,
+    rounding_as_a_gpu,
+)
 from tests.marks import slow_but
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
 
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
-from orthrus_fast.kernels import norm, overlap, products, rope, tiles
-from orthrus_fast.kernels.products import CompiledProducts, CustomProducts, launch
+from orthrus_fast.kernels import custom, norm, overlap, products, rope, tiles
+from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
+from orthrus_fast.kernels.products import launch
 from orthrus_fast.kernels.tiles import Tiles, default_tiles
 from orthrus_fast.tuning import Shape
 
@@ -43,20 +49,9 @@ DTYPES = slow_but([torch.bfloat16, torch.float32], TRITON_NAMES)
 
 
 @pytest.fixture
-def interpreting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreting() -> Iterator[None]:
     """Run the kernels of every module on the CPU, and round as a GPU does."""
-    convert = interpreter._convert_float
-
-    def to_nearest(x: Any, source: Any, target: Any, rounding: Any) -> Any:
-        """The interpreter's own cast to bfloat16 truncates."""
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(x, source, target, rounding)
-        return torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)
-    with ExitStack() as stack:
-        for module in (rope, products, norm, overlap):
-            stack.enter_context(interpreted(module))
+    with rounding_as_a_gpu(rope, products, norm, overlap):
         yield
 
 
@@ -101,27 +96,30 @@ def test_what_the_chip_would_refuse_is_not_fetched() -> None:
             assert head == (0, 0, 0)
 
 
-@pytest.mark.parametrize("view", model.View)
-def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_kernel_is_told_the_weight_that_is_read_next(causal: bool) -> None:
     """Told another, it would only be slow."""
-    layer = model.Layer(shape_config("tiny"), draft_view=True).requires_grad_(False)
+    layer = model.Layer(shape_config("tiny"), causal).requires_grad_(False)
     for weight in layer.parameters():
         weight.fill_(0.1)
     told: list[Tensor | None] = []
     read: list[tuple[int, Tensor]] = []  # a weight, and how many were told of before
 
     class Noting(plain.PlainProducts):
-        def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
-            read.append((len(told), weight))
-            return super().partials(x, weight, split)
+        def partials(self, x: Tensor, weight: Weight) -> Tensor:
+            read.append((len(told), weight.weight))
+            return super().partials(x, weight)
 
-        def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
-            read.append((len(told), weight))
+        def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
+            read.append((len(told), weight.weight))
             told.append(prefetch)
             return super().swiglu(x, weight)
 
+    seen: list[bool] = []
+
     def attend(q: Tensor, *rest: Any, causal: bool) -> Tensor:
         told.append(rest[4])
+        seen.append(causal)
         return q
 
     def add_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -134,12 +132,10 @@ def test_a_kernel_is_told_the_weight_that_is_read_next(view: model.View) -> None
     x, update = torch.randn(2, 2, 3, 64)
     kernels = replace(plain.plain_kernels(attend), add_norm=add_norm, products=Noting())
     caches = inputs["k_cache"], inputs["v_cache"]
-    layer(x, update[None], places, *caches, kernels, view)
-    attention = layer.attention if view is model.View.AUTOREGRESSIVE else layer.draft_attention
-    assert attention is not None
-    order = [attention.qkv, attention.o, layer.mlp.gate_up, layer.mlp.down]
-    assert len(told) == len(read) == 4
-    for n, (linear, ahead, (n_told, weight)) in enumerate(zip(order, told, read, strict=True)):
+    layer(x, update[None], places, *caches, kernels)
+    assert len(told) == len(read) == 4 and seen == [causal]
+    steps = zip(layer.linears(), told, read, strict=True)
+    for n, (linear, ahead, (n_told, weight)) in enumerate(steps):
         assert ahead is linear.weight is weight and n_told == n + 1
 
 
@@ -426,11 +422,9 @@ def test_k_is_split_at_whole_steps_of_every_tile(n_columns: int, n_inner: int) -
 )
 def test_the_partial_sums_of_the_models_weights(config: str, expected: dict[str, int]) -> None:
     """Another number is another text, on every chip."""
-    layer = build_on_meta(MODELS.get(config, EMBEDDED)).layers[0]
+    layer = build_on_meta(MODELS.get(config, EMBEDDED)).verifier.layers[0]
     assert isinstance(layer, model.Layer)
-    linears = dict(
-        zip(expected, (layer.attention.qkv, layer.attention.o, *layer.mlp.children()), strict=True)
-    )
+    linears = dict(zip(expected, layer.linears(), strict=True))
     found = {
         name: math.ceil(linear.weight.shape[1] / linear.split) for name, linear in linears.items()
     }
@@ -498,7 +492,7 @@ def check_swiglu(x: Tensor, weight: Tensor, _: int, tiles: Tiles) -> None:
     # Op by op from the very same product, of which the identity makes plain PyTorch's product.
     product = launch(x, weight, x.shape[1], tiles)[0][0]
     identity = torch.eye(len(weight), dtype=x.dtype)
-    expected = plain.PlainProducts().swiglu(product, identity)
+    expected = plain.PlainProducts().swiglu(product, Stored(identity))
     # Exp's last bits are not the same everywhere: in float32 that is seen, else rounding hides it.
     n_roundings = 12 if x.dtype == torch.float32 else 4.02
     wide = expected.double()
@@ -589,7 +583,7 @@ TABLE_LAUNCHES = [
     pytest.param(
         chip,
         shape,
-        tiles.read_table(tiles.committed_table(), chip)[shape[:3]],
+        tiles.read_table(tiles.committed_table(), chip)[(*shape[:3], "")],
         id=f"{chip}-{shape.key}",
         marks=[] if shape.key in SAMPLED else pytest.mark.slow,
     )
@@ -647,7 +641,7 @@ def test_the_lowest_of_equal_logits_is_the_greatest(
 
 def test_plain_pytorchs_argmax_is_the_lowest_of_equal_logits() -> None:
     weight = torch.tensor([[1.0], [3.0], [2.0], [3.0], [3.0]])
-    ids, logits = plain.PlainProducts().lm_head_argmax(torch.ones(1, 2, 1), weight, True)
+    ids, logits = plain.PlainProducts().lm_head_argmax(torch.ones(1, 2, 1), Stored(weight), True)
     assert ids.tolist() == [[1, 1]]
     assert logits.tolist() == [[[1.0, 3.0, 2.0, 3.0, 3.0]] * 2]
 
@@ -662,7 +656,7 @@ def test_what_overflows_is_the_greatest_of_its_row(interpreting: None, custom: b
 
     def ids(x: Tensor, weight: Tensor) -> list[int]:
         if not custom:
-            return plain.PlainProducts().lm_head_argmax(x, weight, True)[0].tolist()
+            return plain.PlainProducts().lm_head_argmax(x, Stored(weight), True)[0].tolist()
         return launch(x, weight, 0, TILES, argmax="both")[1].tolist()
 
     assert ids(x, weight) == [148, 0]
@@ -728,16 +722,16 @@ def test_custom_products_are_the_kernels_with_leading_dimensions(
     product, ids = launch(x, weight, 0, TILES, argmax="both")
     hidden = launch(x, weight, 0, TILES, swiglu=True)[0][0]
 
-    x, made = x.view(*shape, n_inner), CustomProducts()
-    assert torch.equal(CompiledProducts.partials(x, weight, split), partials.view(2, *shape, 70))
-    got = made.partials(x, weight, split)
+    x, made, of = x.view(*shape, n_inner), CustomProducts(), Stored(weight, split=split)
+    assert torch.equal(CompiledProducts().partials(x, of), partials.view(2, *shape, 70))
+    got = made.partials(x, of)
     assert len(got) == (1 if n_rows > 128 else 2)
     expected = plain.sum_partials(partials, x.dtype).view(*shape, 70)
     assert torch.equal(plain.sum_partials(got, x.dtype), expected)
-    assert torch.equal(made.swiglu(x, weight, weight), hidden.view(*shape, 35))
-    got_ids, logits = made.lm_head_argmax(x, weight, True)
+    assert torch.equal(made.swiglu(x, of, weight), hidden.view(*shape, 35))
+    got_ids, logits = made.lm_head_argmax(x, of, True)
     assert torch.equal(got_ids, ids.view(shape)) and torch.equal(logits, product.view(*shape, 70))
-    assert torch.equal(made.lm_head_argmax(x, weight, False)[0], ids.view(shape))
+    assert torch.equal(made.lm_head_argmax(x, of, False)[0], ids.view(shape))
 
 
 # Operators under torch.compile
@@ -752,12 +746,12 @@ def test_operators_say_what_they_return_and_change(interpreting: None) -> None:
     for n_rows in (3, 130):  # of which defaults join no partials, and all
         x, weight = make_operands(n_rows, 70, 200, torch.bfloat16)
         for n_partials in (1, 2, 4):
-            check(products.product_op, (x, weight, split_in(n_partials, 200)))
+            check(custom.product_op, (x, weight, split_in(n_partials, 200)))
     x = x[:6].view(2, 3, 200)
     for prefetch in ((), (weight,)):
-        check(products.swiglu_product_op, (x, weight, *prefetch))
+        check(custom.swiglu_product_op, (x, weight, *prefetch))
     for return_logits in (True, False):
-        check(products.lm_head_argmax_op, (x, weight, return_logits))
+        check(custom.lm_head_argmax_op, (x, weight, return_logits))
     for n_partials in (1, 4):
         arguments = make_norm_inputs(torch.bfloat16, n_partials, (2, 3, 96))
         for prefetch in ((), (weight,)):
@@ -771,7 +765,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
         called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
         return graph.forward
 
-    layer = model.Layer(shape_config("tiny"), draft_view=False).requires_grad_(False)
+    layer = model.Layer(shape_config("tiny"), causal=True).requires_grad_(False)
     random = torch.Generator().manual_seed(5)
     for weight in layer.parameters():
         weight.copy_(torch.randn(weight.shape, generator=random) * weight.shape[-1] ** -0.5)
@@ -793,8 +787,7 @@ def test_a_compiled_layer_calls_the_operators(interpreting: None) -> None:
 
     def results(forward: Callable[..., Any], kernels: Kernels) -> list[Tensor]:
         caches = inputs["k_cache"].clone(), inputs["v_cache"].clone()
-        view = model.View.AUTOREGRESSIVE
-        x_out, partials = forward(layer, x, update[None], places, *caches, kernels, view)
+        x_out, partials = forward(layer, x, update[None], places, *caches, kernels)
         return [x_out, plain.sum_partials(partials, x.dtype), *caches]
 
     def forward(*arguments: Any) -> Any:
