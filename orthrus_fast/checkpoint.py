@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ from orthrus_fast.hub import fetch_text_files, fetch_weights
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.plain import plain_kernels
 from orthrus_fast.model import Transformer
+from orthrus_fast.quantization import Formats, Quantizer
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -131,35 +132,45 @@ def load_model(
     kernels: Kernels,
     device: torch.device,
     dtype: torch.dtype,
+    quantizer: Quantizer | None = None,
     *,
     draft_view: bool = True,
     progress: Progress | None = None,
 ) -> Transformer:
     """The model in memory, ready for inference: no gradients, every weight cast to ``dtype``.
 
-    Tensors go to the device one at a time: the host needs room for one more than the model has.
-    ``draft_view`` False leaves that view's tensors unread. ``progress`` is called after each
-    tensor, with bytes as stored. torch's default dtype, flags and random state stay as they are.
-    Raises CheckpointError: a file that changed since it was opened, a value that is not finite in
-    ``dtype``, an ``lm_head`` that differs from the embedding it is tied to. Where the device has no
-    room, torch's error stays as it is.
+    Tensors go to the device one at a time, a part of a layer after the other; the ``quantizer``
+    gets each part as soon as it has come. So the device needs room for one such part more than
+    the model has, the host for a tensor. ``draft_view`` False leaves that view's tensors unread.
+    ``progress`` is called after each tensor, with bytes as stored. torch's default dtype, flags and
+    random state stay as they are. Raises CheckpointError: a file that changed since it was opened,
+    a value that is not finite in ``dtype``, an ``lm_head`` that differs from the embedding it is
+    tied to. Where the device has no room, torch's error stays as it is.
     """
-    done = 0
-    model = allocate(checkpoint.config, kernels, device, dtype, draft_view)
-    views = model.tensors()
+    done, config, files = 0, checkpoint.config, checkpoint.tensor_files
     total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
-    for name, tensor in _read_tensors(checkpoint, device, draft_view):
-        if name in views:
-            _fill(views[name], tensor, name, checkpoint.tensor_files[name])
-        elif not torch.equal(tensor.to(dtype), views[_EMBEDDING]):
-            file = checkpoint.tensor_files[name]
-            raise CheckpointError(
-                f"{file}: {name} differs from {_EMBEDDING}, but config.json ties the two; "
-                "set tie_word_embeddings to false, or remove the tensor"
-            )
+    names = list(build_on_meta(config, draft_view).tensors())
+    copies = [_LM_HEAD] if _LM_HEAD in files and _LM_HEAD not in names else []
+    tensors = _read_tensors(checkpoint, device, names + copies)
+
+    def read() -> Tensor:
+        nonlocal done
+        tensor = next(tensors)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
+        return tensor
+
+    def fill(name: str, view: Tensor) -> None:
+        _fill(view, read(), name, files[name])
+
+    quantizer = quantizer or Quantizer()
+    model = make_model(config, kernels, device, dtype, fill, quantizer, draft_view)
+    if copies and not torch.equal(read().to(dtype), model.embed_tokens.weight):
+        raise CheckpointError(
+            f"{files[_LM_HEAD]}: {_LM_HEAD} differs from {_EMBEDDING}, but config.json ties the "
+            "two; set tie_word_embeddings to false, or remove the tensor"
+        )
     return model
 
 
@@ -177,31 +188,72 @@ def count_weights(config: ModelConfig, draft_view: bool = True) -> int:
     return sum(tensor.numel() for tensor in build_on_meta(config, draft_view).tensors().values())
 
 
+class WeightBytes(NamedTuple):
+    """Bytes of weights and their scales."""
+
+    verifier: int  # the embedding, too
+    drafter: int  # of what it does not share
+
+
+def weight_bytes(model: Transformer) -> WeightBytes:
+    """The bytes that a model holds."""
+    shared = {*model.verifier.parameters(), *model.embed_tokens.parameters()}
+    own = set(model.parameters()) - shared
+    return WeightBytes(*(sum(weight.nbytes for weight in of) for of in (shared, own)))
+
+
+def count_bytes(
+    config: ModelConfig, dtype: torch.dtype, formats: Formats, draft_view: bool = True
+) -> WeightBytes:
+    """The same of a model whose weights are as ``formats`` have them."""
+    model = build_on_meta(config, draft_view).to(dtype)
+    for part, _ in list(model.parts()):
+        formats.swap(model, part)
+    return weight_bytes(model)
+
+
 def _build(config: ModelConfig, kernels: Kernels, draft_view: bool) -> Transformer:
     with torch.device("meta"):
         return Transformer(config, kernels, draft_view).requires_grad_(False).eval()
 
 
-def allocate(
+def make_model(
     config: ModelConfig,
     kernels: Kernels,
     device: torch.device,
     dtype: torch.dtype,
-    draft_view: bool,
+    fill: Callable[[str, Tensor], object],
+    quantizer: Quantizer,
+    draft_view: bool = True,
 ) -> Transformer:
-    """A model on the device, its weights uninitialised, the output head tied as config says.
+    """A model on the device, whose tensors ``fill`` is given to fill, each by its name, in place.
+
+    They are those of ``Transformer.tensors``, a part of a layer after the other, of which none is
+    kept once the ``quantizer`` has put another in its place.
+    """
+    model = _build(config, kernels, draft_view)
+    for part, named in model.parts():
+        _materialize(model, part, device, dtype)
+        for name, tensor in named().items():
+            fill(name, tensor)
+        quantizer.swap(model, part)
+    return model
+
+
+def _materialize(
+    model: Transformer, part: nn.Module, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a part memory, uninitialised, where it has none yet; a tied output head its embedding's.
 
     ``to_empty`` would do, but from the meta device it imports a part of the compiler.
     """
-    model = _build(config, kernels, draft_view)
-    for module in model.modules():
+    for module in part.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            if module is not model.lm_head or not config.tie_word_embeddings:
+            if weight.is_meta:
                 empty = torch.empty(weight.shape, dtype=dtype, device=device)
                 module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model
+    if part is model.embed_tokens and model.config.tie_word_embeddings:
+        model.verifier.lm_head.weight = model.embed_tokens.weight
 
 
 def _fill(view: Tensor, tensor: Tensor, name: str, file: Path) -> None:
@@ -282,16 +334,13 @@ def _safetensors(path: Path, device: str) -> Iterator[Any]:
 
 
 def _read_tensors(
-    checkpoint: Checkpoint, device: torch.device, draft_view: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """All tensors on the device, file by file; the output head last, after what it is tied to."""
-    files = checkpoint.tensor_files
-    wanted = [name for name in files if draft_view or not name.endswith(_DRAFT)]
-    names = sorted(wanted, key=lambda name: (name == _LM_HEAD, files[name], name))
-    for path, group in itertools.groupby(names, key=files.__getitem__):
+    checkpoint: Checkpoint, device: torch.device, names: Iterable[str]
+) -> Iterator[Tensor]:
+    """The tensors on the device, in this order; a file is open while they come from it."""
+    for path, group in itertools.groupby(names, key=checkpoint.tensor_files.__getitem__):
         with _safetensors(path, str(device)) as file:
             for name in group:
-                yield name, file.get_tensor(name)
+                yield file.get_tensor(name)
 
 
 def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> None:

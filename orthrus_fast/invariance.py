@@ -89,7 +89,9 @@ def _first_layers(runner: EagerRunner) -> EagerRunner:
     for name, model in vars(runner).items():
         if isinstance(model, Transformer):
             shallow = copy.copy(model)
-            shallow._modules = {**model._modules, "layers": model.layers[:N_LAYERS]}
+            stack = copy.copy(model.verifier)
+            stack._modules = {**stack._modules, "layers": stack.layers[:N_LAYERS]}
+            shallow._modules = {**model._modules, "verifier": stack}
             setattr(twin, name, shallow)
     return twin
 

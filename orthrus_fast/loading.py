@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import time
@@ -20,7 +21,14 @@ import torch
 from orthrus_fast import __version__, steps
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.cache import KVCache
-from orthrus_fast.checkpoint import Checkpoint, Progress, count_weights, load_model, open_checkpoint
+from orthrus_fast.checkpoint import (
+    Checkpoint,
+    Progress,
+    count_bytes,
+    load_model,
+    open_checkpoint,
+    weight_bytes,
+)
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory
@@ -30,14 +38,23 @@ from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
 from orthrus_fast.kernels.tiles import chip_name, tables_of
 from orthrus_fast.model import Transformer
-from orthrus_fast.options import DTYPES, ONE_ROW, ONE_WIDTH, dtype_name
+from orthrus_fast.options import (
+    DRAFT_WEIGHTS,
+    DTYPES,
+    ONE_ROW,
+    ONE_WIDTH,
+    WEIGHTS,
+    dtype_name,
+    listed,
+)
+from orthrus_fast.quantization import CHECKPOINT, Formats, Quantizer
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
 from orthrus_fast.sampling import is_integer
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
 GPU_GRAPHS = 350_000_000  # bytes of graphs, of kernels and of the libraries' workspaces
-MakeModel = Callable[[ModelConfig, Kernels, torch.device, torch.dtype], Transformer]
+MakeModel = Callable[[ModelConfig, Kernels, torch.device, torch.dtype, Quantizer], Transformer]
 _log = logging.getLogger("orthrus_fast")
 
 
@@ -54,6 +71,8 @@ class Options:
     compile_mode: str = "default"
     block_size: int | None = None
     draft_view: bool = True
+    weights: str = "checkpoint"
+    draft_weights: str = "auto"
 
 
 def load(
@@ -69,6 +88,8 @@ def load(
     *,
     block_size: int | None = None,
     draft_view: bool = True,
+    weights: str = "checkpoint",
+    draft_weights: str = "auto",
     ignore_config_fields: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Decoder:
@@ -79,16 +100,18 @@ def load(
     ``max_seq_len`` (prompt plus new tokens) to 4096 or the model's limit, if that is less;
     ``runner`` to graph on CUDA and eager on CPU; ``block_size`` to the checkpoint's own: a smaller
     one proposes less and computes less, for many slots or a slow processor. ``compile_mode`` is
-    torch.compile's, for runner compiled; max-autotune picks tiles by timing, so with it the texts
-    of two starts may differ, those of one start's two modes may not. ``draft_view`` False leaves
-    that view's weights on disk, for mode ar alone. ``ignore_config_fields`` names fields of
-    config.json that are not known here and, as the caller knows, change nothing. ``progress`` is
-    called with bytes loaded and bytes in all. Raises CheckpointError, RequestError or
-    UnsupportedError; torch's global settings and random state stay as they were. A process forked
-    after this may hang in torch's threads: start others by multiprocessing's "spawn".
+    torch.compile's; max-autotune picks tiles by timing, so the texts of two starts may differ.
+    ``draft_view`` False leaves that view's weights on disk, for mode ar alone. ``draft_weights``:
+    the drafter's in fp8, int8 or int4, which change no text; auto takes the fastest that fits on a
+    GPU, the checkpoint's on a CPU. ``weights`` fp8 or int4 quantizes both views: another model, in
+    less memory. ``ignore_config_fields`` names fields of config.json that are not known here and,
+    as the caller knows, change nothing. ``progress`` is called with bytes loaded and bytes in all.
+    Raises CheckpointError, RequestError or UnsupportedError; torch's global settings and random
+    state stay as they were. Processes forked after this may hang in torch's threads: spawn them.
     """
     options = Options(
-        device, dtype, max_seq_len, slots, runner, attention, compile_mode, block_size, draft_view
+        *(device, dtype, max_seq_len, slots, runner, attention, compile_mode, block_size),
+        *(draft_view, weights, draft_weights),
     )
     check_options(options)
     where = embedded_checkpoint() if path_or_repo is None else path_or_repo
@@ -98,7 +121,8 @@ def load(
 
     def make_model(config: ModelConfig, kernels: Kernels, *where: Any) -> Transformer:
         narrower = replace(checkpoint, config=config)
-        return load_model(narrower, kernels, *where, draft_view=draft_view, progress=progress)
+        more = {"draft_view": draft_view, "progress": progress}
+        return load_model(narrower, kernels, *where, **more)  # type: ignore[arg-type]
 
     return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
 
@@ -110,6 +134,22 @@ def check_options(options: Options) -> None:
         raise RequestError(f"slots: {options.slots!r} is not an integer of at least 1")
     if options.dtype is not None:
         parse_dtype(options.dtype)
+    if options.weights not in WEIGHTS:
+        raise RequestError(f"weights: {options.weights!r} is not one of {listed(WEIGHTS)}")
+    if options.draft_weights not in ("auto", *DRAFT_WEIGHTS):
+        raise RequestError(
+            f"draft_weights: {options.draft_weights!r} is not one of "
+            f"{listed(DRAFT_WEIGHTS, 'auto')}"
+        )
+    if options.weights != "checkpoint" and options.draft_weights not in ("auto", options.weights):
+        raise RequestError(
+            f"draft_weights {options.draft_weights!r}: with weights {options.weights!r} both views "
+            "have the same; leave draft_weights out"
+        )
+    if options.draft_weights != "auto" and not options.draft_view:
+        raise RequestError(
+            f"draft_weights: {options.draft_weights!r}, but without the draft view nothing drafts"
+        )
 
 
 class Settings(NamedTuple):
@@ -123,6 +163,7 @@ class Settings(NamedTuple):
     runner: str
     backend: Backend
     compile_mode: str
+    formats: Formats
 
     def described(self) -> dict[str, Any]:
         """As they stand in a decoder's configuration."""
@@ -135,6 +176,8 @@ class Settings(NamedTuple):
             "tiles": self._tables(),
             "slots": self.slots,
             "block_size": self.config.block_size,
+            "weights": self.formats.verifier,
+            "draft_weights": self.formats.drafter,
             "max_seq_len": self.max_seq_len,
         }
 
@@ -156,7 +199,30 @@ def resolve(options: Options, config: ModelConfig) -> Settings:
     runner = check_runner(options.runner, options.compile_mode, device)
     backend = find_backend(options.attention, device, dtype, config.head_dim)
     rest = (max_seq_len, options.slots, runner, backend, options.compile_mode)
-    return Settings(config, device, dtype, *rest)
+    plain = Settings(config, device, dtype, *rest, CHECKPOINT)
+    return plain._replace(formats=choose_formats(options, plain))
+
+
+def choose_formats(options: Options, settings: Settings) -> Formats:
+    """The formats of both views' weights: as asked for; or for the drafter the fastest that fits.
+
+    Raises RequestError for a drafter's where there is none.
+    """
+    config, device, dtype, max_seq_len, slots, *_ = settings
+    if not config.has_draft_view and options.draft_weights != "auto":
+        raise RequestError(
+            f"draft_weights: {options.draft_weights!r}, but a plain Qwen3 has nothing that drafts"
+        )
+    no_kernels = why_no_triton(device, dtype, config.head_dim)
+    if options.weights != "checkpoint" or not (config.has_draft_view and options.draft_view):
+        return Formats(options.weights, options.weights)
+    if options.draft_weights != "auto":
+        return Formats("checkpoint", options.draft_weights)
+    if no_kernels or dtype != torch.bfloat16:  # of which alone weights are unpacked in a few steps
+        return CHECKPOINT
+    formats = Formats("checkpoint", "int4")  # the fastest
+    memory = memory_needed(config, dtype, device, max_seq_len, slots, formats)
+    return formats if sum(memory) <= available_memory(device) else CHECKPOINT
 
 
 def build_decoder(
@@ -174,20 +240,24 @@ def build_decoder(
     RequestError or UnsupportedError, and what ``make_model`` raises.
     """
     settings = resolve(options, config)
-    config, device, dtype, max_seq_len, slots, *_ = settings
-    memory = memory_needed(config, dtype, device, max_seq_len, slots, options.draft_view)
+    config, device, dtype, max_seq_len, slots, *_, formats = settings
+    where = (config, dtype, device, max_seq_len, slots)
+    memory = memory_needed(*where, formats, options.draft_view)
     memory = memory._replace(weights=0) if weights_present else memory
     check_memory(memory, device)
     tokenizer = None
     if checkpoint is not None and (checkpoint.directory / "tokenizer.json").exists():
         tokenizer = Tokenizer.from_directory(checkpoint.directory)
-    begin = time.perf_counter()
+    begin, quantizer = time.perf_counter(), Quantizer(formats)
     kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
     with _room_for(memory, device):
-        model = make_model(config, kernels, device, dtype)
+        model = make_model(config, kernels, device, dtype, quantizer)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        startup = {"weights": time.perf_counter() - begin}
+        startup = {"weights": time.perf_counter() - begin - quantizer.seconds}
+        startup |= {"quantize": quantizer.seconds} if quantizer.seconds else {}
+        if not weights_present:
+            say_weights(name, model, quantizer)
         runner, promise, invariance = prepare_runner(model, settings)
     startup |= runner.seconds | {"check": invariance.seconds}
     if settings.runner != "eager":
@@ -198,10 +268,27 @@ def build_decoder(
         "checkpoint": name,
         "commit": checkpoint.commit if checkpoint else None,
         **settings.described(),
+        "weight_bytes": weight_bytes(model)._asdict(),
         "promise": promise,
     }
     of_runner = (max_seq_len, configuration, startup, invariance)
     return Decoder(name, runner, tokenizer, checkpoint, *of_runner)
+
+
+def say_weights(name: str, model: Transformer, quantizer: Quantizer) -> None:
+    """Log what the weights are and take; warn where they are not the checkpoint's."""
+    formats, sizes = quantizer.formats, weight_bytes(model)
+    if formats.any or model.embed_tokens.weight.is_cuda:
+        _log.info(
+            "weights: verifier %s, %.2f GB; drafter %s, %.2f GB of its own; quantized in %.1f s",
+            *(formats.verifier, sizes.verifier / 1e9, formats.drafter, sizes.drafter / 1e9),
+            quantizer.seconds,
+        )
+    if formats.verifier != "checkpoint":
+        _log.warning(
+            "weights %s: this is another model than %s, and its texts may differ",
+            *(formats.verifier, name),
+        )
 
 
 def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner, str, Invariance]:
@@ -209,7 +296,7 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
 
     Blocks and single rows where a row's bits are a function of its tokens alone; else blocks.
     """
-    config, device, dtype, max_seq_len, slots, name, backend, compile_mode = settings
+    config, device, dtype, max_seq_len, slots, name, backend, compile_mode, _ = settings
     block = config.block_size or 1  # a plain Qwen3 has no drafts to make room for
     capacity = steps.cache_rows(max_seq_len, block)
     model.set_capacity(capacity)
@@ -285,12 +372,13 @@ def memory_needed(
     device: torch.device,
     max_seq_len: int,
     slots: int,
+    formats: Formats = CHECKPOINT,
     draft_view: bool = True,
 ) -> Memory:
     """The arithmetic of the memory check."""
     rows = slots * steps.cache_rows(max_seq_len, config.block_size or 1)
     return Memory(
-        weights=count_weights(config, draft_view) * dtype.itemsize,
+        weights=sum(count_bytes(config, dtype, formats, draft_view)),
         cache=rows * config.cache_elements_per_token * dtype.itemsize,
         passes=_passes(config, dtype, max_seq_len, slots) if device.type == "cuda" else 0,
     )
@@ -320,16 +408,21 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
 
 def check_memory(memory: Memory, device: torch.device) -> None:
     """Refuse what cannot fit before anything is allocated. Raises RequestError."""
-    if device.type == "cuda":
-        available, where = torch.cuda.mem_get_info(device)[0], f"free on {device}"
-        # What torch keeps for tensors to come can be used, too.
-        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    elif hasattr(os, "sysconf"):
-        available, where = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "of memory"
-    else:  # Windows: it grants no more than there is, which ``_room_for`` reports
-        return
+    available = available_memory(device)
+    where = f"free on {device}" if device.type == "cuda" else "of memory"
     if sum(memory) > available:
         raise _no_room(memory, f"there are {available / 1e9:.2f} GB {where}")
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that a decoder may take: what a GPU has free, or all of the host's memory."""
+    if device.type == "cuda":
+        free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        # What torch keeps for tensors to come can be used, too.
+        return free + reserved - torch.cuda.memory_allocated(device)
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return math.inf  # Windows: it grants no more than there is, which ``_room_for`` reports
 
 
 def _no_room(memory: Memory, why: str) -> RequestError:

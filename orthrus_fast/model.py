@@ -11,9 +11,9 @@ Shapes: B slots, R sequences of a pass, T rows of each, P partial sums, V vocabu
 from __future__ import annotations
 
 import copy
-import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +25,7 @@ from orthrus_fast.config import ModelConfig, RopeConfig
 from orthrus_fast.kernels.interface import Kernels, k_split
 from orthrus_fast.kernels.plain import wide_dtype
 
-
-class View(enum.Enum):
-    """Which attention weights and mask a pass uses."""
-
-    AUTOREGRESSIVE = "autoregressive"  # causal; its K and V are what gets committed
-    DRAFT = "draft"  # bidirectional within the block; its K and V serve this pass alone
+Named = Callable[[], dict[str, Tensor]]  # tensors by their names in a checkpoint
 
 
 class PassPositions(NamedTuple):
@@ -44,12 +39,21 @@ class PassPositions(NamedTuple):
 
 
 class Linear(nn.Module):
-    """A weight [N, K], uninitialised; the kernels multiply with it, ``split`` columns a sum."""
+    """A weight [N, K], uninitialised, in the words of ``kernels.interface.Weight``.
+
+    The kernels multiply with it. ``quantization`` puts fewer bits and their scales in its place.
+    """
+
+    scale: Tensor | None
+    group_scale: Tensor | None
 
     def __init__(self, n_inputs: int, n_outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
-        self.split = k_split(n_outputs, n_inputs)
+        self.register_parameter("scale", None)
+        self.register_parameter("group_scale", None)
+        self.n_inputs, self.split = n_inputs, k_split(n_outputs, n_inputs)
+        self.format = ""
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +92,7 @@ class Attention(nn.Module):
         The rows' K and V are written to the caches first.
         """
         q = kernels.qk_norm_rope_write(
-            kernels.products.partials(x, self.qkv.weight, self.qkv.split),
+            kernels.products.partials(x, self.qkv),
             self.q_norm.weight,
             self.k_norm.weight,
             self.q_norm.eps,
@@ -100,7 +104,7 @@ class Attention(nn.Module):
             v_cache,
         )
         mixed = kernels.attend(q, k_cache, v_cache, at.start, at.slot, self.o.weight, causal=causal)
-        return kernels.products.partials(mixed.flatten(-2), self.o.weight, self.o.split)
+        return kernels.products.partials(mixed.flatten(-2), self.o)
 
     def tensors(self, suffix: str) -> dict[str, Tensor]:
         """Checkpoint names within ``self_attn.`` -> the slices that hold these tensors."""
@@ -127,8 +131,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """x [R, T, hidden_size] -> partials [P, R, T, hidden_size]."""
-        hidden = kernels.products.swiglu(x, self.gate_up.weight, self.down.weight)
-        return kernels.products.partials(hidden, self.down.weight, self.down.split)
+        hidden = kernels.products.swiglu(x, self.gate_up, self.down.weight)
+        return kernels.products.partials(hidden, self.down)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint names within ``mlp.`` -> the slices that hold these tensors."""
@@ -138,21 +142,15 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder block; ``draft_attention`` is None where there is no draft view."""
+    """A decoder block of one view; ``causal``: rows see the positions up to their own."""
 
-    def __init__(self, config: ModelConfig, draft_view: bool) -> None:
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
-        self.draft_attention = Attention(config) if draft_view else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-
-    def view_attention(self, view: View) -> Attention:
-        """The attention of a view."""
-        attention = self.attention if view is View.AUTOREGRESSIVE else self.draft_attention
-        assert attention is not None  # the decoder refuses to draft without the draft view
-        return attention
 
     def forward(
         self,
@@ -162,60 +160,78 @@ class Layer(nn.Module):
         k_cache: Tensor,
         v_cache: Tensor,
         kernels: Kernels,
-        view: View,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x and the last layer's ``update`` to it -> the same, a layer later.
 
         An update is the partials [P, R, T, hidden_size] of a product; the next norm adds them up.
         """
-        attention, norm = self.view_attention(view), self.attention_norm
-        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, attention.qkv.weight)
-        update = attention(normed, at, k_cache, v_cache, kernels, view is View.AUTOREGRESSIVE)
+        norm = self.attention_norm
+        x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, self.attention.qkv.weight)
+        update = self.attention(normed, at, k_cache, v_cache, kernels, self.causal)
         norm = self.mlp_norm
         x, normed = kernels.add_norm(x, update, norm.weight, norm.eps, self.mlp.gate_up.weight)
         return x, self.mlp(normed, kernels)
 
-    def linears(self, view: View) -> list[Linear]:
-        """What a pass of ``view`` multiplies with, in order."""
-        attention = self.view_attention(view)
-        return [attention.qkv, attention.o, self.mlp.gate_up, self.mlp.down]
+    def linears(self) -> list[Linear]:
+        """What a pass multiplies with, in order."""
+        return [self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Checkpoint names within the layer -> the slices that hold these tensors."""
-        attention = self.attention.tensors("")
-        if self.draft_attention is not None:
-            attention |= self.draft_attention.tensors("_diff")
-        return {
-            "input_layernorm.weight": self.attention_norm.weight,
-            "post_attention_layernorm.weight": self.mlp_norm.weight,
-            **{f"mlp.{name}": tensor for name, tensor in self.mlp.tensors().items()},
-            **{f"self_attn.{name}": tensor for name, tensor in attention.items()},
-        }
+
+class Stack(nn.Module):
+    """All layers of one view, its last norm and its output head."""
+
+    layers: nn.ModuleList  # of Layer
+
+    def __init__(self, config: ModelConfig, causal: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    def share(self, other: Stack) -> None:
+        """Take all from ``other`` but attention, which each view has for itself."""
+        self.norm, self.lm_head = other.norm, other.lm_head
+        for own, layer in zip(self.layers, other.layers, strict=True):
+            for name in ("attention_norm", "mlp_norm", "mlp"):
+                setattr(own, name, getattr(layer, name))
+
+    def linears(self) -> list[Linear]:
+        """What a pass multiplies with, in order; the output head comes last."""
+        linears: list[Linear] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            linears += layer.linears()
+        return [*linears, self.lm_head]
 
 
 class Transformer(nn.Module):
     """The whole model. Parameters are uninitialised until a checkpoint is loaded into them.
 
-    ``draft_view`` False leaves the draft view out, though the config has one.
+    ``verifier`` is the autoregressive view: causal, and its K and V are what gets committed. The
+    ``drafter`` sees its whole block, and its K and V serve one pass alone; it is None where the
+    config has no draft view, or ``draft_view`` is False. Both share all but attention, until
+    ``quantization`` gives the drafter weights of its own.
     """
-
-    layers: nn.ModuleList  # of Layer
 
     def __init__(self, config: ModelConfig, kernels: Kernels, draft_view: bool = True) -> None:
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.has_draft_view = draft_view and config.has_draft_view
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size)  # its rows are looked up
-        self.layers = nn.ModuleList(
-            Layer(config, self.has_draft_view) for _ in range(config.n_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.verifier = Stack(config, causal=True)
+        self.drafter: Stack | None = None
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.verifier.lm_head.weight = self.embed_tokens.weight
+        if draft_view and config.has_draft_view:
+            self.drafter = Stack(config, causal=False)
+            self.drafter.share(self.verifier)
         self.rope_cos = self.rope_sin = torch.empty(0, config.head_dim)
         self.run_layer: Callable[..., tuple[Tensor, Tensor]] = Layer.forward
+
+    @property
+    def has_draft_view(self) -> bool:
+        """Whether the model can draft."""
+        return self.drafter is not None
 
     def set_capacity(self, capacity: int) -> None:
         """Make the RoPE tables, [capacity, head_dim] each, on the weights' device and dtype."""
@@ -239,22 +255,22 @@ class Transformer(nn.Module):
         if layers:
             at = PassPositions("R", "R", "RT", "RT.", "RT.")  # type: ignore[arg-type]
             twin.run_layer = compile(Layer.forward, None, "RT.", ".RT.", at)
-            twin.final_norm = compile(twin.final_norm, "RT.", ".RT.")  # type: ignore[method-assign]
+            twin.final_norm = compile(twin.final_norm, None, "RT.", ".RT.")  # type: ignore[method-assign]
         return twin
 
     def forward(
-        self, tokens: Tensor, start: Tensor, slot: Tensor, cache: KVCache, view: View
+        self, tokens: Tensor, start: Tensor, slot: Tensor, cache: KVCache, stack: Stack
     ) -> Tensor:
         """tokens [R, T] at positions ``start[r] …`` of ``slot[r]`` -> hidden [R, T, hidden_size].
 
-        The pass writes its K and V to the cache at those positions, then attends; rows of the
-        slot below ``start`` must be committed. ``view`` DRAFT needs a checkpoint with that view.
+        The pass of ``stack`` writes its K and V to the cache at those positions, then attends; rows
+        of the slot below ``start`` must be committed.
         """
         x, at = self.embed(tokens, start, slot)
         update = torch.zeros_like(x)[None]
-        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
-            x, update = self.run_layer(layer, x, update, at, k_cache, v_cache, self.kernels, view)
-        return self.final_norm(x, update)
+        for layer, k_cache, v_cache in zip(stack.layers, cache.k, cache.v, strict=True):
+            x, update = self.run_layer(layer, x, update, at, k_cache, v_cache, self.kernels)
+        return self.final_norm(stack, x, update)
 
     def embed(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, PassPositions]:
         """The embeddings [R, T, hidden_size] of the tokens, and where the rows sit."""
@@ -263,24 +279,20 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.embed_tokens.weight)
         return x, PassPositions(start, slot, positions, cos, sin)
 
-    def final_norm(self, x: Tensor, update: Tensor) -> Tensor:
+    def final_norm(self, stack: Stack, x: Tensor, update: Tensor) -> Tensor:
         """The norm of the residual stream after the last update."""
-        return self.kernels.add_norm(x, update, self.norm.weight, self.norm.eps)[1]
+        return self.kernels.add_norm(x, update, stack.norm.weight, stack.norm.eps)[1]
 
-    def greedy(self, hidden: Tensor, return_logits: bool) -> tuple[Tensor, Tensor]:
+    def greedy(
+        self, hidden: Tensor, return_logits: bool, stack: Stack | None = None
+    ) -> tuple[Tensor, Tensor]:
         """hidden [..., hidden_size] -> the greedy ids [...], and the logits [..., V], if asked for.
 
-        Logits are of the model's dtype, those of padding rows of the vocabulary included.
+        Logits are of the model's dtype, those of padding rows of the vocabulary included. ``stack``
+        None is the verifier.
         """
-        return self.kernels.products.lm_head_argmax(hidden, self.lm_head.weight, return_logits)
-
-    def linears(self, view: View) -> list[Linear]:
-        """What a pass of ``view`` multiplies with, in order; the output head comes last."""
-        linears: list[Linear] = []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            linears += layer.linears(view)
-        return [*linears, self.lm_head]
+        head = (stack or self.verifier).lm_head
+        return self.kernels.products.lm_head_argmax(hidden, head, return_logits)
 
     def tensors(self) -> dict[str, Tensor]:
         """Checkpoint name -> the slice of the fused parameters that the tensor fills.
@@ -288,17 +300,39 @@ class Transformer(nn.Module):
         Slices along the first dimension are views, so copying into one fills the parameter. A tied
         ``lm_head.weight`` is not among them.
         """
-        named: dict[str, Tensor] = {
-            "model.embed_tokens.weight": self.embed_tokens.weight,
-            "model.norm.weight": self.norm.weight,
-        }
-        if not self.config.tie_word_embeddings:
-            named["lm_head.weight"] = self.lm_head.weight
-        for index, layer in enumerate(self.layers):
+        return {name: tensor for _, named in self.parts() for name, tensor in named().items()}
+
+    def parts(self) -> Iterator[tuple[nn.Module, Named]]:
+        """The modules that hold the parameters, each with what gives its share of ``tensors``."""
+        tied, stack = self.config.tie_word_embeddings, self.verifier
+        yield _part(self.embed_tokens, "model.embed_tokens.")
+        yield _part(stack.norm, "model.norm.")
+        if not tied:
+            yield _part(stack.lm_head, "lm_head.")
+        for index, layer in enumerate(stack.layers):
             assert isinstance(layer, Layer)
             prefix = f"model.layers.{index}."
-            named |= {prefix + name: tensor for name, tensor in layer.tensors().items()}
-        return {name: tensor.detach() for name, tensor in named.items()}
+            yield _part(layer.attention_norm, prefix + "input_layernorm.")
+            yield _part(layer.mlp_norm, prefix + "post_attention_layernorm.")
+            yield _part(layer.mlp, prefix + "mlp.", layer.mlp.tensors)
+            attention = layer.attention
+            yield _part(attention, prefix + "self_attn.", partial(attention.tensors, ""))
+            if self.drafter is not None:
+                drafting = self.drafter.layers[index]
+                assert isinstance(drafting, Layer)
+                attention = drafting.attention
+                named = partial(attention.tensors, "_diff")
+                yield _part(attention, prefix + "self_attn.", named)
+
+
+def _part(module: nn.Module, prefix: str, tensors: Named | None = None) -> tuple[nn.Module, Named]:
+    """A module, and what gives its tensors by their names in a checkpoint."""
+
+    def named() -> dict[str, Tensor]:
+        own = {"weight": module.weight} if tensors is None else tensors()
+        return {prefix + name: tensor.detach() for name, tensor in own.items()}  # type: ignore[operator]
+
+    return module, named
 
 
 def rope_table(config: ModelConfig, n_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from orthrus_fast.errors import RequestError, UnsupportedError, one_line
 from orthrus_fast.kernels.interface import Kernels, Sample
 from orthrus_fast.kernels.plain import PlainProducts
 from orthrus_fast.kernels.select import register_custom_ops
-from orthrus_fast.model import Layer, PassPositions, Transformer, View
+from orthrus_fast.model import Layer, PassPositions, Stack, Transformer
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
 from orthrus_fast.sampling import SamplingParams
 
@@ -102,7 +102,7 @@ class EagerRunner:
         Padding at the end may be any token: it lands in scratch rows.
         """
         where = self._start.fill_(start), self.state.slots[slot : slot + 1]
-        return self.prefilling(tokens, *where, self.cache, View.AUTOREGRESSIVE)  # type: ignore[no-any-return]
+        return self.prefilling(tokens, *where, self.cache, self.model.verifier)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def prefill(
@@ -265,24 +265,22 @@ class CompiledRunner(EagerRunner):
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
         """What launches each kernel of a pass over blocks of ``width``."""
-        model, kernels, state = self.model, self.model.kernels, self.state
+        model, state = self.model, self.state
         x, at = model.embed(state.anchor[:, None].expand(-1, width), state.length, state.slots)
         # Verification is causal and keeps the logits, the draft neither.
-        jobs: list[Callable[[], object]] = [partial(model.greedy, x, return_logits=True)]
-        jobs += self._layer_jobs(x, at)
+        jobs = self._layer_jobs(model.verifier, x, at)
+        jobs.append(partial(model.greedy, x, True))
         if self._drafts_at(width):
-            layer, caches = model.layers[0], (self.cache.k[0], self.cache.v[0])
-            assert isinstance(layer, Layer)
-            attention = layer.view_attention(View.DRAFT)
-            jobs.append(partial(model.greedy, x, return_logits=False))
-            jobs.append(partial(attention, x, at, *caches, kernels, causal=False))
+            assert model.drafter is not None
+            jobs += self._layer_jobs(model.drafter, x, at)
+            jobs.append(partial(model.greedy, x, False, model.drafter))
         return jobs
 
-    def _layer_jobs(self, x: Tensor, at: PassPositions) -> list[Callable[[], object]]:
-        layer, kernels = self.model.layers[0], self.model.kernels
+    def _layer_jobs(self, stack: Stack, x: Tensor, at: PassPositions) -> list[Callable[[], object]]:
+        layer, kernels = stack.layers[0], self.model.kernels
         assert isinstance(layer, Layer)
         caches = (self.cache.k[0], self.cache.v[0])
-        attention = partial(layer.attention, x, at, *caches, kernels, causal=True)
+        attention = partial(layer.attention, x, at, *caches, kernels, layer.causal)
         return [attention, partial(layer.mlp, x, kernels)]
 
     def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
@@ -384,13 +382,15 @@ class GraphRunner(CompiledRunner):
     def prepare_prefill(self) -> None:
         """Capture passes over a prompt, each of whose graphs keeps its output."""
         _log.info("capturing CUDA graphs of passes over a prompt")
-        (tokens, *where), how = self._prefill_inputs, (self.cache, View.AUTOREGRESSIVE)
+        (tokens, *where), how = self._prefill_inputs, (self.cache, self.model.verifier)
         widths = [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
         blocks = [tokens[:, :width] for width in widths]
         with full_precision_matmul(self.device):
             with self._timed("compile"):
                 placed = [self.model.embed(block, *where) for block in blocks]
-                self._compile_kernels([job for of in placed for job in self._layer_jobs(*of)])
+                self._compile_kernels(
+                    [job for of in placed for job in self._layer_jobs(self.model.verifier, *of)]
+                )
                 for block in blocks:
                     self.model(block, *where, *how)
             with self._timed("capture"):

@@ -17,7 +17,7 @@ from torch import Tensor
 from orthrus_fast.cache import KVCache
 from orthrus_fast.kernels.interface import Logprobs, Sample
 from orthrus_fast.kernels.plain_sampling import choose
-from orthrus_fast.model import Transformer, View
+from orthrus_fast.model import Transformer
 from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings
 
 PREFILL_CHUNK = 2048  # rows of one prefill pass, at most
@@ -157,9 +157,10 @@ def draft(
     proposals = state.proposals[:, : width - 1]
     masks = torch.full_like(proposals, mask_token_id)
     inputs = torch.cat((state.anchor[:, None], masks), dim=1)
-    hidden = model(inputs, state.length, state.slots, cache, View.DRAFT)
+    assert model.drafter is not None  # the decoder refuses to draft without the draft view
+    hidden = model(inputs, state.length, state.slots, cache, model.drafter)
     hidden = hidden[:, :-1].contiguous()  # or a library reads the output head once for each slot
-    tokens, logits = model.greedy(hidden, sample_tokens is not None)
+    tokens, logits = model.greedy(hidden, sample_tokens is not None, model.drafter)
     proposals.copy_(tokens if sample_tokens is None else sample_tokens(state, logits))
 
 
@@ -178,7 +179,7 @@ def verify(
     Greedy decoding does not need the logits. They are kept at 0.2% of a pass over the 1.7B, so that
     the invariance check sees every bit of the very graph that decodes.
     """
-    hidden = model(block, state.length, state.slots, cache, View.AUTOREGRESSIVE)
+    hidden = model(block, state.length, state.slots, cache, model.verifier)
     return model.greedy(hidden, return_logits=True)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,25 @@ import orthrus_fast
 from orthrus_fast import SamplingParams, invariance
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.bench.shapes import random_model, shape_config
+from orthrus_fast.checkpoint import weight_bytes
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.invariance import bits_of
-from orthrus_fast.kernels.interface import k_split
+from orthrus_fast.kernels.formats import AT_ONCE, Stored, dequantize
+from orthrus_fast.kernels.interface import Weight, k_split
 from orthrus_fast.kernels.plain import PlainProducts, sum_partials
 from orthrus_fast.kernels.select import register_custom_ops
 from orthrus_fast.loading import Options, build_decoder
-from orthrus_fast.model import Transformer, View
-from orthrus_fast.options import MODES, ONE_ROW, ONE_WIDTH, TILED_ROWS
+from orthrus_fast.model import Transformer
+from orthrus_fast.options import DRAFT_WEIGHTS, MODES, ONE_ROW, ONE_WIDTH, TILED_ROWS, WEIGHTS
+from orthrus_fast.quantization import Formats, Quantizer
 from orthrus_fast.runners import EagerRunner, GraphRunner, compiler_limits, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.core.test_one_row import Pieces, compute, decode
 from tests.decoders import unchecked
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, dense_attention, follows
+from tests.quantized import stored
 
 pytestmark = [
     pytest.mark.gpu,
@@ -379,6 +384,27 @@ def test_a_text_depends_on_its_prompt_and_settings_alone(
         assert texts_of(decoder, mode) == expected_texts, mode
 
 
+FORMATS = [{"draft_weights": name} for name in DRAFT_WEIGHTS] + [
+    {"weights": n} for n in WEIGHTS[1:]
+]
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_every_format_is_equal_to_the_bit_in_both_modes(
+    expected_texts: Any, options: dict[str, Any]
+) -> None:
+    """A drafter's changes no text at all; those of both views have texts of their own."""
+    decoder = orthrus_fast.load(MODEL, slots=4, **options)
+    assert decoder.configuration["promise"] == ONE_ROW and decoder.invariance.holds
+    assert options.items() <= decoder.configuration.items()
+    results = both_modes(decoder, PROMPTS, 150)
+    assert max(n for result in results["diffusion"] for n in result.stats.accepted) > 3
+    first = orthrus_fast.load(MODEL, max_seq_len=400, **options)
+    expected = expected_texts if "draft_weights" in options else texts_of(first, "ar")
+    for mode in MODES:
+        assert texts_of(decoder, mode) == expected, mode
+
+
 @pytest.mark.parametrize(
     "options", [{"attention": "sdpa"}, {"attention": "flash"}, {"dtype": "float64"}], ids=str
 )
@@ -419,7 +445,7 @@ def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path:
     assert decoder.configuration["promise"] == ONE_ROW
     weights = list(decoder.runner.model.parameters())
     assert {weight.device.type for weight in weights} == {"cuda"}
-    assert decoder.runner.model.lm_head.weight is decoder.runner.model.embed_tokens.weight
+    assert decoder.runner.model.verifier.lm_head.weight is decoder.runner.model.embed_tokens.weight
 
 
 def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -> None:
@@ -748,17 +774,16 @@ def lowest_greatest(logits: Tensor) -> Tensor:
     return torch.where(greatest, ids, logits.shape[-1]).amin(-1)
 
 
-def multiplier(name: str, weight: Tensor) -> Callable[[Tensor], Tensor]:
+def multiplier(name: str, weight: Weight) -> Callable[[Tensor], Tensor]:
     """x [M, K] -> what a pass makes of its product with ``weight``, rounded."""
-    products = kernels_for("auto", CUDA, weight.dtype, 128).products
-    split = k_split(*weight.shape)
+    products = kernels_for("auto", CUDA, BF16, 128).products
 
     def multiply(x: Tensor) -> Tensor:
-        if name == "gate_up":
-            return products.swiglu(x, weight, weight)  # fetching which changes nothing, of course
+        if name == "gate_up":  # fetching which changes nothing, of course
+            return products.swiglu(x, weight, weight.weight)
         if name == "lm_head":
             return products.lm_head_argmax(x, weight, return_logits=True)[1]
-        return sum_partials(products.partials(x, weight, split), x.dtype)
+        return sum_partials(products.partials(x, weight), x.dtype)
 
     return multiply
 
@@ -782,14 +807,19 @@ def exact_product(name: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "lm_head"])
 @pytest.mark.parametrize("shape", ["1.7B", "8B"])
-def test_a_product_of_a_public_model(shape: str, name: str) -> None:
+@pytest.mark.parametrize("format", DRAFT_WEIGHTS)
+def test_a_product_of_a_public_model(shape: str, name: str, format: str) -> None:
     """A row has the same bits among any number of others; a few rows are held to float64."""
     n_columns, n_inner = product_shapes(shape)[name]
     random = torch.Generator(CUDA).manual_seed(0)
     x = torch.randn(TILED_ROWS[-1], n_inner, generator=random, device=CUDA, dtype=BF16)
     weight = torch.empty(n_columns, n_inner, device=CUDA, dtype=BF16)
     weight.normal_(0, n_inner**-0.5, generator=random)
-    multiply = multiplier(name, weight)
+    of: Weight = Stored(weight, n_inputs=n_inner, split=k_split(n_columns, n_inner))
+    if format != "checkpoint":
+        of = stored(weight, format)
+        weight = dequantize(of, torch.float32)
+    multiply = multiplier(name, of)
     expected = torch.cat([multiply(rows) for rows in x.split(32)])
     for n_rows in TILED_ROWS:
         for rows in (slice(n_rows), slice(len(x) - n_rows, None)):
@@ -821,7 +851,7 @@ def large() -> Decoder:
     config = dataclasses.replace(shape_config("1.7B"), n_layers=2)
 
     def make_model(*of: Any) -> Transformer:
-        return random_model(*of, 0)
+        return random_model(*of, seed=0)
 
     return build_decoder("random", config, make_model, Options(max_seq_len=2048))
 
@@ -867,7 +897,7 @@ def test_a_pass_agrees_with_plain_products(large: Decoder) -> None:
             for rows in (*cache.k, *cache.v):
                 rows.copy_(cached)
             with torch.inference_mode(), full_precision_matmul(CUDA):
-                out = model(tokens, start, runner.state.slots, cache, View.AUTOREGRESSIVE)
+                out = model(tokens, start, runner.state.slots, cache, model.verifier)
             hidden.append(out.double())
     finally:
         model.kernels = own
@@ -877,6 +907,46 @@ def test_a_pass_agrees_with_plain_products(large: Decoder) -> None:
     assert size > 0.5  # a norm is the last thing in it
     assert 0 < float(difference.square().mean().sqrt()) < 4 * U * size
     assert float(difference.max()) < 32 * U * size
+
+
+@pytest.mark.parametrize("format", DRAFT_WEIGHTS)
+def test_draft_logits_agree_with_plain_products_of_the_same_weights(format: str) -> None:
+    """Which multiply with weights rounded to bfloat16: another rounding on a value's way."""
+    config = dataclasses.replace(shape_config("1.7B"), n_layers=2)
+    options = Options(max_seq_len=2048, draft_weights=format)
+    runner = build_decoder("random", config, partial(random_model, seed=0), options).runner
+    model, own, stack = runner.model, runner.model.kernels, runner.model.drafter
+    assert stack is not None and {linear.format for linear in stack.linears()} == {
+        format.replace("checkpoint", "")
+    }
+    random = torch.Generator(CUDA).manual_seed(2)
+    tokens = torch.randint(config.vocab_size, (1, 32), generator=random, device=CUDA)
+    start = torch.zeros(1, dtype=torch.int32, device=CUDA)
+    found = []
+    for products in (own.products, PlainProducts()):
+        model.kernels = dataclasses.replace(own, products=products)
+        with torch.inference_mode(), full_precision_matmul(CUDA):
+            hidden = model(tokens, start, runner.state.slots, runner.cache, stack)
+            found.append(model.greedy(hidden, True, stack)[1].double())
+    size = float(found[1].square().mean().sqrt())
+    difference = (found[0] - found[1]).abs()
+    assert float(difference.square().mean().sqrt()) < 8 * U * size
+    assert float(difference.max()) < 64 * U * size
+
+
+@pytest.mark.parametrize("formats", [Formats(drafter="int4"), Formats("int4", "int4")], ids=str)
+def test_loading_takes_little_more_than_what_stays(formats: Formats) -> None:
+    """A part of a layer, and what quantizing some rows of it takes."""
+    config = dataclasses.replace(shape_config("1.7B"), n_layers=8)
+    kernels = kernels_for("auto", CUDA, BF16, config.head_dim)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = random_model(config, kernels, CUDA, BF16, Quantizer(formats), seed=0)
+    need = torch.cuda.memory_allocated() - before
+    assert need == pytest.approx(sum(weight_bytes(model)), rel=0.01)
+    part = 3 * config.intermediate_size * config.hidden_size * 2
+    assert torch.cuda.max_memory_allocated() - before <= need + part + 40 * AT_ONCE
 
 
 def test_a_public_shape_is_equal_to_the_bit_in_both_modes(

@@ -24,7 +24,8 @@ FLOORS = [
     ["kernels", "text"],
     ["attention"],
     ["model"],
-    ["checkpoint", "steps"],
+    ["quantization", "steps"],
+    ["checkpoint"],
     ["runners"],
     ["invariance", "request"],
     ["decoder"],
@@ -37,11 +38,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 7540,
-    "tuning": 200,
-    "bench": 1500,
+    "the core": 8800,
+    "tuning": 280,
+    "bench": 1520,
     "model.py": 400,
-    "benchmarks/report.py": 600,
+    "benchmarks/report.py": 610,
 }
 
 

@@ -26,7 +26,7 @@ from orthrus_fast.checkpoint import Checkpoint, count_weights, load_model, open_
 from orthrus_fast.config import parse_config
 from orthrus_fast.errors import CheckpointError, ConfigError, RequestError
 from orthrus_fast.files import embedded_checkpoint
-from orthrus_fast.model import Transformer, View
+from orthrus_fast.model import Transformer
 from tests.checkpoints import (
     edit_json,
     edit_weight_map,
@@ -86,19 +86,22 @@ def test_every_tensor_lands_in_its_slice(
     assert views.keys() == expected.keys()
     for name, view in views.items():
         assert torch.equal(view, expected[name]), name
-    attention = model.layers[1].attention
+    attention = model.verifier.layers[1].attention
     parts = [expected[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(attention.qkv.weight, torch.cat(parts))
     gate_up = [expected[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up")]
-    assert torch.equal(model.layers[0].mlp.gate_up.weight, torch.cat(gate_up))
+    assert torch.equal(model.verifier.layers[0].mlp.gate_up.weight, torch.cat(gate_up))
     head = expected["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    assert torch.equal(model.lm_head.weight, head)
-    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
+    assert torch.equal(model.verifier.lm_head.weight, head)
+    assert (model.verifier.lm_head.weight is model.embed_tokens.weight) == tied
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == count_weights(checkpoint.config)
     if draft:
         draft_q = expected["model.layers.0.self_attn.q_proj_diff.weight"]
-        assert torch.equal(model.layers[0].draft_attention.qkv.weight[: len(draft_q)], draft_q)
+        assert model.drafter is not None
+        drafting = model.drafter.layers[0]
+        assert torch.equal(drafting.attention.qkv.weight[: len(draft_q)], draft_q)
+        assert drafting.mlp is model.verifier.layers[0].mlp
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -222,7 +225,7 @@ def test_what_transformers_saves_computes_the_same(
     ours.set_capacity(512)
     zero = torch.zeros(1, dtype=torch.int32)
     with torch.inference_mode():
-        hidden = ours(tokens, zero, zero.long(), cache, View.AUTOREGRESSIVE)
+        hidden = ours(tokens, zero, zero.long(), cache, ours.verifier)
         torch.testing.assert_close(
             ours.greedy(hidden, return_logits=True)[1], theirs(tokens).logits, rtol=1e-5, atol=1e-5
         )
@@ -394,13 +397,13 @@ def test_a_tied_lm_head_must_be_the_embedding(path: Path, monkeypatch: pytest.Mo
 
     edit_tensors(path / "model.safetensors", copy)
     model = load(path)
-    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.verifier.lm_head.weight is model.embed_tokens.weight
     edit_tensors(path / "model.safetensors", lambda t: t["lm_head.weight"][5, 5].add_(1))
     message = refusal(path)
     assert "model.safetensors: lm_head.weight differs from model.embed_tokens.weight" in message
     assert "tie_word_embeddings" in message
     edit_json(path / "config.json", tie_word_embeddings=False)
-    assert not torch.equal(load(path).lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(load(path).verifier.lm_head.weight, model.verifier.lm_head.weight)
 
 
 def test_a_tied_lm_head_of_another_shape(path: Path) -> None:
@@ -433,7 +436,7 @@ def test_values_that_are_not_finite(path: Path, value: float) -> None:
 
 def test_values_that_the_dtype_cannot_hold(path: Path) -> None:
     edit_tensors(path / "model.safetensors", lambda t: t["model.norm.weight"][0].fill_(1e6))
-    assert load(path).norm.weight[0] == 1e6
+    assert load(path).verifier.norm.weight[0] == 1e6
     with pytest.raises(
         CheckpointError, match=r"model\.norm\.weight .* not finite in torch\.float16"
     ):
@@ -813,7 +816,8 @@ def test_a_header_that_repeats_a_name(path: Path) -> None:
     again = b'{"model.norm.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},'
     text = again + data[9 : 8 + length]
     file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    assert load(path).norm.weight.shape == (32,)  # the last one counts, and its bytes are all there
+    # The last one counts, and its bytes are all there.
+    assert load(path).verifier.norm.weight.shape == (32,)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 9, 2000, -1])

@@ -26,12 +26,12 @@ from orthrus_fast.errors import (
     UnsupportedError,
 )
 from orthrus_fast.loading import memory_needed, with_block_size
-from orthrus_fast.model import View
-from orthrus_fast.options import ONE_ROW
+from orthrus_fast.options import DRAFT_WEIGHTS, ONE_ROW, WEIGHTS
 from tests.checkpoints import write_checkpoint
 from tests.decoders import committed, unchecked
 from tests.judge import Judge, follows
 from tests.marks import slow_but
+from tests.quantized import dequantized, judge_of
 
 some_examples = settings(
     max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
@@ -41,6 +41,12 @@ some_examples = settings(
 def load(directory: Path, dtype: str = "float64", **options: Any) -> Decoder:
     with unchecked():
         return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
+
+
+# Of both views, and of the drafter.
+FORMATS = [{"draft_weights": name} for name in DRAFT_WEIGHTS] + [
+    {"weights": n} for n in WEIGHTS[1:]
+]
 
 
 @st.composite
@@ -69,6 +75,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "prompt": draw(st.lists(tokens, min_size=1, max_size=12)),
         "budget": draw(st.integers(1, 40)),
         "width": draw(st.sampled_from([block_size, 2]) | st.integers(2, block_size)),
+        "formats": draw(st.sampled_from(FORMATS)),
     }
 
 
@@ -87,12 +94,13 @@ def build(case: dict[str, Any], directory: Path) -> Path:
 def test_both_modes_decode_what_the_judge_decodes(case: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = build(case, Path(temporary) / "model")
-        judge = Judge(directory)
+        judge = judge_of(directory, case["formats"].get("weights", "checkpoint"))
         eos = tuple(case["config"]["eos_token_id"])
         prompt, budget = case["prompt"], case["budget"]
         expected, gaps = judge.generate(prompt, budget, eos)
+        more = {"block_size": case["width"], **case["formats"]}
         width = case["width"]
-        exact = load(directory, max_seq_len=len(prompt) + budget, block_size=width)
+        exact = load(directory, max_seq_len=len(prompt) + budget, **more)
         for mode in ("ar", "diffusion"):
             result = exact.generate(prompt, budget, mode=mode)
             assert result.tokens == expected, mode
@@ -105,7 +113,7 @@ def test_both_modes_decode_what_the_judge_decodes(case: dict[str, Any]) -> None:
                 assert len(k) == len(prompt) + len(expected) - 1
                 assert torch.allclose(k, torch.stack(judge.keys[layer]), rtol=0, atol=1e-9)
                 assert torch.allclose(v, torch.stack(judge.values[layer]), rtol=0, atol=1e-9)
-        single = load(directory, "float32", block_size=width)
+        single = load(directory, "float32", **more)
         ar, diffusion = (single.generate(prompt, budget, mode=m) for m in ("ar", "diffusion"))
         assert ar.tokens == diffusion.tokens
         assert follows(ar.tokens, expected, gaps, near_tie=1e-5)
@@ -153,18 +161,23 @@ def test_the_draft_views_logits_are_the_plain_computations(case: dict[str, Any])
     with tempfile.TemporaryDirectory() as temporary:
         directory = build(case, Path(temporary) / "model")
         width, mask = case["width"], case["config"]["mask_token_id"]
-        judge, decoder = Judge(directory), load(directory, block_size=width)
+        judge, decoder = Judge(directory), load(directory, block_size=width, **case["formats"])
+        judge.weights = dequantized(judge.weights, case["formats"].get("weights", "checkpoint"))
         judge.feed(case["prompt"])
         first = decoder.runner.prefill(case["prompt"], 0, 50).tokens[0]
         runner = decoder.runner
         for rows in (*runner.cache.k, *runner.cache.v):
             rows[:, :, len(case["prompt"]) :] = 1e3  # whatever an earlier cycle left there
+        if drafter := case["formats"].get("draft_weights"):  # the cache is of the checkpoint's
+            judge.weights = dequantized(judge.weights, drafter)
         expected = judge.draft_logits(first, width)
         inputs = torch.tensor([[first] + [mask] * (width - 1)])
         state = runner.state
         with torch.inference_mode():
-            hidden = runner.model(inputs, state.length, state.slots, runner.cache, View.DRAFT)
-            got = runner.model.greedy(hidden, return_logits=True)[1][0]
+            hidden = runner.model(
+                inputs, state.length, state.slots, runner.cache, runner.model.drafter
+            )
+            got = runner.model.greedy(hidden, True, runner.model.drafter)[1][0]
             steps.draft(runner.model, runner.cache, state, mask, width)
         assert torch.allclose(got, expected, rtol=0, atol=1e-9)
         assert state.proposals[0].tolist() == expected[:-1].argmax(-1).tolist()
@@ -709,8 +722,9 @@ def test_a_narrower_block_decodes_what_the_judge_decodes(
     decoder = load(tiny, dtype, slots=2, block_size=block_size)
     assert decoder.configuration["block_size"] == decoder.config.block_size == width
     assert decoder.runner.state.proposals.shape == (2, width - 1)
-    widths: dict[View, set[int]] = {view: set() for view in View}
     model = type(decoder.runner.model)
+    drafter, verifier = decoder.runner.model.drafter, decoder.runner.model.verifier
+    widths: dict[Any, set[int]] = {drafter: set(), verifier: set()}
     forward = model.forward
 
     def spy(self: Any, tokens: Tensor, start: Tensor, slot: Tensor, *rest: Any) -> Tensor:
@@ -728,7 +742,7 @@ def test_a_narrower_block_decodes_what_the_judge_decodes(
         assert 0 < max(accepted) < width if mode == "diffusion" else not any(accepted)
     assert texts["ar"] == texts["diffusion"]
     prompts = set(map(len, PROMPTS))
-    assert widths == {View.DRAFT: {width}, View.AUTOREGRESSIVE: {1, width} | prompts}
+    assert widths == {drafter: {width}, verifier: {1, width} | prompts}
 
 
 @pytest.mark.parametrize("width", [2, 3, 8])

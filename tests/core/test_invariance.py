@@ -22,7 +22,7 @@ from orthrus_fast import SamplingParams, invariance, steps
 from orthrus_fast.cache import KVCache
 from orthrus_fast.checkpoint import load_model, open_checkpoint
 from orthrus_fast.invariance import CAPTURED, STEPWISE, Invariance, check
-from orthrus_fast.kernels.interface import Attend
+from orthrus_fast.kernels.interface import Attend, Weight
 from orthrus_fast.kernels.plain import ROW_MULTIPLE, PlainProducts, add_norm, qk_norm_rope_write
 from orthrus_fast.model import Transformer
 from orthrus_fast.runners import EagerRunner
@@ -231,7 +231,7 @@ def test_the_check_leaves_no_trace(tiny: Path) -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert all(vars(runner)[name] is value for name, value in before.items())
-    assert len(runner.model.layers) == len(runner.cache.k) == 2
+    assert len(runner.model.verifier.layers) == len(runner.cache.k) == 2
     fresh = steps.State.create(SLOTS, runner.cache.capacity, WIDTH, CPU)
     for field in dataclasses.fields(steps.State):
         if field.name != "settings":
@@ -431,8 +431,8 @@ def a_term_follows_the_slot(runner: EagerRunner, patch: Patch) -> None:
 
 def weight_of(model: Transformer, name: str, layer: int = 0) -> Tensor:
     """The weight of a product of a verify pass."""
-    module: Any = model.layers[layer]
-    owners = {"qkv": module.attention, "o": module.attention, "lm_head": model}
+    module: Any = model.verifier.layers[layer]
+    owners = {"qkv": module.attention, "o": module.attention, "lm_head": model.verifier}
     owner = owners.get(name, module.mlp)
     weight: Tensor = getattr(owner, name).weight
     return weight
@@ -473,9 +473,9 @@ class SplitProducts(PlainProducts):
         super().__init__(linear=exact_linear)
         object.__setattr__(self, "n_splits", n_splits)
 
-    def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
+    def partials(self, x: Tensor, weight: Weight) -> Tensor:
         n: int = self.n_splits(x.numel() // x.shape[-1])  # type: ignore[attr-defined]
-        parts = zip(x.chunk(n, dim=-1), weight.chunk(n, dim=-1), strict=True)
+        parts = zip(x.chunk(n, dim=-1), weight.weight.chunk(n, dim=-1), strict=True)
         return torch.stack([coarse(exact_linear(*part, ROW_MULTIPLE, False)) for part in parts])
 
 
@@ -491,10 +491,10 @@ class Choosing(PlainProducts):
     """Greedy ids that are not those of the logits, in all rows but the first."""
 
     def lm_head_argmax(
-        self, x: Tensor, weight: Tensor, return_logits: bool
+        self, x: Tensor, weight: Weight, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
         ids, logits = super().lm_head_argmax(x, weight, return_logits)
-        if x.dim() > 1:
+        if ids.dim() > 1:
             ids = torch.cat((ids[:, :1], logits[:, 1:].topk(2, dim=-1).indices[..., 1]), dim=1)
         return ids, logits
 
@@ -709,7 +709,7 @@ def test_logits_are_compared_to_the_bit(tiny: Path) -> None:
 
     def linear(x: Tensor, weight: Tensor, row_multiple: int, gated: bool) -> Tensor:
         out = exact_linear(x, weight, row_multiple, gated)
-        if weight is runner.model.lm_head.weight:
+        if weight is runner.model.verifier.lm_head.weight:
             out[..., 9] = 0.0 if x.dim() > 2 and x.shape[1] == WIDTH else -0.0
         return out
 

@@ -243,7 +243,7 @@ def test_what_holds_is_said(
 
 
 ALLOCATIONS: dict[str, tuple[object, str]] = {
-    "weights": (checkpoint, "allocate"),
+    "weights": (checkpoint, "_materialize"),
     "the copy of a weight": (torch.Tensor, "copy_"),
     "rotary tables": (Transformer, "set_capacity"),
     "cache": (KVCache, "__init__"),

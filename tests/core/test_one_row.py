@@ -25,15 +25,20 @@ from orthrus_fast.attention import sdpa
 from orthrus_fast.cache import KVCache
 from orthrus_fast.checkpoint import load_model, open_checkpoint
 from orthrus_fast.kernels import plain, plain_sampling
+from orthrus_fast.kernels.formats import Stored
 from orthrus_fast.kernels.interface import Attend
+from orthrus_fast.options import DRAFT_WEIGHTS, WEIGHTS
+from orthrus_fast.quantization import CHECKPOINT, Formats, Quantizer
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import kernels_for, write_checkpoint
-from tests.judge import Judge, follows
+from tests.judge import follows
+from tests.quantized import judge_of
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64]
 VOCABULARY = 272
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FORMATS = [Formats(drafter=name) for name in DRAFT_WEIGHTS] + [Formats(n, n) for n in WEIGHTS[1:]]
 Pieces = list[tuple[str, int]]  # how a text is computed: ("chunk" or "block", how many rows) each
 
 
@@ -66,13 +71,18 @@ def invariant_library() -> None:
 
 
 def build(
-    directory: Path, dtype: torch.dtype, capacity: int, n_slots: int = 1, **changed: Any
+    directory: Path,
+    dtype: torch.dtype,
+    capacity: int,
+    n_slots: int = 1,
+    formats: Formats = CHECKPOINT,
+    **changed: Any,
 ) -> EagerRunner:
     """A runner whose cache is full of what others have left; ``changed`` kernels."""
     checkpoint = open_checkpoint(str(directory))
     config = checkpoint.config
     kernels = replace(kernels_for("sdpa", CPU, dtype, config.head_dim), **changed)
-    model = load_model(checkpoint, kernels, CPU, dtype)
+    model = load_model(checkpoint, kernels, CPU, dtype, Quantizer(formats))
     model.set_capacity(capacity)
     cache = KVCache(config, n_slots, capacity, dtype, CPU)
     for rows in (*cache.k, *cache.v):
@@ -172,10 +182,13 @@ def fitted(pieces: Pieces, n_tokens: int) -> Pieces:
 
 
 @few
-@given(st.data(), shapes(), st.sampled_from(DTYPES), st.sampled_from([1, 2]))
+@given(
+    st.data(), shapes(), st.sampled_from(DTYPES), st.sampled_from([1, 2]), st.sampled_from(WEIGHTS)
+)
 def test_a_row_has_the_same_bits_however_it_is_computed(
-    data: st.DataObject, shape: dict[str, Any], dtype: torch.dtype, n_threads: int
+    data: st.DataObject, shape: dict[str, Any], dtype: torch.dtype, n_threads: int, weights: str
 ) -> None:
+    formats = Formats(weights, weights)
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     n_tokens = data.draw(st.integers(2, 60) | st.integers(480, 560) | st.integers(1000, 1100))
     n_slots, block_size = data.draw(st.integers(1, 3)), shape["block_size"]
@@ -184,9 +197,10 @@ def test_a_row_has_the_same_bits_however_it_is_computed(
     text = torch.randint(VOCABULARY, (n_tokens,))
     with tempfile.TemporaryDirectory() as temporary, threads(n_threads):
         directory = write_checkpoint(Path(temporary) / "model", **shape)
-        expected = compute(build(directory, dtype, capacity), 0, text, [("chunk", n_tokens)])
+        first = build(directory, dtype, capacity, 1, formats)
+        expected = compute(first, 0, text, [("chunk", n_tokens)])
         capacity += data.draw(st.sampled_from([0, 64, 512, 640]))
-        runner = build(directory, dtype, capacity, n_slots)
+        runner = build(directory, dtype, capacity, n_slots, formats)
         slot = data.draw(st.integers(0, n_slots - 1))
         found = compute(runner, slot, text, pieces)
         whole = runner.prefill_logits(text, slot, begin=data.draw(st.integers(0, n_tokens - 1)))
@@ -223,11 +237,11 @@ def test_texts_are_the_judges_at_every_width(
     ids = st.integers(0, VOCABULARY - 1)
     prompts = [data.draw(st.lists(ids, min_size=1, max_size=12)) for _ in range(n_slots)]
     params = SamplingParams(temperature, seed=data.draw(ids), logprobs=temperature > 0)
-    n_new, block_size = 16, shape["block_size"]
+    n_new, block_size, formats = 16, shape["block_size"], data.draw(st.sampled_from(FORMATS))
     with tempfile.TemporaryDirectory() as temporary:
         directory = write_checkpoint(Path(temporary) / "model", **shape)
-        judge = Judge(directory)
-        runner = build(directory, dtype, steps.cache_rows(60, block_size), n_slots)
+        judge = judge_of(directory, formats.verifier)
+        runner = build(directory, dtype, steps.cache_rows(60, block_size), n_slots, formats)
         texts = decode(runner, prompts, n_new, 1, params)
         for width in {2, 4, min(8, block_size), block_size}:
             assert decode(runner, prompts, n_new, width, params) == texts, width
@@ -264,9 +278,9 @@ def test_swiglu_follows_no_number_of_rows(dtype: torch.dtype, n_threads: int) ->
     x, weight = torch.randn(200, 16, dtype=dtype), torch.randn(2 * 1002, 16, dtype=dtype)
     products = plain.PlainProducts()
     with threads(n_threads):
-        alone = torch.cat([products.swiglu(row[None], weight) for row in x])
+        alone = torch.cat([products.swiglu(row[None], Stored(weight)) for row in x])
         for n_rows in range(35, 201, 3):
-            assert n_differing(products.swiglu(x[:n_rows], weight), alone[:n_rows]) == 0
+            assert n_differing(products.swiglu(x[:n_rows], Stored(weight)), alone[:n_rows]) == 0
     gate, up = (x @ weight.T).chunk(2, dim=-1)
     assert torch.allclose(alone, F.silu(gate) * up, atol=1e-5)
 

@@ -29,7 +29,7 @@ from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.checkpoint import count_weights, open_checkpoint
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.invariance import check
-from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.interface import Kernels, Weight
 from orthrus_fast.kernels.plain import PlainProducts, padded_linear, plain_kernels
 from orthrus_fast.kernels.plain_sampling import logprobs, sample
 from orthrus_fast.kernels.select import register_custom_ops
@@ -637,9 +637,9 @@ def test_memory_by_hand(tiny: Path, dtype: str, size: int, slots: int) -> None:
     rows = 320  # 200 tokens and a padded chunk of 64, rounded up to a multiple of 64
     cache = slots * rows * 2 * 2 * 2 * 16  # k and v, layers, heads, head_dim
     for view, n_weights in ((True, n_autoregressive + 2 * attention), (False, n_autoregressive)):
-        memory = memory_needed(config, torch_dtype, CPU, 200, slots, view)
+        memory = memory_needed(config, torch_dtype, CPU, 200, slots, draft_view=view)
         assert memory == (n_weights * size, cache * size, 0)
-        on_gpu = memory_needed(config, torch_dtype, CUDA, 200, slots, view)
+        on_gpu = memory_needed(config, torch_dtype, CUDA, 200, slots, draft_view=view)
         assert on_gpu[:2] == memory[:2]
         decoder = load(tiny, dtype, max_seq_len=200, slots=slots, draft_view=view)
         runner = decoder.runner
@@ -957,7 +957,9 @@ def test_a_pass_multiplies_all_slots_at_once(tiny: Path, sampling: bool) -> None
             else:
                 runner.verify(16, sampling)
         # qkv, o, gate_up and down of each layer, and the output head
-        assert products == [torch.ops.aten.mm] * (4 * len(runner.model.layers) + 1), drafting
+        assert products == [torch.ops.aten.mm] * (4 * len(runner.model.verifier.layers) + 1), (
+            drafting
+        )
         products.clear()
 
 
@@ -993,7 +995,7 @@ def test_opaque_sampling_is_plain_sampling() -> None:
 def test_custom_kernels_become_custom_operators() -> None:
     pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.products import CompiledProducts, CustomProducts
+    from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
 
     products = CustomProducts()
     own = Kernels(sdpa.attend, rope.qk_norm_rope_write, norm.add_norm, products, sample, logprobs)
@@ -1014,19 +1016,19 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
     plain = PlainProducts()
 
     class Noting:
-        def partials(self, x: Tensor, weight: Tensor, split: int) -> Tensor:
-            called.append(("partials", tuple(x.shape), tuple(weight.shape), False))
-            return plain.partials(x, weight, split)
+        def partials(self, x: Tensor, weight: Weight) -> Tensor:
+            called.append(("partials", tuple(x.shape), tuple(weight.weight.shape), False))
+            return plain.partials(x, weight)
 
-        def swiglu(self, x: Tensor, weight: Tensor, prefetch: Tensor | None = None) -> Tensor:
+        def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
             assert any(prefetch is down for down in downs)  # other bytes to fetch: another binary
-            called.append(("swiglu", tuple(x.shape), tuple(weight.shape), False))
+            called.append(("swiglu", tuple(x.shape), tuple(weight.weight.shape), False))
             return plain.swiglu(x, weight, prefetch)
 
         def lm_head_argmax(
-            self, x: Tensor, weight: Tensor, return_logits: bool
+            self, x: Tensor, weight: Weight, return_logits: bool
         ) -> tuple[Tensor, Tensor]:
-            called.append(("argmax", tuple(x.shape), tuple(weight.shape), return_logits))
+            called.append(("argmax", tuple(x.shape), tuple(weight.weight.shape), return_logits))
             return plain.lm_head_argmax(x, weight, return_logits)
 
     def attend(q: Tensor, *rest: Any, causal: bool) -> Tensor:
@@ -1039,11 +1041,10 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
     old = load(tiny, slots=slots).runner
     kernels = dataclasses.replace(old.model.kernels, attend=attend, products=Noting())
     old.model.kernels = kernels
-    layers: Any = old.model.layers
+    assert old.model.drafter is not None
+    layers: Any = [*old.model.verifier.layers, *old.model.drafter.layers]
     downs = [layer.mlp.down.weight for layer in layers]
-    outputs = [
-        view.o.weight for layer in layers for view in (layer.attention, layer.draft_attention)
-    ]
+    outputs = [layer.attention.o.weight for layer in layers]
     runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
     before = contents(runner.state)
     runner._compile_kernels(runner._block_jobs(width))

@@ -15,9 +15,10 @@ from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.checkpoint import build_on_meta
 from orthrus_fast.config import read_config
 from orthrus_fast.kernels import tiles
+from orthrus_fast.kernels.formats import PLACES
 from orthrus_fast.kernels.interface import LARGEST_STEP
 from orthrus_fast.kernels.tiles import Tiles, default_tiles, find_tiles
-from orthrus_fast.options import PUBLIC_SHAPES, TILED_ROWS
+from orthrus_fast.options import DRAFT_WEIGHTS, PUBLIC_SHAPES, TILED_ROWS
 from tests.kernel_compile import CHIPS
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
@@ -28,7 +29,9 @@ from orthrus_fast.tuning import Shape
 MODELS = {name: shape_config(name) for name in PUBLIC_SHAPES}
 EMBEDDED = read_config(Path("model"))
 SHAPES = tuple(
-    shape for config in MODELS.values() for shape in tuning.product_shapes(build_on_meta(config))
+    shape
+    for config in MODELS.values()
+    for shape in tuning.product_shapes(build_on_meta(config), formats=("", *DRAFT_WEIGHTS[1:]))
 )
 SHARED = {f"sm_{chip}": shared for chip, shared in CHIPS.items()}
 COMMITTED: dict[str, Any] = json.loads(tiles.committed_table().read_text("utf-8"))["chips"]
@@ -36,7 +39,7 @@ TILES = Tiles(16, 64, 32, False, False, 4, 2)
 
 
 def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {(rows, 70, 520): TILES._replace(block_m=rows) for rows in (16, 32, 2048)}
+    table = {(rows, 70, 520, ""): TILES._replace(block_m=rows) for rows in (16, 32, 2048)}
     monkeypatch.setattr(tiles, "_of_device", lambda device: (99 * 1024, table))
     weight = torch.empty(70, 520, dtype=torch.bfloat16)
 
@@ -44,8 +47,8 @@ def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.M
         return find_tiles(weight.new_empty(*shape, weight.shape[1]), weight)
 
     for n_rows, rows in ((2, 16), (16, 16), (17, 32), (1025, 2048), (9000, 2048)):
-        assert of(n_rows) == of(1, n_rows) == of(n_rows, 1) == table[rows, 70, 520]
-    assert of(2, 3, 4) == table[32, 70, 520]
+        assert of(n_rows) == of(1, n_rows) == of(n_rows, 1) == table[rows, 70, 520, ""]
+    assert of(2, 3, 4) == table[32, 70, 520, ""]
     for n_rows in (1, 33, 1024):
         assert of(n_rows) == default_tiles(n_rows, 2, 99 * 1024)
     assert of(16, weight=torch.empty(520, 70).bfloat16()) == default_tiles(16, 2, 99 * 1024)
@@ -94,14 +97,14 @@ def test_a_tuned_table_goes_before_the_committed_one(
 ) -> None:
     read_device = tiles._of_device.__wrapped__  # not what it has kept of another test
     committed = tiles.read_table(tiles.committed_table(), "sm_90")
-    key = (32, 4096, 4096)
+    key = (32, 4096, 4096, "")
     assert tiles.tables_of("sm_90") == ["committed"] and committed[key] != TILES
     assert read_device(torch.device("cuda")) == (1234, committed)
     assert tiles.tables_of("sm_75") == []
 
     tuning.write_table(card, {"32x4096x4096": TILES, "16x70x520": TILES})
     assert tiles.tables_of("sm_90") == ["committed", str(card)]
-    tuned = {key: TILES, (16, 70, 520): TILES}
+    tuned = {key: TILES, (16, 70, 520, ""): TILES}
     assert read_device(torch.device("cuda")) == (1234, committed | tuned)
     assert tiles.read_tables("sm_75") == {}
 
@@ -118,8 +121,8 @@ def test_a_table_keeps_what_was_not_measured_again(card: Path) -> None:
     table["chips"]["sm_80"] = table["chips"]["sm_90"]
     card.write_text(tuning.to_json(table), "utf-8")
     tuning.write_table(card, {"16x64x64": other})
-    assert tiles.read_table(card, "sm_90") == {(1, 64, 64): TILES, (16, 64, 64): other}
-    assert tiles.read_table(card, "sm_80") == {(1, 64, 64): TILES, (16, 64, 64): TILES}
+    assert tiles.read_table(card, "sm_90") == {(1, 64, 64, ""): TILES, (16, 64, 64, ""): other}
+    assert tiles.read_table(card, "sm_80") == {(1, 64, 64, ""): TILES, (16, 64, 64, ""): TILES}
     assert json.loads(card.read_text("utf-8"))["chips"]["sm_90"]["measured_on"] == "a card"
     assert [path.name for path in card.parent.iterdir()] == [card.name]
 
@@ -166,7 +169,7 @@ def test_what_is_no_table_is_written_anew(card: Path, text: str) -> None:
     card.parent.mkdir(parents=True)
     card.write_text(text, "utf-8")
     tuning.write_table(card, {"16x64x64": TILES})
-    assert tiles.read_table(card, "sm_90") == {(16, 64, 64): TILES}
+    assert tiles.read_table(card, "sm_90") == {(16, 64, 64, ""): TILES}
 
 
 @pytest.mark.parametrize("chip", COMMITTED)
@@ -174,12 +177,18 @@ def test_the_committed_table_has_a_candidate_for_each_product_of_the_public_mode
     chip: str,
 ) -> None:
     table = tiles.read_table(tiles.committed_table(), chip)
-    assert set(table) <= {shape[:3] for shape in SHAPES}
-    for shape in SHAPES:
-        if shape[:3] in table:
-            assert table[shape[:3]] in list(tuning.candidates(shape, SHARED[chip]))
-        else:  # no pass has so many logits
+    shapes = {key: shape for shape in SHAPES for key in tiles.parse_table(entry_of(shape))}
+    assert set(table) <= set(shapes)
+    for key, shape in shapes.items():
+        if key in table:
+            assert table[key] in list(tuning.candidates(shape, SHARED[chip]))
+        elif not shape.format:  # no pass has so many logits
             assert (shape.n_rows, shape.end) == (2048, "argmax")
+
+
+def entry_of(shape: Shape) -> dict[str, Any]:
+    """A chip's entry of a table that holds this shape alone."""
+    return {"tiles": {shape.key: GOOD}}
 
 
 @pytest.mark.parametrize("shared", sorted(set(CHIPS.values())))
@@ -188,9 +197,11 @@ def test_candidates_fit_the_chip(shared: int) -> None:
     small = tuning.product_shapes(build_on_meta(EMBEDDED))
     for shape in (*SHAPES, *odd, *small):
         tried = list(tuning.candidates(shape, shared))
-        assert tried and len(set(tried)) == len(tried)
+        assert len(set(tried)) == len(tried)
+        assert tried or shape.format  # small chips have defaults alone for many rows and int4
         for one in tried:
-            stage = (one.block_m + one.block_n) * one.block_k * 2
+            places = PLACES.get(shape.format, 1)  # words of the weight have so many
+            stage = (one.block_m * places + one.block_n) * one.block_k * 2
             assert one.num_stages >= 2 and one.num_stages * stage <= shared
             assert LARGEST_STEP % one.block_k == 0
             assert not one.joined or shape.split < shape.k
