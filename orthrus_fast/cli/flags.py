@@ -14,10 +14,12 @@ from orthrus_fast.errors import RequestError
 from orthrus_fast.options import (
     ATTENTION_BACKENDS,
     COMPILE_MODES,
+    DRAFT_WEIGHTS,
     MODES,
     PUBLIC_SHAPES,
     RUNNERS,
     TILED_ROWS,
+    WEIGHTS,
 )
 
 Group = argparse._ActionsContainer  # a parser, or a group of its flags
@@ -34,7 +36,7 @@ CHAT, INFO = (
 )
 LENGTH, ANSWER = "--max-seq-len (prompt and answer)", "--max-new-tokens (the answer)"
 SLOTS, CHECKPOINT = "--slots", "--checkpoint"
-QUANTIZED = "--dtype bfloat16 or float16 (weights are not quantized here)"
+QUANTIZED = "--weights fp8 or int4 (of the drafter alone: --draft-weights)"
 NEAR = {  # flags of other tools, and of earlier versions, to what comes near them here
     **dict.fromkeys(("interactive", "i", "chat", "conversation", "cnv"), CHAT),
     **dict.fromkeys(("info", "show"), INFO),
@@ -146,6 +148,7 @@ def build_info_parser(prog: str) -> Parser:
     parser = Parser(prog, description)
     add_checkpoint_flags(parser)
     add_length_flag(parser)
+    add_weights_flags(parser)
     return parser
 
 
@@ -161,6 +164,8 @@ def build_tune_parser(prog: str) -> Parser:
     rows = f"numbers of rows (default: {','.join(map(str, TILED_ROWS))})"
     add = parser.add_argument
     add("--rows", type=row_counts, default=list(TILED_ROWS), metavar="N,…", help=rows)
+    formats = f"formats of the weights (default: {','.join(DRAFT_WEIGHTS)})"
+    add("--weights", type=formats_of, default=DRAFT_WEIGHTS, metavar="NAME,…", help=formats)
     add("--output", metavar="FILE", help="write the table here (default: in your cache directory)")
     return parser
 
@@ -172,6 +177,14 @@ def row_counts(text: str) -> list[int]:
     if not all(counts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(known)}")
     return counts
+
+
+def formats_of(text: str) -> list[str]:
+    """Return the formats of a list. Raises ArgumentTypeError for one that there is not."""
+    names = text.split(",")
+    if not set(names) <= set(DRAFT_WEIGHTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(DRAFT_WEIGHTS)}")
+    return names
 
 
 def add_checkpoint_flags(group: Group) -> None:
@@ -268,6 +281,20 @@ def add_machine_flags(group: Group) -> None:
     add("--compile-mode", choices=COMPILE_MODES, default="default", help=compiler)
     backend = "attention backend (default: auto)"
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto", help=backend)
+    add_weights_flags(group)
+
+
+def add_weights_flags(group: Group) -> None:
+    """Add the flags that say in how many bits weights are kept."""
+    add = group.add_argument
+    drafter = (
+        "the drafter's own, in fewer bits, which change no text (default: auto, the fastest that "
+        "fits on a GPU, the checkpoint's on a CPU)"
+    )
+    names = ("auto", *DRAFT_WEIGHTS)
+    add("--draft-weights", choices=names, default="auto", help=drafter)
+    both = "both views' in fewer bits: another model, in less memory (default: the checkpoint's)"
+    add("--weights", choices=WEIGHTS, default="checkpoint", help=both)
 
 
 def add_output_flags(group: Group) -> None:

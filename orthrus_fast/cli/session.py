@@ -43,6 +43,8 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             compile_mode=args.compile_mode,
             slots=args.slots,
             block_size=args.block_size,
+            weights=args.weights,
+            draft_weights=args.draft_weights,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
             ignore_config_fields=tuple(args.ignore_config_field),

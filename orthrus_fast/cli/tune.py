@@ -29,7 +29,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from orthrus_fast.kernels.tiles import chip_name, tuned_table
 
     models = map(build_on_meta, configs(args))
-    shapes = [shape for model in models for shape in tuning.product_shapes(model, args.rows)]
+    formats = ["" if name == "checkpoint" else name for name in args.weights]
+    shapes = [s for model in models for s in tuning.product_shapes(model, args.rows, formats)]
     device = torch.device("cuda", torch.cuda.current_device())
     table = Path(args.output or tuned_table(chip_name(device)))
     chosen = tuning.tune(dict.fromkeys(shapes), lambda line: print(line, file=sys.stderr))

@@ -49,7 +49,7 @@ def with_template(directory: Path, template: str) -> Path:
         (["--do_sample"], ["--do-sample: no such flag; did you mean --temperature"]),
         (["-t", "0.5"], ["-t: no such flag; did you mean --temperature"]),
         (["--tempreature", "0.5"], ["did you mean --temperature?"]),
-        (["--quantize"], ["weights are not quantized"]),
+        (["--quantize"], ["--weights fp8 or int4"]),
         (["--interactive"], ["orthrus chat, or python -m orthrus_fast chat?"]),
         (["--chat"], ["orthrus chat, or python -m orthrus_fast chat?"]),
         (["--info"], ["orthrus info, or python -m orthrus_fast info?"]),

@@ -50,10 +50,13 @@ def test_the_public_models_are_measured_unless_another_is_named(
     got = capsys.readouterr()
     assert (got.out, got.err) == (f"{tuned_table('sm_90')}\n", "measuring\n")
     assert tuned_table("sm_90").is_relative_to(tmp_path / "cache")
-    assert len(asked[0]) == len(set(asked[0])) == 15 * len(TILED_ROWS)
-    assert main(["tune", "--shape", "8B", "--rows", "1,32"]) == 0
-    assert set(asked[1]) < set(asked[0]) and len(asked[1]) == 5 * 2
+    n_quantized = 3 * 15 * (len(TILED_ROWS) - 1)  # but not of the most rows
+    assert len(asked[0]) == len(set(asked[0])) == 15 * len(TILED_ROWS) + n_quantized
+    more = ["--rows", "1,32", "--weights", "checkpoint,int4"]
+    assert main(["tune", "--shape", "8B", *more]) == 0
+    assert set(asked[1]) < set(asked[0]) and len(asked[1]) == 2 * 5 * 2
     assert Shape(32, 151936, 4096, "argmax") in asked[1]
+    assert Shape(32, 151936, 4096, "argmax", "int4") in asked[1]
     table = tmp_path / "own" / "table.json"
     directory = write_checkpoint(tmp_path / "model")
     assert main(["tune", "--checkpoint", str(directory), "--output", str(table)]) == 0
@@ -70,6 +73,7 @@ def test_the_flags_know_the_rows_of_a_table() -> None:
         ([], "tune: no CUDA device is available here"),
         (["--rows", "1,x"], "--rows: '1,x' is no list of 1, 16, 32"),
         (["--rows", "3"], "--rows: '3' is no list of 1, 16, 32"),
+        (["--weights", "int4,fp4"], "--weights: 'int4,fp4' is no list of checkpoint, fp8, int8"),
         (["--shape", "9B"], "--shape: invalid choice: '9B'"),
         (["--shape", "8B", "--checkpoint", "x"], "not allowed with argument --shape"),
     ],
