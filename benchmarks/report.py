@@ -58,6 +58,10 @@ class ResultFile:
         words += [f"width {asked['block_size']}"] if asked.get("block_size") else []
         others = (asked.get(name) for name in ("runner", "attention", "compile_mode", "dtype"))
         words += [other for other in others if other not in (None, "auto", "default")]
+        of = self.environment.get("configuration") or {}  # "auto" has been resolved there
+        weights, drafter = (of.get(name, "checkpoint") for name in ("weights", "draft_weights"))
+        words += [f"{weights} weights"] if weights != "checkpoint" else []
+        words += [f"{drafter} drafter"] if drafter != weights else []
         self.label = ", ".join([self.model, *words])
 
 
@@ -151,6 +155,10 @@ def acceptance(file: ResultFile) -> tuple[str, Row]:
         "new tokens, at most": str(part["new_tokens"]),
         "tokens/cycle, token-weighted": f"{found['token_weighted']:.2f}",
         "tokens/cycle, mean over prompts": f"{mean} ±{error}",
+        **{
+            f"{kind}, {of['sequences']} prompts": f"{of['mean_over_prompts']:.2f}"
+            for kind, of in part.get("by_kind", {}).items()
+        },
         "distinct trigrams, mean over prompts": f"{part['distinct_trigrams']:.1%}",
         "texts equal to AR's": f"{part['texts_equal_to_ar']} of {n}",
     }

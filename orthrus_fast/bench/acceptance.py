@@ -8,7 +8,7 @@ from typing import NamedTuple
 from orthrus_fast.bench.common import Result
 from orthrus_fast.bench.decoding import decode
 from orthrus_fast.bench.flags import prompts_path
-from orthrus_fast.bench.session import Session, choose_prompts
+from orthrus_fast.bench.session import Session, choose_prompts, chosen_lines
 
 
 class Text(NamedTuple):
@@ -55,6 +55,7 @@ def acceptance(session: Session) -> Result:
         "sequences": len(texts),
         "new_tokens": n_tokens,
         "tokens_per_cycle": averages(texts),
+        "by_kind": by_kind([line.extra.get("kind") for line in chosen_lines(session)], texts),
         **by_position(texts, width),
         "distinct_trigrams": statistics.fmean(distinct_trigrams(text.tokens) for text in texts),
         "texts_equal_to_ar": sum(text.equal_to_ar for text in texts),
@@ -71,6 +72,15 @@ def averages(texts: Sequence[Text]) -> Result:
         "mean_over_prompts": statistics.fmean(each) if each else None,
         "standard_error": statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None,
     }
+
+
+def by_kind(kinds: Sequence[object], texts: Sequence[Text]) -> Result:
+    """Return the averages of each kind of text, where the file's lines have a field "kind"."""
+    each: dict[str, list[Text]] = {}
+    for kind, text in zip(kinds, texts, strict=True):
+        if isinstance(kind, str):
+            each.setdefault(kind, []).append(text)
+    return {kind: {"sequences": len(some), **averages(some)} for kind, some in each.items()}
 
 
 def by_position(texts: Sequence[Text], width: int) -> Result:

@@ -24,7 +24,7 @@ def make_baseline(decoder: Decoder) -> EagerRunner:
     name, mode = settings["runner"], settings["compile_mode"] or "default"
     backend = Backend("one_row", attend_one_row, lambda _: [], row_invariant=False)
     if of.device.type == "cuda":
-        where = (of.device, of.model.lm_head.weight.dtype, decoder.config.head_dim)
+        where = (of.device, of.model.embed_tokens.weight.dtype, decoder.config.head_dim)
         name, mode, backend = "graph", "default", find_backend(settings["attention"], *where)
     model, own = copy.copy(of.model), of.model.kernels
     kernels = replace(plain_kernels(backend.attend), sample=own.sample, logprobs=own.logprobs)

@@ -109,8 +109,9 @@ def with_slots(session: Session, n: int, context: int) -> list[Result]:
         model.kernels = kernels
         return model
 
-    options = replace(session.options, slots=n, max_seq_len=context + session.args.new_tokens)
     of = session.decoder
+    more = {"slots": n, "max_seq_len": context + session.args.new_tokens}
+    options = replace(session.options, **more, draft_weights=of.configuration["draft_weights"])
     decoder = build_decoder(of.name, of.config, copy_model, options, weights_present=True)
     other, entries = Session(session.args, options, decoder, [context]), []
     with ignore_eos(decoder.runner):

@@ -9,7 +9,15 @@ from typing import NoReturn
 from orthrus_fast.bench.common import CONTEXTS, Result
 from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
-from orthrus_fast.options import ATTENTION_BACKENDS, COMPILE_MODES, DTYPES, PUBLIC_SHAPES, RUNNERS
+from orthrus_fast.options import (
+    ATTENTION_BACKENDS,
+    COMPILE_MODES,
+    DRAFT_WEIGHTS,
+    DTYPES,
+    PUBLIC_SHAPES,
+    RUNNERS,
+    WEIGHTS,
+)
 
 PROGRAM = "python -m orthrus_fast.bench"
 PARTS = "startup ceiling passes cycles sampling identity prefill slots acceptance".split()
@@ -114,6 +122,13 @@ def add_decoder_flags(parser: Parser) -> None:
     add("--dtype", choices=DTYPES)
     add("--runner", choices=("auto", *RUNNERS), default="auto")
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto")
+    add("--weights", choices=WEIGHTS, default="checkpoint", help="of both views")
+    add(
+        "--draft-weights",
+        choices=("auto", *DRAFT_WEIGHTS),
+        default="auto",
+        help="the drafter's own",
+    )
     add("--max-seq-len", type=positive, metavar="N", help="(default: room for every part)")
     text = "as orthrus generate reads (default: the embedded checkpoint's held-out prompts)"
     add("--prompts-file", metavar="FILE", help=text)

@@ -87,7 +87,7 @@ def record(
     """
     runner, state, decoder = session.runner, session.runner.state, session.decoder
     shape = (decoder.slots, n_tokens + session.width, decoder.config.vocab_size)
-    logits = torch.zeros(shape, dtype=runner.model.lm_head.weight.dtype, device=session.device)
+    logits = torch.zeros(shape, dtype=runner.model.embed_tokens.weight.dtype, device=session.device)
     offset = torch.arange(session.width, device=session.device)
     n_prompt = torch.zeros_like(state.length)
     n_prompt[: len(prompts)] = n_prompt.new_tensor([len(prompt) for prompt in prompts])

@@ -11,7 +11,6 @@ from orthrus_fast.bench.common import LONGEST_PROMPT, PREFILL_LENGTHS, ROUNDS, R
 from orthrus_fast.bench.session import Session, random_prompts
 from orthrus_fast.bench.streaming import bytes_read, ceiling, shares
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.model import View
 
 CYCLE_SETTINGS: dict[str, dict[str, Any]] = {  # of the part sampling
     "greedy": {},
@@ -63,7 +62,9 @@ def passes_at(session: Session, context: int, rate: float) -> Result:
     times = time_steps(list(steps.values()), session.device, repeats)
     result: Result = {"context": context}
     for name, ms in zip(steps, times, strict=True):
-        read = bytes_read(session, View.DRAFT if name == "draft" else View.AUTOREGRESSIVE, context)
+        stack = runner.model.drafter if name == "draft" else runner.model.verifier
+        assert stack is not None
+        read = bytes_read(session, stack, context)
         result[name] = {"ms": ms, **read, **shares(read, ms["median"], rate)}
     if session.drafting:
         cycle = summary(cycle_spans(runner, width, True, repeats))

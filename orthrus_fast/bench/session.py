@@ -20,7 +20,7 @@ from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
-from orthrus_fast.prompts import read_prompts
+from orthrus_fast.prompts import PromptLine, read_prompts
 from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
 
@@ -69,7 +69,8 @@ def build_session(args: argparse.Namespace) -> Session:
         raise RequestError("--top-k and --top-p need a --temperature above 0: greedy ignores them")
     path = args.checkpoint or ("" if args.shape else embedded_checkpoint())
     config = shape_config(args.shape) if args.shape else open_checkpoint(path).config
-    names = ("device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size")
+    names = ["device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size"]
+    names += ["weights", "draft_weights"]
     asked = {name: getattr(args, name) for name in names}
     options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
     settings = resolve(options, config)
@@ -115,15 +116,21 @@ def release_memory() -> None:
 
 def choose_prompts(session: Session) -> list[list[int]]:
     """Return the ids of ``--sequences`` prompts, spread over a file or random, of many lengths."""
-    n, path = session.args.sequences, prompts_path(session.args)
-    if path is not None:
-        lines = read_prompts(path)
-        n = min(n, len(lines))
-        return [session.decoder.encode(lines[i * len(lines) // n].prompt) for i in range(n)]
+    n, lines = session.args.sequences, chosen_lines(session)
+    if lines:
+        return [session.decoder.encode(line.prompt) for line in lines]
     longest = min(LONGEST_PROMPT, session.decoder.max_seq_len - session.args.new_tokens)
     generator = torch.Generator().manual_seed(session.args.seed)
     lengths = torch.randint(1, longest + 1, (n,), generator=generator).tolist()
     return random_prompts(session, lengths)
+
+
+def chosen_lines(session: Session) -> list[PromptLine]:
+    """Return ``--sequences`` lines of the file of prompts, spread over it; [] without a file."""
+    path = prompts_path(session.args)
+    lines = read_prompts(path) if path is not None else []
+    n = min(session.args.sequences, len(lines))
+    return [lines[i * len(lines) // n] for i in range(n)]
 
 
 def random_prompts(session: Session, lengths: Sequence[int], salt: int = 0) -> list[list[int]]:

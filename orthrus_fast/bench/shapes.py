@@ -1,11 +1,13 @@
 """The shapes of the public models, and random weights for them."""
 
 import torch
+from torch import Tensor
 
-from orthrus_fast.checkpoint import allocate
+from orthrus_fast.checkpoint import make_model
 from orthrus_fast.config import ModelConfig, RopeConfig
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.model import Transformer
+from orthrus_fast.quantization import Quantizer
 
 
 def shape_config(shape: str) -> ModelConfig:
@@ -36,18 +38,25 @@ def shape_config(shape: str) -> ModelConfig:
 
 
 def random_model(
-    config: ModelConfig, kernels: Kernels, device: torch.device, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantizer: Quantizer,
+    *,
+    seed: int,
 ) -> Transformer:
     """Draw weights on the device with a standard deviation of 0.02; the weights of norms are 1.
 
     For "tiny" the deviation is 0.2: so small a model would repeat its last token for ever.
     """
-    model = allocate(config, kernels, device, dtype, draft_view=True)
     generator = torch.Generator(device).manual_seed(seed)
     deviation = 0.02 if config.hidden_size >= 2048 else 0.2
-    for name, weight in model.named_parameters():
+
+    def fill(name: str, weight: Tensor) -> None:
         if "norm" in name:
             weight.fill_(1.0)
         else:
             weight.normal_(0.0, deviation, generator=generator)
-    return model
+
+    return make_model(config, kernels, device, dtype, fill, quantizer)

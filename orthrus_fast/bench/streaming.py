@@ -9,7 +9,7 @@ from torch.nn import functional
 from orthrus_fast.bench.clocks import time_steps
 from orthrus_fast.bench.common import Result
 from orthrus_fast.bench.session import Session
-from orthrus_fast.model import View
+from orthrus_fast.model import Stack
 
 STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes that one timing reads; far more than caches hold
 
@@ -27,7 +27,7 @@ def product_rate(session: Session) -> float:
 
     A head that fits in a cache is copied until the copies don't.
     """
-    device, head = session.device, session.runner.model.lm_head.weight
+    device, head = session.device, session.runner.model.embed_tokens.weight
     n_heads = max(1, math.ceil(STREAMED[device.type] // 4 / head.nbytes))
     heads = [head, *(head.clone() for _ in range(n_heads - 1))]
     n_rounds = math.ceil(STREAMED[device.type] / (n_heads * head.nbytes))
@@ -56,7 +56,7 @@ def replayable(run: Callable[[], None], device: torch.device) -> Callable[[], No
 
 def read_rates(session: Session) -> dict[str, float]:
     """Return the bytes/s of two reductions over a large buffer of the model's dtype."""
-    device, head = session.device, session.runner.model.lm_head.weight
+    device, head = session.device, session.runner.model.embed_tokens.weight
     tile = head.new_empty(2**20).normal_(generator=torch.Generator(device).manual_seed(0))
     buffer = tile.repeat(max(1, STREAMED[device.type] // tile.nbytes))
     steps: dict[str, Callable[[], object]] = {"amax": buffer.amax, "sum": buffer.sum}
@@ -65,12 +65,12 @@ def read_rates(session: Session) -> dict[str, float]:
     return dict(zip(steps, rates, strict=True))
 
 
-def bytes_read(session: Session, view: View, context: int) -> Result:
-    """Return the bytes of weights and of K and V that one pass of ``view`` has to read."""
+def bytes_read(session: Session, stack: Stack, context: int) -> Result:
+    """Return the bytes of weights and of K and V that one pass of ``stack`` has to read."""
     model, n_rows = session.runner.model, session.decoder.slots * (context + session.width)
     n_elements = n_rows * session.decoder.config.cache_elements_per_token
-    cache = n_elements * model.lm_head.weight.dtype.itemsize
-    weights = sum(linear.weight.nbytes for linear in model.linears(view))
+    cache = n_elements * model.embed_tokens.weight.dtype.itemsize
+    weights = sum(weight.nbytes for linear in stack.linears() for weight in linear.parameters())
     return {"weights_bytes": weights, "cache_bytes": cache}
 
 

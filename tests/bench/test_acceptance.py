@@ -58,6 +58,8 @@ def test_acceptance_of_the_embedded_checkpoint(sampled: tuple[str, ...], tmp_pat
     part, identity = parts["acceptance"], parts["identity"]
     assert part["prompts_file"] == "heldout.jsonl" and part["sampling"] == identity["sampling"]
     assert part["texts_equal_to_ar"] == part["sequences"] == len(part["by_prompt"]) == 3
+    assert sum(of["sequences"] for of in part["by_kind"].values()) == 3
+    assert part["by_kind"]["records"]["mean_over_prompts"] > 1
     found = part["tokens_per_cycle"]
     assert found["token_weighted"] == pytest.approx(identity["tokens_per_cycle"])
     by_prompt = [prompt["tokens_per_cycle"] for prompt in part["by_prompt"]]

@@ -50,6 +50,6 @@ def test_it_shares_weights_state_and_cache() -> None:
     built = session(*TINY, "--new-tokens", "8")
     of, baseline = built.runner, built.baseline
     assert baseline.state is of.state and baseline.cache is of.cache and baseline.eos is of.eos
-    assert baseline.model.lm_head.weight is of.model.lm_head.weight
+    assert baseline.model.verifier is of.model.verifier
     assert baseline.model.kernels.products != of.model.kernels.products
     assert built.baseline is baseline

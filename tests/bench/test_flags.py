@@ -49,6 +49,8 @@ def refused(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         (("--new-tokens", "1"), "below 2"),
         (("--device", "tpu"), "device"),
         (("--dtype", "int3"), "invalid choice"),
+        (("--draft-weights", "int3"), "invalid choice"),
+        ((*CPU_TINY, "--weights", "int4", "--draft-weights", "fp8"), "leave draft_weights out"),
         (("--compile-mode", "fast"), "invalid choice"),
         ((*CPU_TINY, "--compile-mode", "max-autotune"), "use runner 'compiled'"),
         ((*CPU_TINY, "--runner", "graph"), "needs a CUDA device"),

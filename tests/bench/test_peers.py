@@ -56,7 +56,7 @@ def test_their_model_computes_our_logits_from_shared_memory() -> None:
     with torch.inference_mode():
         expected = theirs(torch.tensor([prompt])).logits[0, -1]
     assert torch.allclose(session.decoder.next_logits(prompt), expected, rtol=1e-4, atol=1e-3)
-    own = session.runner.model.layers[0].attention.qkv.weight
+    own = session.runner.model.verifier.layers[0].attention.qkv.weight
     assert theirs.model.layers[0].self_attn.q_proj.weight.data_ptr() == own.data_ptr()
 
 

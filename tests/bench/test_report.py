@@ -191,6 +191,16 @@ def test_what_is_not_the_rule_is_in_the_label() -> None:
     file = file_of(changed(content("1.7B"), otherwise))
     assert file.label == "1.7B, 4 slots, width 16, eager, float32" and file.model == "1.7B"
     assert file_of(content("embedded")).label == "embedded"
+    for weights, drafter, label in (
+        ("checkpoint", "int4", "1.7B, int4 drafter"),
+        ("fp8", "fp8", "1.7B, fp8 weights"),
+        ("checkpoint", "checkpoint", "1.7B"),
+    ):
+        of = {"weights": weights, "draft_weights": drafter}
+        made = changed(
+            content("1.7B"), lambda one, of=of: one["environment"]["configuration"].update(of)
+        )
+        assert file_of(made).label == label
     (row,) = rows("headline", content("embedded"), content("4B"))[:1]
     assert list(row) == ["one sequence after 1024 tokens", "4B"]  # the public shapes alone
 
