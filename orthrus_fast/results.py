@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stats:
-    """What one request took. Times in seconds, from the start of its prefill."""
+    """What one request took. Times in seconds, from when it was queued."""
 
     prompt_tokens: int
+    reused_tokens: int  # of the prompt, whose cache rows an earlier request had left
     cycles: int  # verify passes; a diffusion cycle runs a draft pass before each
     tokens_per_cycle: float | None  # without the first token, which prefill gives; None: no cycle
     accepted: tuple[int, ...]  # draft tokens that each cycle emitted

@@ -43,6 +43,8 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             compile_mode=args.compile_mode,
             slots=args.slots,
             block_size=args.block_size,
+            drafting=args.drafting,
+            prefix_reuse=args.prefix_reuse,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
             ignore_config_fields=tuple(args.ignore_config_field),
@@ -159,8 +161,8 @@ def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int | N
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
     """Stream the answer to the terminal; Ctrl-C ends it and keeps what was written so far."""
-    stream = decoder.stream(ids, budget(decoder, args, len(ids)), sampling(args), args.mode)
     interrupted = False
+    stream = decoder.stream(ids, budget(decoder, args, len(ids)), sampling(args), args.mode)
     try:
         for chunk in stream:
             if not args.json:
@@ -187,7 +189,9 @@ def report(
         parts.append(f"{stats.tokens_per_cycle:.2f} tokens per cycle in {stats.cycles} cycles")
     if stats.tokens_per_second is not None:
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
-    parts.append(f"first token after {stats.time_to_first_token:.3f} s")
+    first = f"first token after {stats.time_to_first_token:.3f} s"
+    reused = f", {stats.reused_tokens} of {stats.prompt_tokens} prompt tokens reused"
+    parts.append(first + (reused if stats.reused_tokens else ""))
     settings = decoder.configuration
     parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
     if result.seed is not None:
