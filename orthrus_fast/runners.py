@@ -124,9 +124,7 @@ class EagerRunner:
         self._mailbox.send(None, lambda _: [])
 
     @torch.inference_mode()
-    def start(
-        self, slot: int, begin: int, end: int, width: int, params: SamplingParams
-    ) -> Tensor:
+    def start(self, slot: int, begin: int, end: int, width: int, params: SamplingParams) -> Tensor:
         """Launch the last pass over a prompt and its first new token -> the token's logits [V].
 
         From then on cycles move the slot. The logits may be overwritten by the next launch.
@@ -565,7 +563,7 @@ class _Mailbox:
     def has_arrived(self) -> bool:
         """Whether nobody has to wait for the oldest; on a CPU the host is the device."""
         event = self._unread[0][1]
-        return event is not None and event.query()
+        return event is not None and bool(event.query())  # type: ignore[no-untyped-call]
 
     def receive(self) -> list[SlotOutput]:
         report, event, parse = self._unread[0]

@@ -32,7 +32,7 @@ from orthrus_fast.options import MODES, ONE_ROW, ONE_WIDTH, TILED_ROWS
 from orthrus_fast.runners import EagerRunner, GraphRunner, compiler_limits, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.core.test_one_row import Pieces, compute, decode
-from tests.decoders import unchecked
+from tests.decoders import prefill_logits, unchecked
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
 from tests.judge import Judge, dense_attention, follows
 
@@ -313,7 +313,7 @@ def test_a_row_has_the_same_bits_however_it_is_computed(
     for slot, pieces in enumerate(WAYS):
         assert are_equal(computed(four, slot, text, pieces), expected), slot
     for runner, slot, begin in ((one, 0, 0), (four, 3, 123), (four, 3, 699), (four, 1, 0)):
-        assert torch.equal(bits_of(runner.prefill_logits(text, slot, begin)), expected[0][-1])
+        assert torch.equal(bits_of(prefill_logits(runner, text, slot, begin)), expected[0][-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -38,7 +38,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 7540,
+    "the core": 8200,
     "tuning": 200,
     "bench": 1500,
     "model.py": 400,

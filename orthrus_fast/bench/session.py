@@ -71,7 +71,7 @@ def build_session(args: argparse.Namespace) -> Session:
     config = shape_config(args.shape) if args.shape else open_checkpoint(path).config
     names = ("device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size")
     asked = {name: getattr(args, name) for name in names}
-    options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
+    options = Options(max_seq_len=choose_max_seq_len(args, config), **asked, prefix_reuse=False)
     settings = resolve(options, config)
     contexts = choose_contexts(args, settings.max_seq_len)
     if (block := settings.config.block_size) is not None:

@@ -161,8 +161,8 @@ def budget(decoder: Decoder, args: argparse.Namespace, n_prompt: int) -> int | N
 
 def decode(decoder: Decoder, args: argparse.Namespace, ids: list[int]) -> tuple[Generation, bool]:
     """Stream the answer to the terminal; Ctrl-C ends it and keeps what was written so far."""
-    interrupted = False
     stream = decoder.stream(ids, budget(decoder, args, len(ids)), sampling(args), args.mode)
+    interrupted = False
     try:
         for chunk in stream:
             if not args.json:

@@ -106,8 +106,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request has not ended."""
-        return bool(self._submitted or self.scheduler.waiting or self.scheduler.sequences)
+        """Whether any request has not ended, or any launch has not been read."""
+        waiting = self._submitted or self.scheduler.waiting
+        return bool(waiting or self.scheduler.sequences or self._in_flight)
 
     def step(self) -> list[Update]:
         """Launch what comes next, then read the oldest launch, unless the device needs more ahead.
@@ -200,9 +201,9 @@ class Engine:
         self._in_flight.append(_Launch(owners, width, False, False, began, logits))
 
     def _longest_chunk(self) -> int:
-        """Rows of the next pass over a prompt, at most: fewer where others wait for their tokens."""
+        """Rows of the next pass over a prompt, at most: fewer where others wait for tokens."""
         decoding = [s for s in self.scheduler.sequences if not s.is_prefilling]
-        if not decoding or not self._one_row:
+        if not (decoding and self.scheduler.takes_turns and self._one_row):
             return steps.PREFILL_CHUNK
         return self._chunk_times.widest_within(self.limits.max_gap - self._cycle_seconds)
 
@@ -255,7 +256,9 @@ class Engine:
         reason = None
         if output.done:
             eos = self.runner.model.config.eos_token_ids
-            reason = "error" if overflow else "eos" if tokens[-1:] and tokens[-1] in eos else "length"
+            reason = (
+                "error" if overflow else "eos" if tokens[-1:] and tokens[-1] in eos else "length"
+            )
         n_accepted = output.n_accepted and min(output.n_accepted, len(tokens))
         update = Update(
             request.id,

@@ -81,6 +81,7 @@ class Scheduler:
         self.slots = [Slot(index) for index in range(n_slots)]
         self.waiting: deque[Request] = deque()
         self.reuse = reuse
+        self.takes_turns = True  # False: all prompts first, then cycles
         self._clock = 0
         self._cycle_is_next = False
 
@@ -142,7 +143,7 @@ class Scheduler:
         """The next launch; passes over prompts and cycles take turns. Empty: there is none."""
         cycle = tuple(s for s in self.sequences if not s.is_prefilling and s.may_go_on)
         prompt = next((s for s in self.sequences if s.is_prefilling), None)
-        if prompt is None or (cycle and self._cycle_is_next):
+        if prompt is None or (cycle and self._cycle_is_next and self.takes_turns):
             return Work(cycle=cycle)
         return Work(prompt=prompt)
 

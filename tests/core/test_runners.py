@@ -39,7 +39,7 @@ from orthrus_fast.results import Generation
 from orthrus_fast.runners import check_runner
 from orthrus_fast.sampling import Settings
 from tests.checkpoints import write_checkpoint
-from tests.decoders import committed, unchecked
+from tests.decoders import always_drafting, committed, prefill_logits, start, unchecked
 from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
 from tests.marks import slow_but
@@ -62,7 +62,8 @@ def load(directory: Path, dtype: str = "float32", **options: Any) -> Decoder:
 
 
 def checked(directory: Path, dtype: str = "float32", **options: Any) -> Decoder:
-    return orthrus_fast.load(directory, **{"device": "cpu", "dtype": dtype, **options})
+    options = always_drafting(directory, {"device": "cpu", "dtype": dtype, **options})
+    return orthrus_fast.load(directory, **options)
 
 
 def both(directory: Path, dtype: str = "float32", **options: Any) -> tuple[Decoder, Decoder]:
@@ -243,7 +244,7 @@ def test_each_function_is_compiled_once_for_all_widths(tmp_path: Path, plain_com
             params = orthrus_fast.SamplingParams(temperature=0.7 * sampling, seed=3)
             outputs = []
             for one in (runner, expected):
-                outputs.append([one.prefill(prompt, 0, 200, params, drafting=True)])
+                outputs.append([start(one, prompt, 0, 200, params, drafting=True)])
                 one.launch(True, width, sampling)
                 outputs[-1] += one.read()
             assert [output.tokens for output in outputs[0]] == [o.tokens for o in outputs[1]]
@@ -1150,9 +1151,9 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     text = torch.arange(330) * 7 % 250
     for begin, end, slot, replays in ((0, 330, 2, [0, 2, 0]), (70, 75, 2, [1, 0, 0])):
         before = n_replays()
-        got = runner.prefill_logits(text[:end], slot, begin)
+        got = prefill_logits(runner, text[:end], slot, begin)
         assert [b - a for a, b in zip(before, n_replays(), strict=True)] == replays
-        assert torch.equal(got, eager.runner.prefill_logits(text[:end], slot))
+        assert torch.equal(got, prefill_logits(eager.runner, text[:end], slot))
         for rows, expected in zip(runner.cache.k, eager.runner.cache.k, strict=True):
             assert torch.equal(rows[slot, :, :end], expected[slot, :, :end])
     before = n_replays()
