@@ -270,7 +270,7 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
     obstacle = _why_one_width(settings)
     if not obstacle:
         widths = sorted({1, *settings.widths, block} if name == "graph" else {1, block})
-        for width in widths:
+        for width in widths[:-1]:  # the last one is the block's
             runner.prepare(width)
         runner.prepare_prefill()
         found = check(runner, widths, boundaries)

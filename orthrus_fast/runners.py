@@ -145,9 +145,10 @@ class EagerRunner:
     def _prefill(self, slot: int, begin: int, end: int, width: int) -> Tensor:
         """A pass over a part of the slot's text -> hidden [1, W, hidden_size], until the next."""
         with full_precision_matmul(self.device):
-            # What follows ``end`` in the slot's text is as good a padding as any.
-            tokens = self.state.tokens[slot : slot + 1, begin : begin + width]
-            return self.prefill_chunk(tokens, begin, slot)
+            # What follows ``end`` in the slot's text is as good a padding as any. A copy, because
+            # the compiler would make another artifact for a view.
+            tokens = self.state.tokens[slot, begin : begin + width].clone()
+            return self.prefill_chunk(tokens[None], begin, slot)
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
         """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next.
@@ -304,14 +305,20 @@ class CompiledRunner(EagerRunner):
         if kind in self._prepared:
             return
         _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
+        with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
+            with self._nothing_moves():
+                self._warm_up(width, sampling)
+        self._prepared.add(kind)
+
+    @contextlib.contextmanager
+    def _nothing_moves(self) -> Iterator[None]:
+        """Every slot is done within, so that passes write scratch rows alone."""
         done = self.state.done.clone()
         self.state.done.fill_(True)
         try:
-            with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
-                self._warm_up(width, sampling)
+            yield
         finally:
             self.state.done.copy_(done)
-        self._prepared.add(kind)
 
     @property
     def _per_width(self) -> bool:
@@ -439,7 +446,7 @@ class GraphRunner(CompiledRunner):
             return
         super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
-        with self._timed("capture"), full_precision_matmul(self.device):
+        with self._timed("capture"), full_precision_matmul(self.device), self._nothing_moves():
             if self._drafts_at(width):
                 self._draft_graphs[key], _ = self._capture(lambda: EagerRunner.draft(self, *key))
             graph, report = self._capture(lambda: EagerRunner.verify(self, *key))

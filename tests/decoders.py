@@ -27,7 +27,8 @@ def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
 
 def always_drafting(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a load, with a draft of the whole block in every cycle of mode diffusion."""
-    config = json.loads((directory / "config.json").read_text())
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
     width = options.get("block_size") or config.get("block_size")
     return {"drafting": "auto" if width is None else width, **options}
 
