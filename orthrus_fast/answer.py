@@ -75,11 +75,11 @@ class Answer:
         decoding = self._last_at - self._first_at
         return Stats(
             prompt_tokens=self._n_prompt,
-            reused_tokens=self._n_reused,
             cycles=len(self.accepted),
             tokens_per_cycle=n_after_first / len(self.accepted) if self.accepted else None,
             accepted=tuple(self.accepted),
             time_to_first_token=self._first_at - self._started,
             seconds=self._last_at - self._started,
             tokens_per_second=n_after_first / decoding if decoding > 0 else None,
+            reused_tokens=self._n_reused,
         )

@@ -10,13 +10,13 @@ class Stats:
     """What one request took. Times in seconds, from when it was queued."""
 
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, whose cache rows an earlier request had left
     cycles: int  # verify passes; a diffusion cycle runs a draft pass before each
     tokens_per_cycle: float | None  # without the first token, which prefill gives; None: no cycle
     accepted: tuple[int, ...]  # draft tokens that each cycle emitted
     time_to_first_token: float
     seconds: float
     tokens_per_second: float | None  # of the tokens after the first, over the time after it
+    reused_tokens: int = 0  # of the prompt: their cache rows were those of an earlier request
 
 
 @dataclass(frozen=True)

@@ -305,9 +305,13 @@ class CompiledRunner(EagerRunner):
         if kind in self._prepared:
             return
         _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
-        with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
-            with self._nothing_moves():
-                self._warm_up(width, sampling)
+        with (
+            self._timed("compile"),
+            compiler_limits(),
+            full_precision_matmul(self.device),
+            self._nothing_moves(),
+        ):
+            self._warm_up(width, sampling)
         self._prepared.add(kind)
 
     @contextlib.contextmanager

@@ -38,9 +38,10 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 8200,
+    "the core": 7800,  # of which the answers to several callers at once took 100
+    "engine": 750,
     "tuning": 200,
-    "bench": 1500,
+    "bench": 1700,  # the engine's part
     "model.py": 400,
     "benchmarks/report.py": 600,
 }

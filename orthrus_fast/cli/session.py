@@ -190,7 +190,7 @@ def report(
     if stats.tokens_per_second is not None:
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
     first = f"first token after {stats.time_to_first_token:.3f} s"
-    reused = f", {stats.reused_tokens} of {stats.prompt_tokens} prompt tokens reused"
+    reused = f", {stats.reused_tokens} tokens of the prompt reused"
     parts.append(first + (reused if stats.reused_tokens else ""))
     settings = decoder.configuration
     parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
