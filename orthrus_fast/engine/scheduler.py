@@ -105,7 +105,7 @@ class Scheduler:
         if not self.reuse:
             return Admission(request, free[0].index, free[0].index, 0, 0)
         shared = [self._n_shared(request, slot) for slot in self.slots]
-        longest = max(free, key=lambda slot: (shared[slot.index], -slot.used))
+        longest = max(free, key=lambda slot: (shared[slot.index], -len(slot.rows)))
         oldest = min(free, key=lambda slot: slot.used)
         target = longest if 2 * shared[longest.index] >= len(longest.rows) > 0 else oldest
         source = max(self.slots, key=lambda slot: shared[slot.index])
