@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 FIRST_GUESS = 0.8  # the share of right drafts before any was seen
-MEMORY = 20  # drafts at a position over which its share is averaged
+MEMORY = 30  # drafts at a position over which its share is averaged
 TRUST = 4  # drafts for which the average over all requests stands in a new request's own
-FINDING_OUT = 0.02  # of the time without drafts that looking for better ones may take
+FINDING_OUT = 0.01  # of the time without drafts that looking for better ones may take
 QUICKNESS = 0.1  # of an average of times: the weight of the newest one
 
 
