@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from orthrus_fast import Decoder, SamplingParams, steps
+from orthrus_fast import SamplingParams
 from orthrus_fast.engine.request import Request
 from orthrus_fast.errors import PromptError, QueueFullError, RequestError
 from orthrus_fast.tokenizer import Detokenizer
@@ -188,7 +188,7 @@ def test_a_beginning_is_copied_from_a_slot_that_is_busy(tiny: Path, solo: Solo) 
     for _ in first:
         pass
     assert first.result.tokens == alone(solo, [*LONG, 1], 30)
-    assert check_rows(decoder.engine, solo) > 900
+    assert check_rows(decoder.engine, solo) > 600
 
 
 def test_a_stop_string_ends_one_text_and_its_rows_stay(tiny: Path, solo: Solo) -> None:
@@ -210,38 +210,38 @@ def test_a_stop_string_ends_one_text_and_its_rows_stay(tiny: Path, solo: Solo) -
 
 @pytest.mark.parametrize("where", ["launch", "verify", "start", "prefill", "read", "open"])
 @pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("after", [False, True])
 def test_ctrl_c_in_one_call_harms_no_other(
-    tiny: Path, solo: Solo, monkeypatch: pytest.MonkeyPatch, where: str, ahead: int
+    tiny: Path, solo: Solo, where: str, ahead: int, after: bool
 ) -> None:
     """Whatever it interrupts, before or after its work: others go on from what they have read."""
-    for after in (False, True):
-        decoder = load(tiny, slots=3)
-        decoder.runner.lookahead = ahead  # type: ignore[misc]
-        decoder.engine._longest_chunk = lambda: 40  # type: ignore[method-assign]
-        other = decoder.stream(LONG[:100], 40)
-        waiting = decoder.stream([3, 4], 20)
-        next(other), next(other)
-        function, n_calls = getattr(decoder.runner, where), [0]
+    decoder = load(tiny, slots=3)
+    decoder.runner.lookahead = ahead  # type: ignore[misc]
+    decoder.engine._longest_chunk = lambda: 40  # type: ignore[method-assign]
+    other, waiting = decoder.stream(LONG[:100], 40), decoder.stream([3, 4], 20)
+    next(other), next(other)
+    function, n_calls = getattr(decoder.runner, where), 0
 
-        def interrupted(*arguments: Any, of: Any = function, after: bool = after) -> Any:
-            n_calls[0] += 1
-            if n_calls[0] == 3 and not after:
-                raise KeyboardInterrupt
-            result = of(*arguments)
-            if n_calls[0] == 3:
-                raise KeyboardInterrupt
-            return result
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3 and not after:
+            raise KeyboardInterrupt
+        result = function(*arguments)
+        if n_calls == 3:
+            raise KeyboardInterrupt
+        return result
 
-        setattr(decoder.runner, where, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            for extra in (LONG[:130], LONG[50:200], [5]):
-                decoder.generate(extra, 20)
-        for stream, prompt, budget in ((other, LONG[:100], 40), (waiting, [3, 4], 20)):
-            for _ in stream:
-                pass
-            assert stream.result.tokens == alone(solo, prompt, budget)
-        check_rows(decoder.engine, solo)
-        assert decoder.generate(LONG[:130], 20).tokens == alone(solo, LONG[:130], 20)
+    setattr(decoder.runner, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for extra in (LONG[:130], LONG[50:200], [5]):
+            decoder.generate(extra, 20)
+    for stream, prompt, budget in ((other, LONG[:100], 40), (waiting, [3, 4], 20)):
+        for _ in stream:
+            pass
+        assert stream.result.tokens == alone(solo, prompt, budget)
+    check_rows(decoder.engine, solo)
+    assert decoder.generate(LONG[:130], 20).tokens == alone(solo, LONG[:130], 20)
 
 
 @pytest.mark.parametrize("where", ["launch", "start", "prefill", "read", "open"])
@@ -352,12 +352,17 @@ def test_a_long_prompt_leaves_room_for_its_neighbours(tiny: Path) -> None:
     next(neighbour)
     events: list[Any] = []
     prefill, launch = decoder.runner._prefill, decoder.runner.launch
-    decoder.runner._prefill = (  # type: ignore[method-assign]
-        lambda slot, begin, end, width: (
-            events.append(end - begin) or prefill(slot, begin, end, width)
-        )
-    )
-    decoder.runner.launch = lambda *of: events.append("cycle") or launch(*of)  # type: ignore[method-assign]
+
+    def noting_chunks(slot: int, begin: int, end: int, width: int) -> Any:
+        events.append(end - begin)
+        return prefill(slot, begin, end, width)
+
+    def noting_cycles(*arguments: Any) -> None:
+        events.append("cycle")
+        launch(*arguments)
+
+    decoder.runner._prefill = noting_chunks  # type: ignore[method-assign]
+    decoder.runner.launch = noting_cycles  # type: ignore[method-assign]
     object.__setattr__(decoder.engine.limits, "max_gap", 0.0)
     decoder.generate(LONG, 1)
     sizes = [event for event in events if event != "cycle"]
@@ -397,4 +402,3 @@ def test_next_logits_beside_others(tiny: Path, solo: Solo) -> None:
     for _ in stream:
         pass
     assert stream.result.tokens == alone(solo, [1, 2], 30)
-    assert steps.PREFILL_CHUNK > 0 and isinstance(decoder, Decoder)

@@ -83,7 +83,7 @@ def test_without_drafts_or_with_a_fixed_width_there_is_no_choice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "n_others", "width"), [(0.95, 0, 32), (0.7, 0, 8), (0.3, 0, 1), (0.95, 30, 1)]
+    ("share", "n_others", "width"), [(0.95, 0, 32), (0.7, 0, 16), (0.3, 0, 1), (0.95, 30, 1)]
 )
 def test_the_width_that_pays_most(share: float, n_others: int, width: int) -> None:
     """Neighbours that do not draft pay for drafts without having any."""
@@ -119,11 +119,8 @@ def test_where_drafts_do_not_pay_finding_out_costs_little(share: float) -> None:
 @pytest.mark.parametrize("share", [0.7, 0.8, 0.95])
 def test_where_drafts_pay_it_is_near_the_best_width(share: float) -> None:
     seconds, tokens = simulate(policy(), share, 3000)
-    best = max(
-        simulate(policy(width), share, 3000)[1] / policy().times[width] / 3000
-        for width in WIDTHS[1:]
-    )
-    assert tokens / seconds > 0.95 * best
+    fixed = [simulate(policy(width), share, 3000) for width in WIDTHS[1:]]
+    assert tokens / seconds > 0.95 * max(gave / took for took, gave in fixed)
 
 
 def test_it_finds_out_when_a_text_begins_to_be_easy() -> None:
@@ -137,4 +134,4 @@ def test_it_finds_out_when_a_text_begins_to_be_easy() -> None:
             one.saw(acceptance, width - 1, width - 1)
     assert widths[0] > 1, "a new request is looked at once"
     first = next(i for i in range(300) if min(widths[i : i + 20]) > 1)
-    assert first < 200
+    assert first < 250
