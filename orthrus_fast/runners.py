@@ -127,7 +127,7 @@ class EagerRunner:
     def start(self, slot: int, begin: int, end: int, width: int, params: SamplingParams) -> Tensor:
         """Launch the last pass over a prompt and its first new token -> the token's logits [V].
 
-        From then on cycles move the slot. The logits may be overwritten by the next launch.
+        From then on cycles move the slot.
         """
         hidden = self._prefill(slot, begin, end, width)
         with full_precision_matmul(self.device):

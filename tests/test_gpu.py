@@ -34,6 +34,7 @@ from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.core.test_one_row import Pieces, compute, decode
 from tests.decoders import always_drafting, prefill_logits, unchecked
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
+from tests.engine.solo import Solo, check_requests, check_rows, unpredictable
 from tests.judge import Judge, dense_attention, follows
 
 pytestmark = [
@@ -919,3 +920,27 @@ def test_prefill_commits_the_same_rows_whatever_was_there(tiny: Path) -> None:
     for rows in (*decoder.runner.cache.k, *decoder.runner.cache.v):
         rows.normal_()
     assert torch.equal(decoder.next_logits(prompt), first)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_requests_are_told_what_they_are_told_alone(slots: int) -> None:
+    """In bf16, with graphs a launch ahead, widths and chunks as the engine chooses them."""
+    solo = Solo(orthrus_fast.load(MODEL, max_seq_len=400, prefix_reuse=False))
+    engine = orthrus_fast.load(MODEL, max_seq_len=400, slots=slots).engine
+    check_requests(engine, solo, 500 if slots > 1 else 100, seed=slots)
+    assert check_rows(engine, solo) > 0
+
+
+def test_any_width_and_any_cut_of_a_prompt(tiny: Path) -> None:
+    solo = Solo(orthrus_fast.load(tiny, prefix_reuse=False))
+    engine = orthrus_fast.load(tiny, slots=4).engine
+    unpredictable(engine, seed=1, ahead=1)
+    check_requests(engine, solo, 100, seed=1)
+    assert check_rows(engine, solo) > 0
+
+
+def test_times_are_measured_at_start(tiny: Path) -> None:
+    runner = orthrus_fast.load(tiny).runner
+    assert set(runner.cycle_seconds) == {1, 4, 8, 16}
+    assert set(runner.chunk_seconds) == set(runner.prefill_widths)
+    assert min(*runner.cycle_seconds.values(), *runner.chunk_seconds.values()) > 0

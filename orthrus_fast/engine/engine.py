@@ -111,10 +111,11 @@ class Engine:
         return bool(waiting or self.scheduler.sequences or self._in_flight)
 
     def step(self) -> list[Update]:
-        """Launch what comes next, then read the oldest launch, unless the device needs more ahead.
+        """Launch what comes next, then read the oldest launch, if the device has enough to do.
 
-        An error of the device ends the requests that it concerns, each with an update that says
-        so. A step that is interrupted loses nothing: the next one goes on from what was read.
+        What has been read is returned. An error of the device ends the requests that it concerns,
+        each with an update that says so. A step that is interrupted loses nothing: the next one
+        goes on from what was read.
         """
         with self._lock:
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 import orthrus_fast
 from orthrus_fast import Decoder, SamplingParams
 from orthrus_fast.engine.engine import Engine
-from orthrus_fast.engine.request import Request
+from orthrus_fast.engine.request import Request, Update
 from orthrus_fast.invariance import bits_of
 from orthrus_fast.options import ONE_ROW
 from tests.checkpoints import write_checkpoint
@@ -57,10 +57,11 @@ def skip_without_one_row(directory: Path) -> None:
 
 
 class Solo:
-    """Runs each request alone, in mode ar, in one slot, without reuse; once each."""
+    """Runs each request alone, in mode ar, in a decoder's one slot, without reuse; once each."""
 
-    def __init__(self, directory: Path) -> None:
-        self.decoder = load(directory, prefix_reuse=False)
+    def __init__(self, decoder: Decoder) -> None:
+        assert decoder.slots == 1 and not decoder.engine.scheduler.reuse
+        self.decoder = decoder
         self._known: dict[Any, Told] = {}
 
     def told(self, request: Request) -> Told:
@@ -113,3 +114,57 @@ def random_prompt(chance: random.Random) -> list[int]:
     shared = shared[: chance.randint(0, len(shared))]
     tail = [chance.randrange(250) for _ in range(chance.choice((0, 1, 2, 30)))]
     return (shared + tail) or [chance.randrange(250)]
+
+
+def collect(updates: list[Update]) -> Told:
+    """One request's updates as a whole."""
+    tokens = [token for update in updates for token in update.tokens]
+    logprobs = [value for update in updates for value in update.logprobs]
+    return Told(tokens, logprobs, updates[-1].finish_reason)
+
+
+def drive(engine: Engine, chance: random.Random, todo: list[Request]) -> dict[int, list[Update]]:
+    """Submit requests while others run, cancel some; the updates of those that ended."""
+    ids, told = {request.id for request in todo}, dict[int, list[Update]]()
+    cancelled: set[int] = set()
+    while todo or engine.has_work:
+        if todo and chance.random() < 0.3:
+            for _ in range(min(len(todo), chance.randint(1, 6))):
+                engine.submit(todo.pop())
+        if chance.random() < 0.05 and told:
+            number = chance.choice(list(told))
+            engine.cancel(number)
+            cancelled.add(number)
+        for update in engine.step():
+            assert update.id not in cancelled, "a cancelled request's text leaks"
+            told.setdefault(update.id, []).append(update)
+    ended = {number: updates for number, updates in told.items() if number not in cancelled}
+    assert ended.keys() | cancelled == ids
+    return ended
+
+
+def random_request(number: int, chance: random.Random) -> Request:
+    return Request(
+        number,
+        random_prompt(chance),
+        chance.choice((1, 2, 9, 30)),
+        chance.choice(SETTINGS),
+        drafting=chance.random() < 0.6,
+        reuse_key=chance.choice(("", "", "other")),
+    )
+
+
+def check_requests(engine: Engine, solo: Solo, n_requests: int, seed: int) -> list[list[Update]]:
+    """Random requests, each of which is told what it is told alone, if it is not cancelled.
+
+    The updates of those that ended.
+    """
+    chance = random.Random(seed)
+    requests = [random_request(number, chance) for number in range(n_requests)]
+    ended = drive(engine, chance, requests[::-1])
+    for number, updates in ended.items():
+        assert collect(updates) == solo.told(requests[number]), requests[number]
+        assert 0 <= updates[0].n_reused < len(requests[number].prompt)
+        by_prefill = [update.n_accepted is None for update in updates]
+        assert by_prefill == [True] + [False] * (len(updates) - 1)
+    return list(ended.values())

@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def solo(tiny: Path) -> Solo:
-    return Solo(tiny)
+    return Solo(load(tiny, prefix_reuse=False))
 
 
 def alone(solo: Solo, prompt: list[int], budget: int = 20) -> list[int]:
@@ -268,6 +268,23 @@ def test_an_error_of_the_device_ends_the_requests_that_it_concerns(
             assert result.tokens == alone(solo, prompt)
     assert decoder.generate(LONG, 20).tokens == alone(solo, LONG)
     check_rows(decoder.engine, solo)
+
+
+def test_rows_that_an_error_may_have_spoiled_are_not_reused(tiny: Path, solo: Solo) -> None:
+    decoder = load(tiny)
+    decoder.engine._longest_chunk = lambda: 40  # type: ignore[method-assign]
+    prefill = decoder.runner.prefill
+
+    def spoiling(*arguments: Any) -> None:
+        if arguments[1] == 80:
+            decoder.runner.cache.k[0].fill_(7.0)
+            raise RuntimeError("illegal memory access")
+        prefill(*arguments)
+
+    decoder.runner.prefill = spoiling  # type: ignore[method-assign]
+    assert decoder.generate(LONG, 20).finish_reason == "error"
+    decoder.runner.prefill = prefill  # type: ignore[method-assign]
+    assert decoder.generate(LONG, 20).tokens == alone(solo, LONG)
 
 
 def test_a_device_that_stays_broken_fails_each_request_once(tiny: Path) -> None:

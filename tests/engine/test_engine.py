@@ -18,12 +18,11 @@ from hypothesis.stateful import (
 )
 
 from orthrus_fast import SamplingParams, Stream
-from orthrus_fast.engine.engine import Engine
-from orthrus_fast.engine.request import Request, Update
+from orthrus_fast.engine.request import Request
 from tests.engine.solo import (
     SETTINGS,
     Solo,
-    Told,
+    check_requests,
     check_rows,
     load,
     random_prompt,
@@ -42,45 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def solo(tiny: Path) -> Solo:
-    return Solo(tiny)
-
-
-def collect(updates: list[Update]) -> Told:
-    """One request's updates as a whole."""
-    tokens = [token for update in updates for token in update.tokens]
-    logprobs = [value for update in updates for value in update.logprobs]
-    return Told(tokens, logprobs, updates[-1].finish_reason)
-
-
-def drive(engine: Engine, chance: random.Random, todo: list[Request]) -> dict[int, list[Update]]:
-    """Submit requests while others run, cancel some; the updates of those that ended."""
-    ids, told = {request.id for request in todo}, dict[int, list[Update]]()
-    cancelled: set[int] = set()
-    while todo or engine.has_work:
-        if todo and chance.random() < 0.3:
-            for _ in range(min(len(todo), chance.randint(1, 6))):
-                engine.submit(todo.pop())
-        if chance.random() < 0.05 and told:
-            number = chance.choice(list(told))
-            engine.cancel(number)
-            cancelled.add(number)
-        for update in engine.step():
-            assert update.id not in cancelled, "a cancelled request's text leaks"
-            told.setdefault(update.id, []).append(update)
-    ended = {number: updates for number, updates in told.items() if number not in cancelled}
-    assert ended.keys() | cancelled == ids
-    return ended
-
-
-def random_request(number: int, chance: random.Random) -> Request:
-    return Request(
-        number,
-        random_prompt(chance),
-        chance.choice((1, 2, 9, 30)),
-        chance.choice(SETTINGS),
-        drafting=chance.random() < 0.6,
-        reuse_key=chance.choice(("", "", "other")),
-    )
+    return Solo(load(tiny, prefix_reuse=False))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -91,17 +52,9 @@ def test_requests_are_told_what_they_are_told_alone(
     """Tokens, log-probabilities, ends; and the rows kept are those of a fresh prefill."""
     engine = load(tiny, slots=4).engine
     unpredictable(engine, 1, ahead)
-    chance = random.Random(ahead)
-    requests = [random_request(number, chance) for number in range(n_requests)]
-    ended = drive(engine, chance, requests[::-1])
-    for number, updates in ended.items():
-        assert collect(updates) == solo.told(requests[number]), requests[number]
-        assert 0 <= updates[0].n_reused < len(requests[number].prompt)
-        assert [update.n_accepted is None for update in updates] == [True] + [False] * (
-            len(updates) - 1
-        )
-    assert {updates[-1].finish_reason for updates in ended.values()} == {"eos", "length"}
-    assert sum(updates[0].n_reused for updates in ended.values()) > 3 * len(ended)
+    ended = check_requests(engine, solo, n_requests, seed=ahead)
+    assert {updates[-1].finish_reason for updates in ended} == {"eos", "length"}
+    assert sum(updates[0].n_reused for updates in ended) > 3 * len(ended)
     assert check_rows(engine, solo) > 50
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,6 +168,11 @@ def step(device: Device, ahead: int, chunk: int) -> Iterator[int]:
         device.read()
         device.check()
     return iter(admitted)
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import orthrus_fast.engine.scheduler"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def finish(scheduler: Scheduler) -> None:
