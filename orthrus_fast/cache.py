@@ -35,6 +35,11 @@ class KVCache:
         for rows in (*self.k, *self.v):
             rows.zero_()
 
+    def copy_rows(self, source: int, target: int, begin: int, end: int) -> None:
+        """Copy rows ``begin`` … ``end`` - 1 of one slot to the same positions of another."""
+        for rows in (*self.k, *self.v):
+            rows[target, :, begin:end] = rows[source, :, begin:end]
+
 
 def write_rows(cache: Tensor, rows: Tensor, positions: Tensor, slot: Tensor) -> None:
     """Store rows [R, T, n_kv_heads, head_dim] in a layer's K or V: ``positions`` [R, T], slot [R].

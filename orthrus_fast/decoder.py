@@ -1,28 +1,33 @@
-"""The decoder: takes prompts, runs the cycles, hands out text. One loop for both modes.
+"""The decoder: takes prompts, hands them to the engine, hands out text.
 
-ids -> prefill -> cycles of draft, verify, accept, commit -> new ids -> text
+text -> ids -> engine -> new ids -> text
+
+Whoever waits for a text of his own does the engine's steps meanwhile, for everybody: so calls from
+several threads, and half-read streams, share passes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import inspect
+import itertools
 import secrets
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any, SupportsIndex, cast, overload
 
 from torch import Tensor
 
+from orthrus_fast.answer import Answer
 from orthrus_fast.checkpoint import Checkpoint
-from orthrus_fast.errors import BusyError, OrthrusError, PromptError, RequestError, UnsupportedError
+from orthrus_fast.engine.engine import Engine
+from orthrus_fast.engine.request import Request, Update
+from orthrus_fast.errors import OrthrusError, PromptError, RequestError, UnsupportedError
 from orthrus_fast.invariance import Invariance
-from orthrus_fast.options import MAX_NEW_TOKENS, MODES, ONE_ROW, listed
-from orthrus_fast.request import Request
+from orthrus_fast.options import MAX_NEW_TOKENS, MODES, listed
 from orthrus_fast.results import Chunk, Generation
-from orthrus_fast.runners import EagerRunner, SlotOutput
+from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams, is_integer
 from orthrus_fast.tokenizer import Tokenizer
 
@@ -33,40 +38,49 @@ Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt
 
 
 class Decoder:
-    """A loaded checkpoint with its buffers. Made by ``load``; serves one call at a time.
+    """A loaded checkpoint with its buffers. Made by ``load``; serves any number of calls at a time.
 
-    ``configuration`` is what its promise holds within; ``invariance`` what the check of the passes
-    found; ``startup`` seconds by stage; ``checkpoint`` the files behind it, None for weights that
-    come from elsewhere. Mode ar runs passes of ``ar_width`` rows: one, or as many as a block's
-    where a row's bits may depend on that.
+    ``engine`` does the work; ``configuration`` is what its promise holds within; ``invariance``
+    what the check of the passes found; ``startup`` seconds by stage; ``checkpoint`` the files
+    behind it, None for weights that come from elsewhere.
     """
 
     def __init__(
         self,
         name: str,
-        runner: EagerRunner,
+        engine: Engine,
         tokenizer: Tokenizer | None,
         checkpoint: Checkpoint | None,
-        max_seq_len: int,
         configuration: Mapping[str, Any],
         startup: Mapping[str, float],
         invariance: Invariance,
     ) -> None:
         self.name = name
-        self.runner = runner  # prepared for blocks of ``block_width`` and ``ar_width``
+        self.engine = engine
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.config = runner.model.config
+        self.config = engine.runner.model.config
         self.block_width = self.config.block_size or 1  # a plain Qwen3 drafts nothing
-        one_row = configuration["promise"] == ONE_ROW
-        self.ar_width = 1 if one_row else self.block_width
-        self.default_mode = "diffusion" if runner.model.has_draft_view else "ar"
-        self.slots = runner.cache.n_slots
-        self.max_seq_len = max_seq_len
+        self.default_mode = "diffusion" if engine.runner.model.has_draft_view else "ar"
+        self.slots = engine.runner.cache.n_slots
+        self.max_seq_len = engine.limits.max_seq_len
         self.configuration = dict(configuration)
         self.startup = dict(startup)
         self.invariance = invariance
-        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._inboxes: dict[int, deque[Update]] = {}
+        self._turn = threading.Condition()
+        self._someone_steps = False
+
+    @property
+    def runner(self) -> EagerRunner:
+        """What runs the passes; prepared for the widths that ``engine`` chooses from."""
+        return self.engine.runner
+
+    @property
+    def ar_width(self) -> int:
+        """Rows of mode ar's passes: one, or a block's where a row's bits may depend on that."""
+        return self.engine.ar_width
 
     @overload
     def generate(
@@ -102,8 +116,9 @@ class Decoder:
         ``max_new_tokens`` None is 256, or what fits; ``sampling`` None is greedy. Either is for all
         of a list, or a list with one for each. ``mode`` None drafts where the model can.
         ``template_arguments`` (``enable_thinking``, ``tools``, …) go to the chat template; they
-        need chat messages. Raises PromptError, RequestError, TemplateError, BusyError; in a list, a
-        bad prompt fails alone, in its result, as logits that are not finite always do.
+        need chat messages. Raises PromptError, RequestError, TemplateError, QueueFullError; in a
+        list, a bad prompt fails alone, in its result, as an error of the device and logits that
+        are not finite always do.
         """
         more = template_arguments
         if _is_batch(prompt):
@@ -113,10 +128,10 @@ class Decoder:
         if isinstance(sampling, Sequence):
             raise RequestError("sampling: a list of settings needs a list of prompts")
         one, budget = cast(Prompt, prompt), cast(int | None, max_new_tokens)
-        stream = self.stream(one, budget, sampling, mode, **more)
-        for _ in stream:
-            pass
-        return stream.result
+        with self.stream(one, budget, sampling, mode, **more) as stream:
+            for _ in stream:
+                pass
+            return stream.result
 
     def as_completed(
         self,
@@ -128,8 +143,8 @@ class Decoder:
     ) -> Iterator[tuple[int, Generation]]:
         """As ``generate`` with a list: (index, Generation) of each prompt as it ends.
 
-        A prompt is encoded once a slot is free for it. Bad arguments raise here; decoding starts
-        with the first ``next``: BusyError comes there.
+        A prompt is encoded when a slot is free for it, or the next one will be. Bad arguments raise
+        here; decoding starts with the first ``next``.
         """
         n = len(prompts)
         settings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * n
@@ -142,19 +157,47 @@ class Decoder:
         self._check_template_arguments(prompts, template_arguments)
         drafting, resolved = self._check(budgets, settings, mode)
 
-        def encoded() -> Iterator[Request]:
-            for i, (one, budget, params) in enumerate(zip(prompts, budgets, resolved, strict=True)):
+        inbox: deque[Update] = deque()  # of all of them
+
+        def submitted() -> Iterator[Stream | Generation]:
+            for one, budget, params in zip(prompts, budgets, resolved, strict=True):
                 arguments = template_arguments if _is_chat(one) else {}
                 try:
-                    request = self._request(one, budget, params, arguments, i)
+                    yield self._submit(one, budget, params, drafting, arguments, inbox)
                 except OrthrusError as error:
-                    request = Request([], 0, params, index=i)
-                    request.fail(str(error))
-                yield request
+                    yield Generation.failed(error, params.seed)
 
-        samples = any(params.samples for params in resolved)
-        run = self._run(encoded(), drafting, self._width(drafting), samples)
-        return ((request.index, request.result()) for request, _ in run if request.finish_reason)
+        return self._completed(submitted(), inbox)
+
+    def _completed(
+        self, source: Iterator[Stream | Generation], inbox: deque[Update]
+    ) -> Iterator[tuple[int, Generation]]:
+        """The results of streams as they end; one more is under way than there are slots."""
+        waiting = enumerate(source)
+        streams: dict[int, tuple[int, Stream]] = {}  # by request
+        try:
+            while True:
+                while len(streams) <= self.slots and not (streams and self.engine.is_full):
+                    if (upcoming := next(waiting, None)) is None:
+                        break
+                    place, one = upcoming
+                    if isinstance(one, Generation):
+                        yield place, one
+                    else:
+                        streams[one.id] = place, one
+                if not streams:
+                    return
+                update = self._wait(inbox)
+                if update.id not in streams:  # it ended at a stop string
+                    continue
+                place, stream = streams[update.id]
+                stream.take(update)
+                if stream.is_over:
+                    del streams[update.id]
+                    yield place, stream.result
+        finally:
+            for _, stream in streams.values():
+                stream.close()
 
     def stream(
         self,
@@ -166,12 +209,11 @@ class Decoder:
     ) -> Stream:
         """As ``generate`` for one prompt, a Chunk as soon as its tokens are committed.
 
-        Bad arguments raise here; decoding starts with the first ``next``: BusyError comes there.
+        Bad arguments raise here, as does a queue that is full. The prompt is queued at once;
+        decoding goes on whenever anybody waits for a text of this decoder.
         """
         drafting, [params] = self._check([max_new_tokens], [sampling], mode)
-        request = self._request(prompt, max_new_tokens, params, template_arguments)
-        width = self._width(drafting)
-        return Stream(request, self._run([request], drafting, width, params.samples))
+        return self._submit(prompt, max_new_tokens, params, drafting, template_arguments)
 
     def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
@@ -190,10 +232,15 @@ class Decoder:
 
     def next_logits(self, prompt: Prompt, **template_arguments: Any) -> Tensor:
         """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
-        request = self._request(prompt, 1, SamplingParams(), template_arguments)
-        with self._exclusive():
-            ids = self.runner.ids(request.prompt)
-            return self.runner.prefill_logits(ids, 0).clone()  # no inference tensor
+        ids, inbox = self.encode(prompt, **template_arguments), deque[Update]()
+        request_id = self._queue(ids, 1, SamplingParams(), False, inbox, keep_logits=True)
+        try:
+            update = self._wait(inbox)
+        finally:
+            self._drop(request_id)
+        if update.logits is None:
+            raise OrthrusError(update.error or "decoding failed")
+        return update.logits
 
     def _check_template_arguments(
         self, prompts: Sequence[object], arguments: Mapping[str, Any]
@@ -243,130 +290,138 @@ class Decoder:
             params = replace(params, seed=secrets.randbits(48))  # whole in any JSON reader
         return params
 
-    def _request(
+    def _submit(
         self,
         prompt: Prompt,
         max_new_tokens: int | None,
         params: SamplingParams,
+        drafting: bool,
         template_arguments: Mapping[str, Any],
-        index: int = 0,
-    ) -> Request:
+        inbox: deque[Update] | None = None,
+    ) -> Stream:
+        """Queue a prompt. Its updates go to ``inbox``, or to one of its own."""
         ids = self.encode(prompt, **template_arguments)
-        if not ids:
-            raise PromptError("prompt: empty; it needs at least one token")
-        for token in ids:
-            if isinstance(token, bool) or not 0 <= token < self.config.vocab_size:
-                raise PromptError(f"prompt: {token!r} is no id below {self.config.vocab_size}")
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.max_seq_len - len(ids)))
-        if len(ids) + max_new_tokens > self.max_seq_len:
-            limit = self.config.max_position_embeddings
-            raise PromptError(
-                f"prompt: {len(ids)} tokens + max_new_tokens {max_new_tokens} = "
-                f"{len(ids) + max_new_tokens}, over max_seq_len {self.max_seq_len} "
-                f"(the model's own limit is {limit}); shorten the prompt or lower max_new_tokens"
-                + (", or raise max_seq_len" if self.max_seq_len < limit else "")
-            )
+        inbox = deque() if inbox is None else inbox
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
-        dtype = str(self.runner.model.embed_tokens.weight.dtype).removeprefix("torch.")
-        eos = self.config.eos_token_ids
-        return Request(ids, max_new_tokens, params, eos, detokenizer, dtype, index)
+        answer = Answer(len(ids), params, detokenizer)
+        request_id = self._queue(ids, max_new_tokens, params, drafting, inbox)
+        return Stream(self, request_id, answer, inbox)
 
-    def _width(self, drafting: bool) -> int:
-        return self.block_width if drafting else self.ar_width
-
-    def _run(
-        self, requests: Iterable[Request], drafting: bool, width: int, samples: bool
-    ) -> Generator[tuple[Request, Chunk], None, None]:
-        """Serve requests in order, as many at once as there are slots, each to its end.
-
-        The next one is asked for once a slot is free; one that has failed by then takes none.
-        Verify passes have ``width`` rows. ``samples``: whether any request may sample.
-        """
-        with self._exclusive():
-            runner, source = self.runner, iter(requests)
-            runner.prepare(width)
-            if samples:
-                runner.prepare(width, sampling=True)
-            free = list(range(self.slots))
-            active: dict[int, Request] = {}
-            upcoming: Request | None = None
-            emitted: dict[int, SlotOutput]
-            while True:
-                if upcoming is None and free:
-                    upcoming = next(source, None)
-                if upcoming is None and not active:
-                    return
-                if upcoming is not None and upcoming.finish_reason is not None:
-                    yield upcoming, Chunk([], [], 0)
-                    upcoming = None
-                    continue
-                if upcoming is not None and not runner.in_flight:
-                    # A cycle in flight would know the slot's last owner.
-                    slot, request, upcoming = free.pop(0), upcoming, None
-                    request.start()
-                    active[slot] = request
-                    wanted = (request.prompt, slot, request.max_length, request.params)
-                    emitted = {slot: runner.prefill(*wanted, drafting)}
-                else:
-                    sampling = any(request.params.samples for request in active.values())
-                    while upcoming is None and runner.in_flight <= runner.lookahead:
-                        runner.launch(drafting, width, sampling)
-                    outputs = runner.read()
-                    emitted = {slot: outputs[slot] for slot in active}
-                for slot, output in emitted.items():
-                    request = active[slot]
-                    chunk = request.extend(output)
-                    if request.finish_reason is not None:
-                        del active[slot]
-                        free.append(slot)
-                        if request.finish_reason == "stop":
-                            runner.close(slot)  # the device knows of no strings
-                    yield request, chunk
-
-    @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One call at a time. A slot that a dropped call left active is simply started anew."""
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("this decoder is serving another call; finish or close that one first")
+    def _queue(
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        params: SamplingParams,
+        drafting: bool,
+        inbox: deque[Update],
+        keep_logits: bool = False,
+    ) -> int:
+        """The id of a new request, whose updates go to ``inbox`` until it is dropped."""
+        request_id = next(self._ids)
+        how = (max_new_tokens, params, drafting)
+        self._inboxes[request_id] = inbox
         try:
-            yield
-        finally:
+            self.engine.submit(Request(request_id, ids, *how, keep_logits=keep_logits))
+        except OrthrusError:
+            del self._inboxes[request_id]
+            raise
+        return request_id
+
+    def _drop(self, request_id: int) -> None:
+        """No more updates of a request, which ends if it has not; takes no lock."""
+        if self._inboxes.pop(request_id, None) is not None:
+            self.engine.cancel(request_id)
+
+    def _wait(self, inbox: deque[Update]) -> Update:
+        """The next of ``inbox``, after as many of the engine's steps as it takes.
+
+        One thread at a time steps, and hands out what came of it to all; the others wait.
+        """
+        while True:
+            updates: list[Update] = []
+            mine = False
             try:
-                self.runner.drain()
-            finally:  # a second Ctrl-C must not leave the decoder busy for ever
-                self._lock.release()
+                with self._turn:
+                    while self._someone_steps and not inbox:
+                        self._turn.wait()
+                    if inbox:
+                        return inbox.popleft()
+                    mine = self._someone_steps = True
+                updates = self.engine.step()
+            finally:
+                if mine:
+                    self._hand_out(updates)
+
+    def _hand_out(self, updates: list[Update]) -> None:
+        with self._turn:
+            for update in updates:
+                if (inbox := self._inboxes.get(update.id)) is not None:
+                    inbox.append(update)
+            self._someone_steps = False
+            self._turn.notify_all()
+
+    def _close(self, request_id: int, inbox: deque[Update]) -> None:
+        """Drop a request, and wake up whoever waits for it."""
+        self._drop(request_id)
+        with self._turn:
+            inbox.append(Update(request_id, []))
+            self._turn.notify_all()
 
 
 class Stream:
-    """Chunks of one prompt as they are committed; leaving it early keeps the decoder usable."""
+    """Chunks of one prompt as they are committed; leaving it early ends its request alone."""
 
     def __init__(
-        self, request: Request, chunks: Generator[tuple[Request, Chunk], None, None]
+        self, decoder: Decoder, request_id: int, answer: Answer, inbox: deque[Update]
     ) -> None:
-        self._request = request
-        self._chunks = chunks
+        self.id = request_id
+        self._decoder = decoder
+        self._answer = answer
+        self._inbox = inbox
+        self.is_over = False
+        self._lock = threading.Lock()  # of whoever takes the next chunk
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
     def __next__(self) -> Chunk:
-        self._check_not_running()
-        return next(self._chunks)[1]
+        with self._lock:
+            if self.is_over:
+                raise StopIteration
+            update = self._decoder._wait(self._inbox)
+            if self.is_over:  # closed meanwhile
+                raise StopIteration
+            return self.take(update)
+
+    def take(self, update: Update) -> Chunk:
+        """Record an update of this request: what it adds to the text."""
+        chunk = self._answer.extend(update)
+        if self._answer.finish_reason is not None:
+            self.is_over = True
+            self._decoder._drop(self.id)  # of a stop string the engine knows nothing
+        return chunk
 
     def close(self) -> None:
-        """End the request now and free the decoder."""
-        self._check_not_running()
-        self._chunks.close()
+        """End the request now."""
+        if not self.is_over:
+            self.is_over = True
+            self._decoder._close(self.id, self._inbox)
 
-    def _check_not_running(self) -> None:
-        if inspect.getgeneratorstate(self._chunks) == inspect.GEN_RUNNING:
-            raise BusyError("this stream is running in another thread")
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._decoder._drop(self.id)
 
     @property
     def result(self) -> Generation:
         """All that came so far; complete once the stream is exhausted."""
-        return self._request.result()
+        return self._answer.result()
 
 
 def _is_chat(prompt: object) -> bool:

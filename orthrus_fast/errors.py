@@ -58,5 +58,5 @@ class UnsupportedError(RequestError):
     """A known setting that this version, device or checkpoint does not support."""
 
 
-class BusyError(OrthrusError):
-    """A second call on a decoder that is still serving the first one."""
+class QueueFullError(OrthrusError):
+    """A request that came while as many wait as may wait; a later one may be taken."""

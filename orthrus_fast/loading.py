@@ -31,10 +31,13 @@ from orthrus_fast.checkpoint import (
 )
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
+from orthrus_fast.engine.engine import Engine, Limits
+from orthrus_fast.engine.width import Times, WidthPolicy
 from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.invariance import Invariance, check
 from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.plain import ROW_MULTIPLE
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
 from orthrus_fast.kernels.tiles import chip_name, tables_of
 from orthrus_fast.model import Transformer
@@ -73,6 +76,8 @@ class Options:
     draft_view: bool = True
     weights: str = "checkpoint"
     draft_weights: str = "auto"
+    drafting: str | int = "auto"
+    prefix_reuse: bool = True
 
 
 def load(
@@ -90,6 +95,8 @@ def load(
     draft_view: bool = True,
     weights: str = "checkpoint",
     draft_weights: str = "auto",
+    drafting: str | int = "auto",
+    prefix_reuse: bool = True,
     ignore_config_fields: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Decoder:
@@ -104,15 +111,16 @@ def load(
     ``draft_view`` False leaves that view's weights on disk, for mode ar alone. ``draft_weights``:
     the drafter's in fp8, int8 or int4, which change no text; auto takes the fastest that fits on a
     GPU, the checkpoint's on a CPU. ``weights`` fp8 or int4 quantizes both views: another model, in
-    less memory. ``ignore_config_fields`` names fields of config.json that are not known here and,
-    as the caller knows, change nothing. ``progress`` is called with bytes loaded and bytes in all.
-    Raises CheckpointError, RequestError or UnsupportedError; torch's global settings and random
-    state stay as they were. Processes forked after this may hang in torch's threads: spawn them.
+    less memory. ``drafting`` auto has mode diffusion draft when it pays, by blocks of the width
+    that pays most; a number of rows is a width always to draft at. ``prefix_reuse`` lets a prompt
+    start from cache rows that others have left. ``ignore_config_fields`` names fields of
+    config.json that are not known here and, as the caller knows, change nothing. ``progress`` is
+    called with bytes loaded and bytes in all. Raises CheckpointError, RequestError or
+    UnsupportedError; torch's global settings and random state stay as they were. Processes forked
+    after this may hang in torch's threads: spawn them.
     """
-    options = Options(
-        *(device, dtype, max_seq_len, slots, runner, attention, compile_mode, block_size),
-        *(draft_view, weights, draft_weights),
-    )
+    of_passes = (runner, attention, compile_mode, block_size, draft_view, weights, draft_weights)
+    options = Options(device, dtype, max_seq_len, slots, *of_passes, drafting, prefix_reuse)
     check_options(options)
     where = embedded_checkpoint() if path_or_repo is None else path_or_repo
     checkpoint = open_checkpoint(
@@ -164,6 +172,30 @@ class Settings(NamedTuple):
     backend: Backend
     compile_mode: str
     formats: Formats
+    drafting: str | int
+    prefix_reuse: bool
+    draft_view: bool
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the blocks that are drafted: one, or those that ``drafting`` auto chooses from.
+
+        A CPU multiplies whole tiles of rows. A graph is captured for each width; a runner without
+        graphs on a GPU would have to compile for each.
+        """
+        block = self.config.block_size
+        if block is None or not self.draft_view:
+            return []
+        if self.drafting != "auto":
+            return [int(self.drafting)]
+        if self.device.type == "cpu":
+            return sorted({min(ROW_MULTIPLE, block), block})
+        return captured_widths(block) if self.runner == "graph" else [block]
+
+    @property
+    def block(self) -> int:
+        """Rows of the widest block; a plain Qwen3 has no drafts to make room for."""
+        return max(self.widths, default=self.config.block_size or 1)
 
     def described(self) -> dict[str, Any]:
         """As they stand in a decoder's configuration."""
@@ -178,6 +210,8 @@ class Settings(NamedTuple):
             "block_size": self.config.block_size,
             "weights": self.formats.verifier,
             "draft_weights": self.formats.drafter,
+            "drafting": self.drafting,
+            "prefix_reuse": self.prefix_reuse,
             "max_seq_len": self.max_seq_len,
         }
 
@@ -198,8 +232,10 @@ def resolve(options: Options, config: ModelConfig) -> Settings:
     max_seq_len = check_max_seq_len(options.max_seq_len, config)
     runner = check_runner(options.runner, options.compile_mode, device)
     backend = find_backend(options.attention, device, dtype, config.head_dim)
+    check_drafting(options.drafting, config)
     rest = (max_seq_len, options.slots, runner, backend, options.compile_mode)
-    plain = Settings(config, device, dtype, *rest, CHECKPOINT)
+    how = (CHECKPOINT, options.drafting, options.prefix_reuse, options.draft_view)
+    plain = Settings(config, device, dtype, *rest, *how)
     return plain._replace(formats=choose_formats(options, plain))
 
 
@@ -240,8 +276,8 @@ def build_decoder(
     RequestError or UnsupportedError, and what ``make_model`` raises.
     """
     settings = resolve(options, config)
-    config, device, dtype, max_seq_len, slots, *_, formats = settings
-    where = (config, dtype, device, max_seq_len, slots)
+    config, device, dtype, max_seq_len, slots = settings[:5]
+    formats, where = settings.formats, (config, dtype, device, max_seq_len, slots)
     memory = memory_needed(*where, formats, options.draft_view)
     memory = memory._replace(weights=0) if weights_present else memory
     check_memory(memory, device)
@@ -271,8 +307,20 @@ def build_decoder(
         "weight_bytes": weight_bytes(model)._asdict(),
         "promise": promise,
     }
-    of_runner = (max_seq_len, configuration, startup, invariance)
-    return Decoder(name, runner, tokenizer, checkpoint, *of_runner)
+    engine = make_engine(runner, settings, one_row=promise == ONE_ROW)
+    return Decoder(name, engine, tokenizer, checkpoint, configuration, startup, invariance)
+
+
+def make_engine(runner: EagerRunner, settings: Settings, one_row: bool) -> Engine:
+    """The engine around a prepared runner; without ``one_row`` every cycle has the same width."""
+    limits = Limits(settings.max_seq_len, settings.config.max_position_embeddings)
+    guesses = {1: 1.0, **dict.fromkeys(settings.widths, 2.0)}  # passes
+    times = Times(runner.cycle_seconds or guesses, seen=bool(runner.cycle_seconds))
+    block = settings.block
+    fixed = None if one_row and settings.drafting == "auto" else block
+    policy = WidthPolicy(settings.widths, times, fixed)
+    ar_width = 1 if one_row else block
+    return Engine(runner, limits, policy, ar_width, one_row, settings.prefix_reuse)
 
 
 def say_weights(name: str, model: Transformer, quantizer: Quantizer) -> None:
@@ -296,21 +344,24 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
 
     Blocks and single rows where a row's bits are a function of its tokens alone; else blocks.
     """
-    config, device, dtype, max_seq_len, slots, name, backend, compile_mode, _ = settings
-    block = config.block_size or 1  # a plain Qwen3 has no drafts to make room for
-    capacity = steps.cache_rows(max_seq_len, block)
+    config, device, dtype, max_seq_len, slots, name, backend, compile_mode = settings[:8]
+    block_size, block = config.block_size or 1, settings.block
+    capacity = steps.cache_rows(max_seq_len, block_size)
     model.set_capacity(capacity)
     cache = KVCache(config, slots, capacity, dtype, device)
-    state = steps.State.create(slots, capacity, block, device)
+    state = steps.State.create(slots, capacity, block_size, device)
     runner = make_runner(name, model, state, cache, backend, compile_mode)
     boundaries = backend.tile_boundaries(capacity)
     runner.prepare(block)
     obstacle = _why_one_width(settings)
     if not obstacle:
-        runner.prepare(1)
+        widths = sorted({1, *settings.widths, block} if name == "graph" else {1, block})
+        for width in widths[:-1]:  # the last one is the block's
+            runner.prepare(width)
         runner.prepare_prefill()
-        found = check(runner, sorted({1, block}), boundaries)
+        found = check(runner, widths, boundaries)
         if found.holds:
+            runner.measure(widths)
             level = logging.INFO if name == "graph" else logging.DEBUG  # there starting takes time
             _log.log(level, "row invariance holds: %s", found)
             return runner, ONE_ROW, found
@@ -352,6 +403,23 @@ def with_block_size(config: ModelConfig, block_size: int | None) -> ModelConfig:
     return replace(config, block_size=block_size)
 
 
+def captured_widths(block_size: int) -> list[int]:
+    """Rows of the blocks that a GPU chooses from: powers of two from 4 on, and the whole block."""
+    powers = [2**n for n in range(2, block_size.bit_length())]
+    return sorted({*(width for width in powers if width < block_size), block_size})
+
+
+def check_drafting(drafting: str | int, config: ModelConfig) -> None:
+    """Raise RequestError for what is neither "auto" nor a width that blocks can have."""
+    if drafting == "auto":
+        return
+    block = config.block_size
+    if block is None:
+        raise RequestError(f"drafting: {drafting!r}, but a plain Qwen3 drafts nothing")
+    if not is_integer(drafting) or not 2 <= drafting <= block:
+        raise RequestError(f"drafting: {drafting!r} is not 'auto' or an integer from 2 to {block}")
+
+
 class Memory(NamedTuple):
     """Bytes that a decoder needs."""
 
@@ -390,7 +458,7 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
     rows, capacity = slots * block, steps.cache_rows(max_seq_len, block)
     # Each width has a verify graph that keeps its logits, and another for sampling; sampling a
     # draft has as many at work, and a copy.
-    n_logits = 2 * slots * sum({1, block}) + 2 * rows
+    n_logits = 2 * slots * sum({1, *captured_widths(block)}) + 2 * rows
     logits = n_logits * config.vocab_size * dtype.itemsize
     # A partial result of attention for every 512 keys and for some shorter splits, in float32.
     n_splits = capacity // 512 + 10

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stats:
-    """What one request took. Times in seconds, from the start of its prefill."""
+    """What one request took. Times in seconds, from when it was queued."""
 
     prompt_tokens: int
     cycles: int  # verify passes; a diffusion cycle runs a draft pass before each
@@ -16,6 +16,7 @@ class Stats:
     time_to_first_token: float
     seconds: float
     tokens_per_second: float | None  # of the tokens after the first, over the time after it
+    reused_tokens: int = 0  # of the prompt: their cache rows were those of an earlier request
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from orthrus_fast import steps
@@ -41,6 +40,7 @@ CALLS_TO_RECORD = 3  # of a function in torch's own CUDA graphs: warm-up, record
 _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
+_Parse = Callable[[Any], "list[SlotOutput]"]  # of a report as lists
 
 
 class SlotOutput(NamedTuple):
@@ -55,7 +55,7 @@ class SlotOutput(NamedTuple):
 class EagerRunner:
     """Runs the steps kernel by kernel, as they are written."""
 
-    lookahead = 0  # cycles to launch before the oldest one is read
+    lookahead = 0  # launches that stay unread, so that a device has work while the host reads
     prefill_widths: Sequence[int] = ()  # of the passes over a prompt; empty: any
 
     def __init__(self, model: Transformer, state: steps.State, cache: KVCache) -> None:
@@ -66,6 +66,8 @@ class EagerRunner:
         self.cache = cache
         self.device = state.tokens.device
         self.seconds: dict[str, float] = {}  # what preparing took, by stage
+        self.cycle_seconds: dict[int, float] = {}  # by width, where ``measure`` has timed them
+        self.chunk_seconds: dict[int, float] = {}  # of passes over a prompt
         self.logits = torch.empty(0)  # [B, T, V] of the last verify pass, until the next pass
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
         # Like the state's tensors, and unlike any made in inference mode, which the compiler minds.
@@ -73,28 +75,80 @@ class EagerRunner:
         self._accept_and_commit = steps.accept_and_commit
         self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
-        self._in_flight: deque[int] = deque()  # widths of the cycles in flight
 
     def prepare(self, width: int, sampling: bool = False) -> None:
-        """Make ready for blocks of ``width`` rows, while no slot is in use."""
+        """Make ready for blocks of ``width`` rows; no slot moves."""
 
     def prepare_prefill(self) -> None:
         """Make ready for prompts in passes of a few widths, where those are faster."""
 
+    def measure(self, widths: Sequence[int]) -> None:
+        """Time cycles of prepared ``widths`` and passes over prompts, where that takes no time."""
+
     def ids(self, prompt: list[int]) -> Tensor:
-        """The prompt [n] on the device."""
-        return torch.tensor(prompt, dtype=torch.int64, device=self.device)
+        """The prompt [n] on the device; nothing waits for the copy."""
+        pinned = self.device.type == "cuda"
+        ids = torch.tensor(prompt, dtype=torch.int64, device="cpu", pin_memory=pinned)
+        return ids.to(self.device, non_blocking=True)
 
     @torch.inference_mode()
-    def prefill_logits(self, ids: Tensor, slot: int, begin: int = 0) -> Tensor:
-        """Logits [V] after the prompt ``ids`` [n], whose first ``begin`` rows ``slot`` has."""
-        assert begin < len(ids)
-        chunks = steps.prefill_chunks(begin, len(ids), self.prefill_widths, self.cache.capacity)
+    def open(
+        self,
+        slot: int,
+        prompt: list[int],
+        n_cached: int,
+        max_length: int,
+        params: SamplingParams | None = None,
+        drafting: bool = False,
+    ) -> None:
+        """Give ``slot`` a prompt of which it has ``n_cached`` rows; cycles leave it alone.
+
+        ``drafting``: whether the slot is to use proposals, in launches that draft.
+        """
+        self.state.settings.put(slot, params or SamplingParams())
+        steps.open_slot(self.state, slot, self.ids(prompt), n_cached, max_length, drafting)
+
+    @torch.inference_mode()
+    def copy_rows(self, source: int, target: int, begin: int, end: int) -> None:
+        """Copy cache rows ``begin`` … ``end`` - 1 of one slot to another."""
+        self.cache.copy_rows(source, target, begin, end)
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, begin: int, end: int, width: int) -> None:
+        """Launch a pass of ``width`` rows over the tokens ``begin`` … ``end`` - 1 of a prompt.
+
+        It reports nothing, but is read as any launch.
+        """
+        self._prefill(slot, begin, end, width)
+        self.state.length[slot] = end  # or a neighbour's cycle would write over these rows
+        self._mailbox.send(None, lambda _: [])
+
+    @torch.inference_mode()
+    def start(self, slot: int, begin: int, end: int, width: int, params: SamplingParams) -> Tensor:
+        """Launch the last pass over a prompt and its first new token -> the token's logits [V].
+
+        From then on cycles move the slot.
+        """
+        hidden = self._prefill(slot, begin, end, width)
         with full_precision_matmul(self.device):
-            for first, end, width in chunks:
-                tokens = F.pad(ids[first:end], (0, width - (end - first)))[None]
-                hidden = self.prefill_chunk(tokens, first, slot)
-            return self.model.greedy(hidden[0, end - 1 - first], return_logits=True)[1]
+            logits = self.model.greedy(hidden[0, end - 1 - begin], return_logits=True)[1]
+            sample = self._sample(params.temperature > 0)
+            first = steps.first_token(self.state, slot, logits, end, sample)
+            steps.start_sequence(self.state, slot, end, first, self.eos)
+            report = [first, self.state.done[slot].long()]
+            if params.logprobs:
+                bits = self.passes.kernels.logprobs(logits, first).view(torch.int32)
+                report.append(bits.long())
+        self._mailbox.send(torch.stack(report), _parse_first)
+        return logits
+
+    def _prefill(self, slot: int, begin: int, end: int, width: int) -> Tensor:
+        """A pass over a part of the slot's text -> hidden [1, W, hidden_size], until the next."""
+        with full_precision_matmul(self.device):
+            # What follows ``end`` in the slot's text is as good a padding as any. A copy, because
+            # the compiler would make another artifact for a view.
+            tokens = self.state.tokens[slot, begin : begin + width].clone()
+            return self.prefill_chunk(tokens[None], begin, slot)
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
         """One pass over tokens [1, W] of a prompt -> hidden [1, W, hidden_size], until the next.
@@ -105,28 +159,12 @@ class EagerRunner:
         return self.prefilling(tokens, *where, self.cache, self.model.verifier)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def prefill(
-        self,
-        prompt: list[int],
-        slot: int,
-        max_length: int,
-        params: SamplingParams | None = None,
-        drafting: bool = False,
-    ) -> SlotOutput:
-        """Start ``prompt`` in ``slot``: the first new token, and whether it ended the text.
+    def resume(self, slot: int, tokens: list[int]) -> None:
+        """Let cycles go on after ``tokens``, all but the last of which ``slot`` has in its cache.
 
-        ``drafting``: whether the slot is to use proposals, in launches that draft.
+        The slot has been opened for their prompt.
         """
-        params = params or SamplingParams()
-        ids, sample = self.ids(prompt), self._sample(params.temperature > 0)
-        self.state.settings.put(slot, params)
-        logits = self.prefill_logits(ids, slot)
-        with full_precision_matmul(self.device):  # short: others wait for it, and below is a wait
-            first = steps.first_token(self.state, slot, logits, len(prompt), sample)
-        steps.start_sequence(self.state, slot, ids, first, max_length, self.eos, drafting)
-        logprobs = self.passes.kernels.logprobs
-        logprob = [float(logprobs(logits, first))] if params.logprobs else []
-        return SlotOutput([int(first)], None, bool(self.state.done[slot]), logprob)
+        steps.start_sequence(self.state, slot, len(tokens) - 1, self.ids(tokens)[-1], self.eos)
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:
@@ -135,31 +173,37 @@ class EagerRunner:
 
     @property
     def in_flight(self) -> int:
-        """Cycles launched and not read yet."""
+        """Launches that have not been read yet."""
         return len(self._mailbox)
 
     @torch.inference_mode()
     def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
         """Draft, if ``drafting``, then verify, accept and commit, for all slots at once.
 
-        Blocks have ``width`` rows. A slot that ``prefill`` gave no ``drafting`` emits one token.
+        Blocks have ``width`` rows. A slot that ``open`` gave no ``drafting`` emits one token.
         """
         with full_precision_matmul(self.device):
             if drafting and width > 1:
                 self.draft(width, sampling)
-            self._mailbox.send(self.verify(width, sampling))
-        self._in_flight.append(width)
+            report = self.verify(width, sampling)
+            self._mailbox.send(report, partial(_parse_cycle, sampling=sampling))
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the oldest unread launch has ended while the host did something else."""
+        return self._mailbox.has_arrived
 
     def read(self) -> list[SlotOutput]:
-        """What the oldest unread cycle emitted, a list entry per slot; waits for it."""
-        report, width = self._mailbox.receive(), self._in_flight.popleft()
-        return [_parse_report(row, width) for row in report]
+        """What the oldest unread launch emitted; waits for it.
+
+        A cycle's is a list entry per slot; that of a prompt's last pass is one; others are empty.
+        """
+        return self._mailbox.receive()
 
     def drain(self) -> None:
-        """Wait for the cycles in flight, and forget what they emitted."""
+        """Wait for the launches in flight, and forget what they emitted."""
         while self.in_flight:
             self._mailbox.receive()
-        self._in_flight.clear()
 
     def draft(self, width: int, sampling: bool = False) -> None:
         """One draft pass over blocks of ``width``: proposals for every slot."""
@@ -187,12 +231,26 @@ class EagerRunner:
         return self.passes.kernels.sample if sampling else None
 
 
-def _parse_report(row: list[int], width: int) -> SlotOutput:
-    """One slot's row of ``steps.accept_and_commit``'s report."""
-    n_new, n_accepted, done = row[width : width + 3]
-    bits = row[width + 3 :][:n_new]
-    logprobs = struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits))
-    return SlotOutput(row[:n_new], n_accepted, bool(done), list(logprobs))
+def _parse_cycle(report: list[list[int]], sampling: bool) -> list[SlotOutput]:
+    """``steps.accept_and_commit``'s report, a row for each slot."""
+    outputs = []
+    for row in report:
+        width = (len(row) - 3) // 2 if sampling else len(row) - 3
+        n_new, n_accepted, done = row[width : width + 3]
+        logprobs = _floats(row[width + 3 :][:n_new])
+        outputs.append(SlotOutput(row[:n_new], n_accepted, bool(done), logprobs))
+    return outputs
+
+
+def _parse_first(report: list[int]) -> list[SlotOutput]:
+    """The report of ``EagerRunner.start``."""
+    token, done, *bits = report
+    return [SlotOutput([token], None, bool(done), _floats(bits))]
+
+
+def _floats(bits: list[int]) -> list[float]:
+    """float32 numbers by their bits as int32."""
+    return list(struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits)))
 
 
 class CompiledRunner(EagerRunner):
@@ -238,15 +296,33 @@ class CompiledRunner(EagerRunner):
 
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False) -> None:
-        """Compile what blocks of ``width`` rows need. Raises UnsupportedError where that fails."""
+        """Compile what blocks of ``width`` rows need. Raises UnsupportedError where that fails.
+
+        No slot moves: requests may be on their way.
+        """
         # Blocks of one row have no draft; torch's own graphs are recorded for each size.
         kind = (width if self._per_width else min(width, 2), sampling)
         if kind in self._prepared:
             return
         _log.info("compiling for blocks of %d%s", width, ", sampling" if sampling else "")
-        with self._timed("compile"), compiler_limits(), full_precision_matmul(self.device):
+        with (
+            self._timed("compile"),
+            compiler_limits(),
+            full_precision_matmul(self.device),
+            self._nothing_moves(),
+        ):
             self._warm_up(width, sampling)
         self._prepared.add(kind)
+
+    @contextlib.contextmanager
+    def _nothing_moves(self) -> Iterator[None]:
+        """Every slot is done within, so that passes write scratch rows alone."""
+        done = self.state.done.clone()
+        self.state.done.fill_(True)
+        try:
+            yield
+        finally:
+            self.state.done.copy_(done)
 
     @property
     def _per_width(self) -> bool:
@@ -372,7 +448,7 @@ class GraphRunner(CompiledRunner):
             return
         super().prepare(width, sampling)
         _log.info("capturing CUDA graphs for blocks of %d", width)
-        with self._timed("capture"), full_precision_matmul(self.device):
+        with self._timed("capture"), full_precision_matmul(self.device), self._nothing_moves():
             if self._drafts_at(width):
                 self._draft_graphs[key], _ = self._capture(lambda: EagerRunner.draft(self, *key))
             graph, report = self._capture(lambda: EagerRunner.verify(self, *key))
@@ -398,6 +474,30 @@ class GraphRunner(CompiledRunner):
                     run = partial(self.model, block, *where, *how)
                     self._prefill_graphs[width] = self._capture(run)
         self.prefill_widths = widths
+
+    @torch.inference_mode()
+    def measure(self, widths: Sequence[int]) -> None:
+        """Time cycles of ``widths`` and passes over prompts, while no slot is in use."""
+        tokens = self.state.tokens[:1]
+        with self._timed("measure"), full_precision_matmul(self.device):
+            for width in widths:
+                self.cycle_seconds[width] = self._seconds_of(partial(self._cycle, width))
+            for width in self.prefill_widths:
+                chunk = partial(self.prefill_chunk, tokens[:, :width], 0, 0)
+                self.chunk_seconds[width] = self._seconds_of(chunk)
+
+    def _cycle(self, width: int) -> None:
+        if self._drafts_at(width):
+            self.draft(width)
+        self.verify(width)
+
+    def _seconds_of(self, step: Callable[[], object], repeats: int = 2) -> float:
+        torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - begin) / repeats
 
     def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
@@ -441,48 +541,64 @@ def _mark_varying(arguments: Sequence[Any], sizes: Sequence[Any]) -> None:
 
 
 class _Mailbox:
-    """Reports on their way to the host, oldest first.
+    """Reports on their way to the host, oldest first, each with the function that reads it.
 
-    From a GPU they travel through a ring of two pinned buffers, each with its event, copied outside
-    the graphs; so at most two may be unread.
+    From a GPU they travel through a ring of pinned buffers, each with its event, copied outside the
+    graphs; so only so many may be unread. A buffer grows to the longest report that it has had. A
+    launch that reports nothing has an event alone.
     """
+
+    RING = 3  # the most that are unread is two
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._unread: deque[tuple[Tensor | None, torch.cuda.Event | None, _Parse]] = deque()
         self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
         self._n_sent = 0
 
     def __len__(self) -> int:
         return len(self._unread)
 
-    def send(self, report: Tensor) -> None:
+    def send(self, report: Tensor | None, parse: _Parse) -> None:
         if self._device.type == "cpu":
-            self._unread.append((report, None))
+            self._unread.append((report, None, parse))
             return
-        buffer, event = self._entry(report)
-        buffer.copy_(report, non_blocking=True)
+        buffer, event = self._entry(0 if report is None else report.numel())
+        if report is not None:
+            buffer = buffer[: report.numel()].view(report.shape)
+            buffer.copy_(report, non_blocking=True)
         event.record(torch.cuda.current_stream(self._device))
-        self._unread.append((buffer, event))
+        self._unread.append((None if report is None else buffer, event, parse))
 
-    def receive(self) -> list[list[int]]:
-        report, event = self._unread[0]
+    @property
+    def has_arrived(self) -> bool:
+        """Whether nobody has to wait for the oldest; on a CPU the host is the device."""
+        event = self._unread[0][1]
+        return event is not None and bool(event.query())  # type: ignore[no-untyped-call]
+
+    def receive(self) -> list[SlotOutput]:
+        report, event, parse = self._unread[0]
         if event is not None:
             event.synchronize()
+        outputs = parse(None if report is None else report.tolist())
         self._unread.popleft()  # only now: a Ctrl-C while waiting leaves it to be drained
-        rows: list[list[int]] = report.tolist()
-        return rows
+        return outputs
 
-    def _entry(self, report: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        assert len(self._unread) < 2
-        if not self._ring or self._ring[0][0].shape != report.shape:
-            shape, dtype = report.shape, report.dtype
-            pinned = [
-                torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True) for _ in range(2)
-            ]
-            self._ring = [(buffer, torch.cuda.Event()) for buffer in pinned]  # type: ignore[no-untyped-call]
+    def _entry(self, size: int) -> tuple[Tensor, torch.cuda.Event]:
+        """The next buffer, of ``size`` at least, and its event."""
+        assert len(self._unread) < self.RING
+        if not self._ring:
+            self._ring = [(_pinned(size), torch.cuda.Event()) for _ in range(self.RING)]  # type: ignore[no-untyped-call]
+        index = self._n_sent % self.RING
+        buffer, event = self._ring[index]
+        if len(buffer) < size:
+            self._ring[index] = buffer, event = _pinned(size), event
         self._n_sent += 1
-        return self._ring[self._n_sent % 2]
+        return buffer, event
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 @contextlib.contextmanager

@@ -93,27 +93,29 @@ def cache_rows(max_seq_len: int, block_size: int) -> int:
     return -(-(max_seq_len + max(block_size, multiple)) // multiple) * multiple
 
 
-def start_sequence(
-    state: State,
-    slot: int,
-    prompt: Tensor,
-    first: Tensor,
-    max_length: int,
-    eos: Tensor,
-    drafting: bool,
+def open_slot(
+    state: State, slot: int, tokens: Tensor, length: int, max_length: int, drafting: bool
 ) -> None:
-    """Give ``slot`` a prefilled prompt [n] and the first token [] after it, in place.
+    """Give ``slot`` a text [n] whose first ``length`` rows are cached, in place.
 
-    ``drafting``: whether verification is to use its proposals. NO_TOKEN ends the slot at once; the
-    model is never given it.
+    It stays done until it is started: so no cycle moves it, though cycles write their scratch rows
+    to it, from ``length`` on. ``drafting``: whether verification is to use its proposals.
     """
-    n_tokens = len(prompt)
-    state.tokens[slot, :n_tokens] = prompt
-    state.tokens[slot, n_tokens] = state.anchor[slot] = first.clamp(min=0)
-    state.length[slot] = n_tokens
+    state.done[slot] = True
+    state.tokens[slot, : len(tokens)] = tokens
+    state.length[slot] = length
     state.max_length[slot] = max_length
     state.drafting[slot] = drafting
-    state.done[slot] = _is_end(first, eos) | (n_tokens + 1 >= max_length)
+
+
+def start_sequence(state: State, slot: int, n_tokens: int, first: Tensor, eos: Tensor) -> None:
+    """Give ``slot``, of which ``n_tokens`` rows are cached, the token [] after them, in place.
+
+    NO_TOKEN ends the slot at once; the model is never given it.
+    """
+    state.tokens[slot, n_tokens] = state.anchor[slot] = first.clamp(min=0)
+    state.length[slot] = n_tokens
+    state.done[slot] = _is_end(first, eos) | (state.max_length[slot] <= n_tokens + 1)
 
 
 def first_token(

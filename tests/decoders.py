@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from orthrus_fast import Decoder, loading
+from orthrus_fast import Decoder, SamplingParams, loading, steps
 from orthrus_fast.invariance import Invariance
+from orthrus_fast.runners import EagerRunner, SlotOutput
 
 
 def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
@@ -20,6 +23,50 @@ def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
     length = int(runner.state.length[0])
     k, v = runner.cache.k[layer], runner.cache.v[layer]
     return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
+
+
+def always_drafting(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a load, with a draft of the whole block in every cycle of mode diffusion."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    width = options.get("block_size") or config.get("block_size")
+    return {"drafting": "auto" if width is None else width, **options}
+
+
+def start(
+    runner: EagerRunner,
+    prompt: list[int],
+    slot: int,
+    max_length: int,
+    params: SamplingParams | None = None,
+    drafting: bool = False,
+) -> SlotOutput:
+    """Give a slot a prompt, and wait for its first token; no launch may be in flight."""
+    params = params or SamplingParams()
+    runner.open(slot, prompt, 0, max_length, params, drafting)
+    chunks = list(
+        steps.prefill_chunks(0, len(prompt), runner.prefill_widths, runner.cache.capacity)
+    )
+    for chunk in chunks[:-1]:
+        runner.prefill(slot, *chunk)
+        assert runner.read() == []
+    runner.start(slot, *chunks[-1], params)
+    [output] = runner.read()
+    return output
+
+
+def prefill_logits(runner: EagerRunner, ids: Tensor, slot: int, begin: int = 0) -> Tensor:
+    """Logits [V] after the prompt ``ids`` [n], whose first ``begin`` rows ``slot`` has."""
+    runner.open(slot, ids.tolist(), begin, len(ids) + 1)
+    for first, end, width in steps.prefill_chunks(
+        begin, len(ids), runner.prefill_widths, runner.cache.capacity
+    ):
+        if end < len(ids):
+            runner.prefill(slot, first, end, width)
+        else:
+            logits = runner.start(slot, first, end, width, SamplingParams())
+        runner.read()
+    return logits.clone()
 
 
 def rows_are_invariant(decoder: Decoder) -> bool:

@@ -36,8 +36,9 @@ from orthrus_fast.quantization import Formats, Quantizer
 from orthrus_fast.runners import EagerRunner, GraphRunner, compiler_limits, full_precision_matmul
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
 from tests.core.test_one_row import Pieces, compute, decode
-from tests.decoders import unchecked
+from tests.decoders import always_drafting, prefill_logits, unchecked
 from tests.embedded import HELD_OUT, MODEL, differing_prompts, prompt_of
+from tests.engine.solo import Solo, check_requests, check_rows, unpredictable
 from tests.judge import Judge, dense_attention, follows
 from tests.quantized import stored
 
@@ -159,13 +160,19 @@ def test_attention_of_a_row_has_the_same_bits_at_every_width(
                     assert torch.equal(got, expected[begin - first :][:width]), (width, begin)
 
 
+def load(directory: Path, **options: Any) -> Decoder:
+    """One that drafts in every cycle of mode diffusion, and computes every row."""
+    options = {"prefix_reuse": False, **always_drafting(directory, options)}
+    return orthrus_fast.load(directory, **options)
+
+
 @pytest.mark.parametrize("runner", ["graph", "compiled", "eager"])
 @pytest.mark.parametrize("dtype, near_tie", [("float64", 0.0), ("float32", 1e-5)])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_both_modes_decode_what_the_judge_decodes(
     tiny: Path, runner: str, dtype: str, near_tie: float, slots: int
 ) -> None:
-    decoder = orthrus_fast.load(tiny, dtype=dtype, slots=slots, runner=runner)
+    decoder = load(tiny, dtype=dtype, slots=slots, runner=runner)
     judge = Judge(tiny)
     prompts = [[5, 6, 7], [1] * 70, [9], list(range(100)), [3, 1]]
     expected = [judge.generate(prompt, 60, ()) for prompt in prompts]
@@ -229,7 +236,7 @@ PROMPTS = ["def f(n):\n", "import os\n", "x" * 900, "class A:\n"]
 @pytest.mark.parametrize("attention", ["triton", "flash"])
 def test_bf16_is_equal_to_the_bit_in_both_modes(slots: int, attention: str) -> None:
     backend(attention, torch.bfloat16, 64)
-    decoder = orthrus_fast.load(MODEL, slots=slots, attention=attention)
+    decoder = load(MODEL, slots=slots, attention=attention)
     assert decoder.configuration["dtype"] == "bfloat16"
     assert decoder.invariance is not None and decoder.invariance.holds
     results = both_modes(decoder, PROMPTS[:slots], 150)
@@ -239,7 +246,7 @@ def test_bf16_is_equal_to_the_bit_in_both_modes(slots: int, attention: str) -> N
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("block_size", [2, 8])
 def test_a_narrower_block_is_equal_to_the_bit_in_both_modes(slots: int, block_size: int) -> None:
-    decoder = orthrus_fast.load(MODEL, slots=slots, block_size=block_size)
+    decoder = load(MODEL, slots=slots, block_size=block_size)
     assert decoder.configuration["block_size"] == block_size
     assert decoder.invariance is not None and decoder.invariance.holds
     results = both_modes(decoder, PROMPTS[:slots], 150)
@@ -252,7 +259,7 @@ def test_a_narrower_block_is_equal_to_the_bit_in_both_modes(slots: int, block_si
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature: float) -> None:
-    decoder = orthrus_fast.load(MODEL, slots=slots)
+    decoder = load(MODEL, slots=slots)
     settings = [
         SamplingParams(temperature=temperature, seed=i, top_k=top_k, top_p=top_p)
         for i, (top_k, top_p) in enumerate([(None, None), (20, 0.8), (None, 0.9), (5, None)])
@@ -285,7 +292,7 @@ WAYS: list[Pieces] = [
 def runner_of(directory: Path, dtype: torch.dtype, slots: int, **options: Any) -> EagerRunner:
     """A runner whose cache is full of what others have left."""
     with unchecked():
-        runner = orthrus_fast.load(directory, dtype=dtype, slots=slots, **options).runner
+        runner = load(directory, dtype=dtype, slots=slots, **options).runner
     for rows in (*runner.cache.k, *runner.cache.v):
         rows.normal_()
     return runner
@@ -318,7 +325,7 @@ def test_a_row_has_the_same_bits_however_it_is_computed(
     for slot, pieces in enumerate(WAYS):
         assert are_equal(computed(four, slot, text, pieces), expected), slot
     for runner, slot, begin in ((one, 0, 0), (four, 3, 123), (four, 3, 699), (four, 1, 0)):
-        assert torch.equal(bits_of(runner.prefill_logits(text, slot, begin)), expected[0][-1])
+        assert torch.equal(bits_of(prefill_logits(runner, text, slot, begin)), expected[0][-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -369,7 +376,7 @@ def texts_of(decoder: Decoder, mode: str) -> list[tuple[list[int], list[float] |
 
 @pytest.fixture(scope="module")
 def expected_texts() -> Any:
-    return texts_of(orthrus_fast.load(MODEL, max_seq_len=400), "ar")
+    return texts_of(load(MODEL, max_seq_len=400), "ar")
 
 
 @pytest.mark.parametrize(
@@ -378,7 +385,7 @@ def expected_texts() -> Any:
 def test_a_text_depends_on_its_prompt_and_settings_alone(
     expected_texts: Any, block_size: int, slots: int, max_seq_len: int
 ) -> None:
-    decoder = orthrus_fast.load(MODEL, block_size=block_size, slots=slots, max_seq_len=max_seq_len)
+    decoder = load(MODEL, block_size=block_size, slots=slots, max_seq_len=max_seq_len)
     assert decoder.configuration["promise"] == ONE_ROW and decoder.ar_width == 1
     for mode in MODES:
         assert texts_of(decoder, mode) == expected_texts, mode
@@ -414,7 +421,7 @@ def test_what_cannot_keep_to_a_row_keeps_to_one_width(
     if "attention" in options:
         backend(options["attention"], BF16, 64)
     with caplog.at_level(logging.WARNING, "orthrus_fast"):
-        decoder = orthrus_fast.load(MODEL, slots=2, **options)
+        decoder = load(MODEL, slots=2, **options)
     assert decoder.configuration["promise"] == ONE_WIDTH
     assert "both modes decode by blocks of 16 rows" in caplog.text
     assert decoder.ar_width == decoder.block_width == 16
@@ -431,13 +438,13 @@ def test_what_cannot_keep_to_a_row_keeps_to_one_width(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_modes_agree_on_every_held_out_prompt(dtype: str) -> None:
-    decoder = orthrus_fast.load(MODEL, dtype=dtype, slots=8)
+    decoder = load(MODEL, dtype=dtype, slots=8)
     assert differing_prompts(decoder, HELD_OUT, 128) == []
 
 
 def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", dtype=torch.bfloat16, torch_dtype="bfloat16")
-    decoder = orthrus_fast.load(directory)
+    decoder = load(directory)
     assert decoder.configuration["device"] == "cuda:0"
     assert decoder.configuration["dtype"] == "bfloat16"
     assert decoder.configuration["runner"] == "graph"
@@ -449,7 +456,7 @@ def test_tensors_go_to_the_device_and_the_default_dtype_is_the_configs(tmp_path:
 
 
 def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -> None:
-    decoder = orthrus_fast.load(tiny, max_seq_len=400)
+    decoder = load(tiny, max_seq_len=400)
     runner = decoder.runner
     assert isinstance(runner, GraphRunner)
     assert set(runner._draft_graphs) == {(16, False)}
@@ -477,7 +484,7 @@ def test_graphs_serve_any_prompt_length_and_mode_without_recapture(tiny: Path) -
 
 
 def test_a_cycle_past_the_end_changes_nothing(tiny: Path) -> None:
-    decoder = orthrus_fast.load(tiny, slots=2)
+    decoder = load(tiny, slots=2)
     decoder.generate([[1, 2], [3]], 20)
     state, cache = decoder.runner.state, decoder.runner.cache
     length = state.length.clone()
@@ -496,21 +503,23 @@ def test_a_cycle_past_the_end_changes_nothing(tiny: Path) -> None:
 
 
 def test_a_dropped_stream_leaves_the_decoder_usable(tiny: Path) -> None:
-    decoder = orthrus_fast.load(tiny)
+    decoder = load(tiny)
     expected = decoder.generate([9, 9], 30).tokens
     stream = decoder.stream([1, 2], 60)
     next(stream), next(stream)
     assert decoder.runner.in_flight > 0  # a cycle ahead of the reader
     del stream
-    assert decoder.runner.in_flight == 0
     assert decoder.generate([9, 9], 30).tokens == expected
+    while decoder.engine.has_work:
+        decoder.engine.step()
+    assert decoder.runner.in_flight == 0
     assert decoder.generate([9, 9], 30, mode="ar").tokens == expected
 
 
 def test_two_decoders_in_one_process(tiny: Path) -> None:
-    one = orthrus_fast.load(tiny)
+    one = load(tiny)
     expected = one.generate([1, 2], 50).tokens
-    other = orthrus_fast.load(MODEL, slots=2)
+    other = load(MODEL, slots=2)
     text = other.generate("def f(n):\n", 40).tokens
     assert one.generate([1, 2], 50).tokens == expected
     assert other.generate("def f(n):\n", 40, mode="ar").tokens == text
@@ -526,7 +535,7 @@ def test_load_leaves_torch_as_it_found_it(tiny: Path) -> None:
     torch.manual_seed(5)
     states = torch.get_rng_state(), torch.cuda.get_rng_state()
     before = torch._dynamo.config.recompile_limit, torch.backends.cuda.matmul.fp32_precision
-    orthrus_fast.load(tiny).generate([1], 10)
+    load(tiny).generate([1], 10)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(torch.cuda.get_rng_state(), states[1])
     after = torch._dynamo.config.recompile_limit, torch.backends.cuda.matmul.fp32_precision
@@ -537,7 +546,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated() -> None:
     gc.collect()  # so that nothing of an earlier test goes between the two looks
     before = torch.cuda.memory_allocated()
     with pytest.raises(RequestError, match=r"needs weights .* KV cache .* passes .* free on cuda"):
-        orthrus_fast.load(MODEL, slots=1_000_000)
+        load(MODEL, slots=1_000_000)
     assert torch.cuda.memory_allocated() == before
 
 
@@ -610,7 +619,7 @@ def splits_by_length(attend: Attend) -> Attend:
 )
 def test_the_invariance_check_sees_planted_faults(plant: Any, holds: bool, request: Any) -> None:
     with unchecked():
-        runner = orthrus_fast.load(MODEL).runner
+        runner = load(MODEL).runner
     kernels = runner.model.kernels
     kernels = dataclasses.replace(kernels, attend=plant(kernels.attend))
     name = f"planted_{request.node.callspec.id.replace(' ', '_').replace('-', '_')}"
@@ -726,7 +735,7 @@ def test_the_invariance_check_sees_what_follows_the_width(
     if plant is not None:
         plant(monkeypatch)
     with unchecked():
-        runner = orthrus_fast.load(many_heads, slots=4, max_seq_len=1000).runner
+        runner = load(many_heads, slots=4, max_seq_len=1000).runner
     assert isinstance(runner, GraphRunner) and runner.prefill_widths
     for width in (2, 4):
         runner.prepare(width)
@@ -740,7 +749,7 @@ def test_a_decoder_that_fails_the_check_keeps_to_one_width(
 ) -> None:
     tiles_of_few_keys(monkeypatch)
     with caplog.at_level(logging.WARNING, "orthrus_fast"):
-        decoder = orthrus_fast.load(many_heads, slots=4)
+        decoder = load(many_heads, slots=4)
     assert "a row's bits depend on more than its tokens here" in caplog.text
     assert decoder.configuration["promise"] == ONE_WIDTH and decoder.ar_width == 16
     both_modes(decoder, [[1, 2, 3], [9] * 200], 60)
@@ -853,7 +862,8 @@ def large() -> Decoder:
     def make_model(*of: Any) -> Transformer:
         return random_model(*of, seed=0)
 
-    return build_decoder("random", config, make_model, Options(max_seq_len=2048))
+    options = Options(max_seq_len=2048, drafting=32, prefix_reuse=False)
+    return build_decoder("random", config, make_model, options)
 
 
 def test_a_public_shape_keeps_the_promise(large: Decoder) -> None:
@@ -974,9 +984,33 @@ def test_a_public_shape_is_equal_to_the_bit_in_both_modes(
 
 
 def test_prefill_commits_the_same_rows_whatever_was_there(tiny: Path) -> None:
-    decoder = orthrus_fast.load(tiny, dtype="bfloat16")
+    decoder = load(tiny, dtype="bfloat16")
     prompt = [(i * 7) % 50 for i in range(300)]
     first = decoder.next_logits(prompt)
     for rows in (*decoder.runner.cache.k, *decoder.runner.cache.v):
         rows.normal_()
     assert torch.equal(decoder.next_logits(prompt), first)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_requests_are_told_what_they_are_told_alone(slots: int) -> None:
+    """In bf16, with graphs a launch ahead, widths and chunks as the engine chooses them."""
+    solo = Solo(orthrus_fast.load(MODEL, max_seq_len=400, prefix_reuse=False))
+    engine = orthrus_fast.load(MODEL, max_seq_len=400, slots=slots).engine
+    check_requests(engine, solo, 500 if slots > 1 else 100, seed=slots)
+    assert check_rows(engine, solo) > 0
+
+
+def test_any_width_and_any_cut_of_a_prompt(tiny: Path) -> None:
+    solo = Solo(orthrus_fast.load(tiny, prefix_reuse=False))
+    engine = orthrus_fast.load(tiny, slots=4).engine
+    unpredictable(engine, seed=1, ahead=1)
+    check_requests(engine, solo, 100, seed=1)
+    assert check_rows(engine, solo) > 0
+
+
+def test_times_are_measured_at_start(tiny: Path) -> None:
+    runner = orthrus_fast.load(tiny).runner
+    assert set(runner.cycle_seconds) == {1, 4, 8, 16}
+    assert set(runner.chunk_seconds) == set(runner.prefill_widths)
+    assert min(*runner.cycle_seconds.values(), *runner.chunk_seconds.values()) > 0

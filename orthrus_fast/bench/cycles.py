@@ -1,18 +1,13 @@
 """The parts of whole decodes: tokens/s at replayed acceptance against AR, also by slots."""
 
-import copy
 import statistics
 from dataclasses import replace
 
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import ROUNDS, Result, log
 from orthrus_fast.bench.decoding import decode, expected_tokens_per_cycle, ignore_eos, patched
-from orthrus_fast.bench.session import Session, random_prompts, release_memory
-from orthrus_fast.config import ModelConfig
+from orthrus_fast.bench.session import Session, random_prompts, release_memory, sibling
 from orthrus_fast.errors import RequestError, is_out_of_memory, one_line
-from orthrus_fast.kernels.interface import Kernels
-from orthrus_fast.loading import build_decoder
-from orthrus_fast.model import Transformer
 
 DRAWS = 4  # of replayed drafts for each prompt: acceptance varies far more than time does
 
@@ -32,7 +27,8 @@ def cycles_at(session: Session, context: int) -> Result:
     decoder, n_tokens, width = session.decoder, session.args.new_tokens, session.width
     prompts = random_prompts(session, [context] * decoder.slots, salt=context)
     replay = session.replay(salt=context)
-    rates: dict[str, list[float]] = {"diffusion": [], "ar": [], "ar_baseline": []}
+    modes = ("diffusion", "adaptive", "ar", "ar_baseline")
+    rates: dict[str, list[float]] = {mode: [] for mode in modes}
     accepted: list[int] = []
     n_emitted, equal = 0, True
     for n in range(min(ROUNDS, session.args.repeats)):
@@ -48,10 +44,14 @@ def cycles_at(session: Session, context: int) -> Result:
                 replay.set_text(slot, text)
             with patched(session.runner, draft=replay.draft):
                 diffusion = decode(decoder, prompts, n_tokens, True, width)
+                adaptive = diffusion
+                if width == decoder.block_width:  # so that there are drafts for every width
+                    adaptive = decode(decoder, prompts, n_tokens, True, None)
+            rates["adaptive"].append(adaptive.tokens_per_second)
             rates["diffusion"].append(diffusion.tokens_per_second)
             accepted += diffusion.accepted
             n_emitted += diffusion.n_emitted
-            equal = equal and diffusion.tokens == ar.tokens
+            equal = equal and diffusion.tokens == adaptive.tokens == ar.tokens
     faster = max(statistics.median(rates[name]) for name in ("ar", "ar_baseline"))
     return {
         "context": context,
@@ -102,17 +102,10 @@ def slots_at(session: Session, n: int, context: int) -> list[Result]:
 
 def with_slots(session: Session, n: int, context: int) -> list[Result]:
     """Run ``cycles_at`` on another decoder over the same weights. Raises RequestError."""
-
-    def copy_model(config: ModelConfig, kernels: Kernels, *_: object) -> Transformer:
-        # Without its weights: tables of positions and the choice of products are a decoder's own.
-        model = copy.copy(session.runner.model)
-        model.kernels = kernels
-        return model
-
-    of = session.decoder
+    of = session.decoder.configuration
     more = {"slots": n, "max_seq_len": context + session.args.new_tokens}
-    options = replace(session.options, **more, draft_weights=of.configuration["draft_weights"])
-    decoder = build_decoder(of.name, of.config, copy_model, options, weights_present=True)
+    options = replace(session.options, **more, draft_weights=of["draft_weights"])
+    decoder = sibling(session, options)
     other, entries = Session(session.args, options, decoder, [context]), []
     with ignore_eos(decoder.runner):
         for width in session.args.widths or [other.width]:

@@ -1,18 +1,22 @@
-"""Whole decodes in the decoder's own loop, with the model's own drafts or replayed ones.
+"""Whole decodes in the decoder's own engine, with the model's own drafts or replayed ones.
 
 Replayed acceptance: the draft pass runs at its full cost, then its proposals are replaced by the
 known continuation of the text, a wanted share of it right. So random weights show the speed that a
 trained model would have at its acceptance.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orthrus_fast.decoder import Decoder
+from orthrus_fast.engine.engine import Engine
+from orthrus_fast.engine.request import Request, Update
 from orthrus_fast.errors import RequestError
 from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
@@ -39,26 +43,92 @@ class Decoded(NamedTuple):
         return sum(len(tokens) - 1 for tokens in self.tokens)
 
 
+@dataclass
+class Text:
+    """What has come of one prompt, and when."""
+
+    tokens: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)  # drafts, by cycle
+    first_at: float = 0.0
+    last_at: float = 0.0
+
+    def take(self, update: Update) -> None:
+        """Record an update. Raises RuntimeError for one that tells of an error."""
+        if update.error is not None:
+            raise RuntimeError(update.error)
+        self.last_at = time.perf_counter()
+        if update.n_accepted is None:
+            self.first_at = self.last_at
+        else:
+            self.accepted.append(update.n_accepted)
+        self.tokens += update.tokens
+
+
 def decode(
-    decoder: Decoder, prompts: Prompts, n: int, drafting: bool, width: int, each: Settings = None
+    decoder: Decoder,
+    prompts: Prompts,
+    n: int,
+    drafting: bool,
+    width: int | None,
+    each: Settings = None,
 ) -> Decoded:
-    """Serve the prompts, ``n`` new tokens each, in the decoder's own loop, mailbox included."""
-    decoder.runner.state.reset()
-    settings = [decoder._resolved(one) for one in each or [None] * len(prompts)]
-    requests = [decoder._request(p, n, s, {}) for p, s in zip(prompts, settings, strict=True)]
-    for _ in decoder._run(requests, drafting, width, any(s.samples for s in settings)):
-        pass
-    tokens = [request.tokens for request in requests]
-    accepted = [request.accepted for request in requests]
-    # Until the first one ends: a slot that waits for others to end, as none does whose place the
-    # next prompt takes, would count against drafting alone. By Wald's identity this is unbiased.
-    seconds = min(r.last_at for r in requests) - max(r.first_at for r in requests)
-    n_cycles = min(map(len, accepted))
+    """Serve the prompts, ``n`` new tokens each, in the decoder's own engine, mailbox included.
+
+    As many of them as there are slots decode at once, the first one in slot 0. Blocks have
+    ``width`` rows; None leaves the choice to the engine, cycle by cycle.
+    """
+    decoder.runner.state.reset()  # idle slots take no time
+    requests = [
+        Request(index, prompt, n, params or SamplingParams(), drafting)
+        for index, (prompt, params) in enumerate(
+            zip(prompts, each or [None] * len(prompts), strict=True)
+        )
+    ]
+    with fixed_width(decoder.engine, drafting, width):
+        texts = run(decoder.engine, requests)
+    return rated(texts)
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> list[Text]:
+    """Serve requests, whose ids are 0, 1, …, all prompts first; the engine is idle then."""
+    texts = [Text() for _ in requests]
+    for request in requests:
+        engine.submit(request)
+    engine.scheduler.takes_turns = False
+    try:
+        while engine.has_work:
+            for update in engine.step():
+                texts[update.id].take(update)
+    finally:
+        engine.scheduler.takes_turns = True
+    return texts
+
+
+def rated(texts: Sequence[Text]) -> Decoded:
+    """Return the texts with their rate while all of them decode.
+
+    Until the first one ends: a slot that waits for others to end, as none does whose place the next
+    prompt takes, would count against drafting alone. By Wald's identity this is unbiased.
+    """
+    seconds = min(text.last_at for text in texts) - max(text.first_at for text in texts)
+    n_cycles = min(len(text.accepted) for text in texts)
     n_emitted = sum(
-        min(sum(of_cycles[:n_cycles]) + n_cycles, len(ids) - 1)
-        for ids, of_cycles in zip(tokens, accepted, strict=True)
+        min(sum(text.accepted[:n_cycles]) + n_cycles, len(text.tokens) - 1) for text in texts
     )
-    return Decoded(tokens, accepted, n_emitted / seconds if seconds > 0 else 0.0)
+    rate = n_emitted / seconds if seconds > 0 else 0.0
+    return Decoded([text.tokens for text in texts], [text.accepted for text in texts], rate)
+
+
+@contextmanager
+def fixed_width(engine: Engine, drafting: bool, width: int | None) -> Iterator[None]:
+    """Give cycles this width, or leave it to the engine."""
+    before = engine.policy.fixed, engine.ar_width
+    engine.policy.fixed = width if drafting else None
+    engine.ar_width = engine.ar_width if drafting or width is None else width
+    try:
+        yield
+    finally:
+        engine.policy.fixed, engine.ar_width = before
 
 
 @contextmanager

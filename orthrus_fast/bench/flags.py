@@ -20,7 +20,7 @@ from orthrus_fast.options import (
 )
 
 PROGRAM = "python -m orthrus_fast.bench"
-PARTS = "startup ceiling passes cycles sampling identity prefill slots acceptance".split()
+PARTS = "startup ceiling passes cycles sampling identity prefill engine slots acceptance".split()
 SLOTS = [1, 2, 4, 8, 16, 32]
 PUBLISHED = {  # greedy tokens per cycle of trained models, a mean over a task's answers; the source
     "1.7B/GSM8K": (7.75, "github.com/Neukiru/orthrus_vllm"),

@@ -17,12 +17,13 @@ from orthrus_fast.bench.flags import PROGRAM, Parser
 from orthrus_fast.bench.identity import identity
 from orthrus_fast.bench.passes import passes, prefill, sampling, startup
 from orthrus_fast.bench.results import Report
+from orthrus_fast.bench.serving import engine, settle
 from orthrus_fast.bench.session import Session, build_session
 from orthrus_fast.bench.streaming import ceiling
 from orthrus_fast.bench.tables import show
 from orthrus_fast.errors import OrthrusError
 
-PARTS = (startup, ceiling, passes, cycles, sampling, identity, prefill, slots, acceptance)
+PARTS = (startup, ceiling, passes, cycles, sampling, identity, prefill, engine, slots, acceptance)
 MEASURES: dict[str, Callable[[Session], Result]] = {part.__name__: part for part in PARTS}
 
 
@@ -46,6 +47,7 @@ def run(parser: Parser, args: argparse.Namespace) -> int:
             traceback.print_exc()
             report.add("failed", name, f"{type(error).__name__}: {error}")
             continue
+        settle(session.decoder.engine)  # of cycles that were launched in vain
         report.add("parts", name, {"part_seconds": time.perf_counter() - begin, **part})
         show(console, name, part)
     return 1 if report.content["failed"] else 0

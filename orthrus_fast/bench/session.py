@@ -1,6 +1,7 @@
 """A benchmark session: a decoder, its prompts, and what the command line says to do with them."""
 
 import argparse
+import copy
 import gc
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +20,9 @@ from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
+from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
+from orthrus_fast.model import Transformer
 from orthrus_fast.prompts import PromptLine, read_prompts
 from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
@@ -72,7 +75,7 @@ def build_session(args: argparse.Namespace) -> Session:
     names = ["device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size"]
     names += ["weights", "draft_weights"]
     asked = {name: getattr(args, name) for name in names}
-    options = Options(max_seq_len=choose_max_seq_len(args, config), **asked)
+    options = Options(max_seq_len=choose_max_seq_len(args, config), **asked, prefix_reuse=False)
     settings = resolve(options, config)
     contexts = choose_contexts(args, settings.max_seq_len)
     if (block := settings.config.block_size) is not None:
@@ -86,6 +89,19 @@ def build_session(args: argparse.Namespace) -> Session:
     name = f"random weights of shape {args.shape}, seed {args.seed}"
     decoder = build_decoder(name, config, partial(random_model, seed=args.seed), options)
     return Session(args, options, decoder, contexts)
+
+
+def sibling(session: Session, options: Options) -> Decoder:
+    """Return another decoder over the same weights. Raises RequestError."""
+
+    def copy_model(config: ModelConfig, kernels: Kernels, *_: object) -> Transformer:
+        # Without its weights: tables of positions and the choice of products are a decoder's own.
+        model = copy.copy(session.runner.model)
+        model.kernels = kernels
+        return model
+
+    of = session.decoder
+    return build_decoder(of.name, of.config, copy_model, options, weights_present=True)
 
 
 def choose_contexts(args: argparse.Namespace, max_seq_len: int) -> list[int]:

@@ -233,6 +233,10 @@ def add_decoding_flags(group: Group) -> None:
     add("--slots", type=int, default=1, metavar="B", help=slots)
     width = "width of a block, from 2 to the checkpoint's block size (the default)"
     add("--block-size", type=int, metavar="K", help=width)
+    drafting = "auto drafts when and as wide as it pays (default); N: always by blocks of N rows"
+    add("--drafting", type=width_or_auto, default="auto", metavar="N", help=drafting)
+    reuse = "start from cached rows of earlier prompts that begin alike (default: on)"
+    add("--prefix-reuse", action=argparse.BooleanOptionalAction, default=True, help=reuse)
     limit = "new tokens at most (default: 256, or what fits; with --thinking all that fits)"
     add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help=limit)
     add_length_flag(group)
@@ -241,6 +245,11 @@ def add_decoding_flags(group: Group) -> None:
         "where the checkpoint has a draft view)"
     )
     add("--mode", choices=MODES, help=mode)
+
+
+def width_or_auto(text: str) -> int | str:
+    """Return the width of a block, or "auto". Raises ValueError for anything else."""
+    return text if text == "auto" else int(text)
 
 
 def add_length_flag(group: Group) -> None:

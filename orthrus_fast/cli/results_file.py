@@ -38,8 +38,12 @@ SEED_BITS = 48  # of a drawn seed: with an index added it is exact in any reader
 SAMPLES, SAMPLE_BYTES = 1024, 4096  # of a file of weights that is too large to be read whole
 WHOLE_BYTES = 2**26
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "stop", "logprobs")
-# Where the files lie, which of several equal devices runs them and who drafts changes no text.
-NOT_SETTINGS = ("checkpoint", "commit", "device", "draft_weights", "weight_bytes", "tiles")
+# Where the files lie and which of several equal devices runs them changes no text; nor do tiles,
+# who drafts, the width of a draft and cached rows.
+NOT_SETTINGS = (
+    *("checkpoint", "commit", "device", "tiles", "draft_weights", "weight_bytes"),
+    *("drafting", "prefix_reuse"),
+)
 
 
 # The fingerprint: what results must share to stand in one file.

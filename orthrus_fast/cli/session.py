@@ -45,6 +45,8 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             block_size=args.block_size,
             weights=args.weights,
             draft_weights=args.draft_weights,
+            drafting=args.drafting,
+            prefix_reuse=args.prefix_reuse,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
             ignore_config_fields=tuple(args.ignore_config_field),
@@ -189,7 +191,9 @@ def report(
         parts.append(f"{stats.tokens_per_cycle:.2f} tokens per cycle in {stats.cycles} cycles")
     if stats.tokens_per_second is not None:
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
-    parts.append(f"first token after {stats.time_to_first_token:.3f} s")
+    first = f"first token after {stats.time_to_first_token:.3f} s"
+    reused = f", {stats.reused_tokens} tokens of the prompt reused"
+    parts.append(first + (reused if stats.reused_tokens else ""))
     settings = decoder.configuration
     parts.append(f"{args.mode} on {settings['device']} ({settings['dtype']}, {settings['runner']})")
     if result.seed is not None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from orthrus_fast import SamplingParams
 from orthrus_fast.bench.decoding import (
-    decode,
+    Text,
     expected_tokens_per_cycle,
     ignore_eos,
     patched,
+    rated,
     share_of_right_drafts,
 )
+from orthrus_fast.engine.request import Update
 from orthrus_fast.errors import RequestError
 from tests.bench.runs import TINY, session
 
@@ -22,26 +20,20 @@ from tests.bench.runs import TINY, session
 def test_a_rate_is_of_the_time_in_which_all_decode() -> None:
     """The first ends after two cycles, at 5 s; what the other does alone does not count."""
 
-    def request(accepted: list[int], n_tokens: int, first_at: float, last_at: float) -> Any:
-        named = {"accepted": accepted, "tokens": [0] * n_tokens}
-        return SimpleNamespace(**named, first_at=first_at, last_at=last_at)
+    def text(accepted: list[int], n_tokens: int, first_at: float, last_at: float) -> Text:
+        return Text([0] * n_tokens, accepted, first_at, last_at)
 
-    def decoded(*requests: Any) -> Any:
-        waiting = iter(requests)
-        decoder: Any = SimpleNamespace(
-            runner=SimpleNamespace(state=SimpleNamespace(reset=lambda: None)),
-            _resolved=lambda _: SamplingParams(),
-            _request=lambda *_: next(waiting),
-            _run=lambda *_: [],
-        )
-        return decode(decoder, [[1]] * len(requests), 9, True, 16)
-
-    both = decoded(request([3, 2], 7, 1.0, 5.0), request([0, 1, 4], 9, 2.0, 9.0))
+    both = rated([text([3, 2], 7, 1.0, 5.0), text([0, 1, 4], 9, 2.0, 9.0)])
     assert both.tokens_per_second == (6 + 3) / (5.0 - 2.0)  # of 7 the last is past the budget
     assert both.accepted == [3, 2, 0, 1, 4] and both.n_emitted == 14
-    assert decoded(request([1, 1], 5, 1.0, 3.0)).tokens_per_second == 2.0
-    one_after_another = decoded(request([1], 3, 1.0, 2.0), request([1], 3, 3.0, 4.0))
+    assert rated([text([1, 1], 5, 1.0, 3.0)]).tokens_per_second == 2.0
+    one_after_another = rated([text([1], 3, 1.0, 2.0), text([1], 3, 3.0, 4.0)])
     assert one_after_another.tokens_per_second == 0.0
+
+
+def test_an_error_of_the_engine_ends_a_measurement() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Text().take(Update(0, [], finish_reason="error", error="CUDA out of memory"))
 
 
 @pytest.mark.parametrize("width", [2, 8, 16, 32])

@@ -56,7 +56,7 @@ class Canned:
 
     def __init__(self, text: str, error: str | None = None) -> None:
         speed = {"tokens_per_cycle": None, "tokens_per_second": None, "time_to_first_token": 0.0}
-        stats: Any = SimpleNamespace(cycles=0, **speed) if text else None
+        stats: Any = SimpleNamespace(cycles=0, reused_tokens=0, **speed) if text else None
         self.result = Generation(text, [1], "error" if error else None, None, stats, error)
 
     def __iter__(self) -> Iterator[Chunk]:

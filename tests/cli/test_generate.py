@@ -26,6 +26,7 @@ from orthrus_fast.cli.main import main
 from orthrus_fast.cli.terminal import printable, render
 from orthrus_fast.errors import RequestError
 from orthrus_fast.runners import EagerRunner
+from orthrus_fast.sampling import NO_TOKEN
 from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +138,7 @@ SCHEMA = {
                 "time_to_first_token",
                 "seconds",
                 "tokens_per_second",
+                "reused_tokens",
             ],
             "properties": {
                 "prompt_tokens": {"type": "integer", "minimum": 1},
@@ -146,6 +148,7 @@ SCHEMA = {
                 "time_to_first_token": {"type": "number", "exclusiveMinimum": 0},
                 "seconds": {"type": "number", "exclusiveMinimum": 0},
                 "tokens_per_second": {"type": ["number", "null"]},
+                "reused_tokens": {"type": "integer", "minimum": 0},
             },
         },
         "configuration": {
@@ -441,8 +444,7 @@ def test_a_text_that_overflows_is_an_error(
     model = write_checkpoint(tmp_path / "model", tokenizer=True)
     line = ("--checkpoint", model, "--prompt", "x", "--dtype", "float16", *flags)
     with pytest.MonkeyPatch.context() as patch:
-        overflow = torch.tensor(torch.inf, dtype=torch.float16).expand(272)
-        patch.setattr(EagerRunner, "prefill_logits", lambda *_: overflow)
+        patch.setattr(orthrus_fast.steps, "first_token", lambda *_: torch.tensor(NO_TOKEN))
         got = run(capsys, *line)
     error = "dtype: logits are not finite in float16; use bfloat16 or float32"
     assert (got.code, got.err.splitlines()[-1]) == (2, f"error: {error}")
@@ -468,7 +470,7 @@ def test_ctrl_c_before_the_first_token_is_said_so(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EagerRunner, "prefill", interrupt)
+    monkeypatch.setattr(EagerRunner, "start", interrupt)
     got = run(capsys, "--checkpoint", raw, "--prompt", "x", "--json")
     assert got.code == 130
     assert got.err.splitlines()[-1] == "interrupted before the first token"

@@ -27,6 +27,7 @@ from orthrus_fast.kernels.plain import ROW_MULTIPLE, PlainProducts, add_norm, qk
 from orthrus_fast.model import Transformer
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import kernels_for, tile_boundaries, write_checkpoint
+from tests.decoders import start
 from tests.judge import Judge
 from tests.marks import slow_but
 
@@ -780,7 +781,7 @@ def test_a_fault_of_prefill_alone_is_counted_in_its_rows(tiny: Path) -> None:
 
 def text_of(runner: EagerRunner, drafting: bool, n_new: int = 30) -> list[int]:
     """Tokens after the prompt [1, 2, 3], of which slot 0 has the rows."""
-    tokens = runner.prefill([1, 2, 3], 0, 3 + n_new, drafting=drafting).tokens
+    tokens = start(runner, [1, 2, 3], 0, 3 + n_new, drafting=drafting).tokens
     while not runner.state.done[0]:
         runner.launch(drafting, WIDTH if drafting else 1)
         tokens += runner.read()[0].tokens

@@ -31,6 +31,7 @@ from orthrus_fast.options import DRAFT_WEIGHTS, WEIGHTS
 from orthrus_fast.quantization import CHECKPOINT, Formats, Quantizer
 from orthrus_fast.runners import EagerRunner
 from tests.checkpoints import kernels_for, write_checkpoint
+from tests.decoders import prefill_logits, start
 from tests.judge import follows
 from tests.quantized import judge_of
 
@@ -203,7 +204,7 @@ def test_a_row_has_the_same_bits_however_it_is_computed(
         runner = build(directory, dtype, capacity, n_slots, formats)
         slot = data.draw(st.integers(0, n_slots - 1))
         found = compute(runner, slot, text, pieces)
-        whole = runner.prefill_logits(text, slot, begin=data.draw(st.integers(0, n_tokens - 1)))
+        whole = prefill_logits(runner, text, slot, begin=data.draw(st.integers(0, n_tokens - 1)))
     for a, b in zip(expected, found, strict=True):
         assert n_differing(a, b) == 0
     assert n_differing(expected[0][-1], whole) == 0
@@ -219,7 +220,7 @@ def decode(
     sampling, drafting = params.temperature > 0, width > 1
     texts = []
     for slot, prompt in enumerate(prompts):
-        first = runner.prefill(prompt, slot, len(prompt) + n_new, params, drafting)
+        first = start(runner, prompt, slot, len(prompt) + n_new, params, drafting)
         texts.append((list(first.tokens), list(first.logprobs)))
     while not runner.state.done.all():
         runner.launch(drafting, width, sampling)

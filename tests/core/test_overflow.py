@@ -17,6 +17,7 @@ import orthrus_fast
 from orthrus_fast import Decoder, Generation, SamplingParams
 from orthrus_fast.text import TextPieces
 from tests.checkpoints import random_tensors, tiny_config, write_byte_tokenizer, write_files
+from tests.decoders import always_drafting
 from tests.marks import slow_but
 
 PROMPTS = [[104, 105], [9] * 20, [8, 7, 6]]
@@ -41,6 +42,7 @@ def write_model(directory: Path, **scales: float) -> Path:
 
 
 def load(directory: Path, dtype: str = "float16", **options: Any) -> Decoder:
+    options = always_drafting(directory, options)
     return orthrus_fast.load(directory, device="cpu", dtype=dtype, **options)
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from orthrus_fast.results import Generation
 from orthrus_fast.runners import check_runner
 from orthrus_fast.sampling import Settings
 from tests.checkpoints import write_checkpoint
-from tests.decoders import committed, unchecked
+from tests.decoders import always_drafting, committed, prefill_logits, start, unchecked
 from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
 from tests.marks import slow_but
@@ -62,7 +62,8 @@ def load(directory: Path, dtype: str = "float32", **options: Any) -> Decoder:
 
 
 def checked(directory: Path, dtype: str = "float32", **options: Any) -> Decoder:
-    return orthrus_fast.load(directory, **{"device": "cpu", "dtype": dtype, **options})
+    options = always_drafting(directory, {"device": "cpu", "dtype": dtype, **options})
+    return orthrus_fast.load(directory, **options)
 
 
 def both(directory: Path, dtype: str = "float32", **options: Any) -> tuple[Decoder, Decoder]:
@@ -243,7 +244,7 @@ def test_each_function_is_compiled_once_for_all_widths(tmp_path: Path, plain_com
             params = orthrus_fast.SamplingParams(temperature=0.7 * sampling, seed=3)
             outputs = []
             for one in (runner, expected):
-                outputs.append([one.prefill(prompt, 0, 200, params, drafting=True)])
+                outputs.append([start(one, prompt, 0, 200, params, drafting=True)])
                 one.launch(True, width, sampling)
                 outputs[-1] += one.read()
             assert [output.tokens for output in outputs[0]] == [o.tokens for o in outputs[1]]
@@ -656,14 +657,14 @@ def test_memory_spelled_out() -> None:
 
 
 def test_memory_of_a_gpus_passes_is_that_of_the_graphs_that_are_kept() -> None:
-    """Each further slot's: logits of two graphs a width and of sampling; attention's splits."""
+    """Each further slot's: logits of two graphs a width, and of sampling; attention's splits."""
     config = shape_config("1.7B")
     passes = [
         memory_needed(config, torch.bfloat16, CUDA, 4096, slots).passes for slots in (1, 2, 32)
     ]
     logits = 2 * config.vocab_size
     splits = 32 * 16 * 18 * (128 + 2) * 4  # rows, heads, of 4160 keys
-    assert passes[1] - passes[0] == (2 * (32 + 1) + 2 * 32) * logits + splits
+    assert passes[1] - passes[0] == (2 * (1 + 4 + 8 + 16 + 32) + 2 * 32) * logits + splits
     assert passes[2] - passes[0] == 31 * (passes[1] - passes[0])
     assert passes[0] < 800_000_000
 
@@ -683,10 +684,6 @@ def facts(result: Generation) -> tuple[Any, ...]:
     return result.text, result.tokens, result.finish_reason, stats.cycles, stats.accepted
 
 
-def in_flight(decoder: Decoder) -> int:
-    return decoder.runner.in_flight
-
-
 @pytest.mark.parametrize("slots", slow_but([3], [1, 3, 4, 9]))
 @pytest.mark.parametrize("mode", ["ar", "diffusion"])
 def test_a_cycle_ahead_gives_the_same_results(
@@ -702,7 +699,6 @@ def test_a_cycle_ahead_gives_the_same_results(
         expected = [facts(result) for result in plain.generate(PROMPTS, budget, mode=mode)]
         got = [facts(result) for result in ahead.generate(PROMPTS, budget, mode=mode)]
         assert got == expected
-        assert in_flight(ahead) == 0
     reasons = {reason for _, _, reason, *_ in expected}
     assert reasons == {"eos", "length"}
 
@@ -713,7 +709,6 @@ def test_a_cycle_ahead_streams_the_same_chunks(tiny: Path) -> None:
         for mode in ("ar", "diffusion"):
             expected = list(plain.stream(prompt, 25, mode=mode))
             assert list(ahead.stream(prompt, 25, mode=mode)) == expected
-            assert in_flight(ahead) == 0
 
 
 def test_a_second_cycle_is_launched_before_the_first_is_read(
@@ -735,17 +730,17 @@ def test_a_second_cycle_is_launched_before_the_first_is_read(
     monkeypatch.setattr(decoder.runner, "read", noted("R", read))
     cycles = decoder.generate([1, 2], 5, mode="ar").stats.cycles
     assert cycles == 4
-    assert events == "L" + "LR" * cycles  # one launched in vain
+    assert events == "LR" * 4 + "R"  # the prompt's, and four cycles'; none in vain
     decoder.runner.lookahead = 0  # type: ignore[misc]
     events = ""
     decoder.generate([1, 2], 5, mode="ar")
-    assert events == "LR" * cycles
+    assert events == "R" + "LR" * cycles
 
 
 @pytest.mark.parametrize(
     "n_read, leave", slow_but([(1, "del"), (5, "close")], product((0, 1, 2, 5), ("close", "del")))
 )
-def test_a_stream_dropped_half_way_leaves_nothing_in_flight(
+def test_a_stream_dropped_half_way_leaves_nothing_behind(
     tiny: Path, n_read: int, leave: str
 ) -> None:
     plain, ahead = load(tiny, slots=2), runs_ahead(load(tiny, slots=2))
@@ -753,21 +748,23 @@ def test_a_stream_dropped_half_way_leaves_nothing_in_flight(
     stream = ahead.stream([1, 2], 60)
     for _ in range(n_read):
         next(stream)
-    assert in_flight(ahead) == (1 if n_read > 1 else 0)
+    assert ahead.runner.in_flight == (1 if n_read else 0)
     partial = stream.result.tokens
     if leave == "close":
         stream.close()
         assert stream.result.tokens == partial
     del stream
-    assert in_flight(ahead) == 0
     assert [facts(result) for result in ahead.generate(PROMPTS, 20)] == expected
     assert [facts(ahead.generate(prompt, 20, mode="ar"))[1] for prompt in PROMPTS] == [
         tokens for _, tokens, *_ in expected
     ]
+    while ahead.engine.has_work:
+        ahead.engine.step()
+    assert ahead.runner.in_flight == 0
 
 
-@pytest.mark.parametrize("where", ["read", "launch", "prefill"])
-def test_an_interrupted_call_leaves_nothing_in_flight(
+@pytest.mark.parametrize("where", ["read", "launch", "start", "open"])
+def test_an_interrupted_call_leaves_the_decoder_usable(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     decoder = runs_ahead(load(tiny, slots=2))
@@ -786,7 +783,6 @@ def test_an_interrupted_call_leaves_nothing_in_flight(
         patch.setattr(runner, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             decoder.generate(PROMPTS, 20)
-    assert in_flight(decoder) == 0
     assert [facts(result) for result in decoder.generate(PROMPTS, 20)] == expected
 
 
@@ -841,12 +837,12 @@ def report(number: int, n_slots: int = 2) -> Tensor:
 
 
 def test_the_mailbox_keeps_the_order() -> None:
-    mailbox = runners._Mailbox(CPU)
+    mailbox: Any = runners._Mailbox(CPU)
     assert len(mailbox) == 0
     for round_ in range(3):
         for number in range(3):
-            mailbox.send(report(10 * round_ + number))
-        assert len(mailbox) == 3
+            mailbox.send(report(10 * round_ + number), list)
+        assert len(mailbox) == 3 and not mailbox.has_arrived
         for number in range(3):
             assert mailbox.receive() == report(10 * round_ + number).tolist()
         assert len(mailbox) == 0
@@ -865,6 +861,9 @@ class Event:
 
     def record(self, stream: object) -> None:
         self.recorded = True
+
+    def query(self) -> bool:
+        return Event.n_waits > 0
 
     def synchronize(self) -> None:
         assert self.recorded
@@ -885,40 +884,41 @@ def mailbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield runners._Mailbox(CUDA)
 
 
-def test_a_ring_of_two_serves_any_number(mailbox: Any) -> None:
-    mailbox.send(report(0))
+def test_a_ring_serves_any_number(mailbox: Any) -> None:
+    mailbox.send(report(0), list)
     static = report(0)  # as a graph's output: the next replay overwrites it
     for number in range(1, 9):
         static.fill_(number)
-        mailbox.send(static)
+        mailbox.send(static, list)
         assert len(mailbox) == 2
         assert mailbox.receive() == report(number - 1).tolist()
     static.fill_(99)
     assert mailbox.receive() == report(8).tolist()
     assert len(mailbox) == 0
     assert Event.n_waits == 9
-    assert len(mailbox._ring) == 2
+    assert len(mailbox._ring) == 3
 
 
-def test_at_most_two_are_unread_on_a_device(mailbox: Any) -> None:
-    mailbox.send(report(0))
-    mailbox.send(report(1))
+def test_only_so_many_are_unread_on_a_device(mailbox: Any) -> None:
+    for number in range(3):
+        mailbox.send(report(number), list)
     with pytest.raises(AssertionError):
-        mailbox.send(report(2))
-    assert [mailbox.receive(), mailbox.receive()] == [report(0).tolist(), report(1).tolist()]
+        mailbox.send(report(3), list)
+    assert [mailbox.receive() for _ in range(3)] == [report(n).tolist() for n in range(3)]
 
 
-def test_a_ring_is_made_anew_for_reports_of_another_shape(mailbox: Any) -> None:
-    mailbox.send(report(0))
-    mailbox.send(report(1, n_slots=3))
-    assert mailbox.receive() == report(0).tolist()
-    mailbox.send(report(2, n_slots=3))
-    assert mailbox.receive() == report(1, n_slots=3).tolist()
-    assert mailbox.receive() == report(2, n_slots=3).tolist()
+def test_reports_of_any_shape_share_the_ring_with_launches_that_have_none(mailbox: Any) -> None:
+    sent = [report(0), None, report(1, n_slots=3), torch.tensor([5, 1]), report(2, n_slots=3)]
+    mailbox.send(sent[0], lambda rows: rows)
+    assert not mailbox.has_arrived
+    for before, now in pairwise(sent):
+        mailbox.send(now, lambda rows: rows)
+        assert mailbox.receive() == (None if before is None else before.tolist())
+        assert mailbox.has_arrived
 
 
 def test_a_report_whose_wait_was_interrupted_is_still_there(mailbox: Any) -> None:
-    mailbox.send(report(4))
+    mailbox.send(report(4), list)
     Event.interrupt = True
     with pytest.raises(KeyboardInterrupt):
         mailbox.receive()
@@ -1114,7 +1114,7 @@ def test_the_graph_runner_replays_what_it_captured(
         runner.prepare(width)
     runner.prepare_prefill()
     assert check(runner, (1, 8), [64]).holds
-    decoder.runner = runner
+    decoder.engine.runner = runner
     sampling = [None, *(orthrus_fast.SamplingParams(temperature=t, seed=3) for t in (0.5, 1.0))]
     for mode in ("ar", "diffusion"):
         for settings in (None, sampling):
@@ -1151,9 +1151,9 @@ def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     text = torch.arange(330) * 7 % 250
     for begin, end, slot, replays in ((0, 330, 2, [0, 2, 0]), (70, 75, 2, [1, 0, 0])):
         before = n_replays()
-        got = runner.prefill_logits(text[:end], slot, begin)
+        got = prefill_logits(runner, text[:end], slot, begin)
         assert [b - a for a, b in zip(before, n_replays(), strict=True)] == replays
-        assert torch.equal(got, eager.runner.prefill_logits(text[:end], slot))
+        assert torch.equal(got, prefill_logits(eager.runner, text[:end], slot))
         for rows, expected in zip(runner.cache.k, eager.runner.cache.k, strict=True):
             assert torch.equal(rows[slot, :, :end], expected[slot, :, :end])
     before = n_replays()
@@ -1181,19 +1181,14 @@ def test_each_kind_of_block_is_warmed_up_once(
         warmed.clear()
 
 
-def test_what_is_drained_leaves_no_width_behind(tiny: Path) -> None:
-    decoder = load(tiny)
-    expected = decoder.generate(PROMPTS[1], 8, mode="ar")
-    decoder.runner.launch(False, decoder.block_width)
-    decoder.runner.drain()
-    again = decoder.generate(PROMPTS[1], 8, mode="ar")
-    assert (again.tokens, again.stats.accepted) == (expected.tokens, expected.stats.accepted)
-
-
 def test_a_report_has_log_probabilities_of_what_was_emitted_alone() -> None:
     bits = torch.tensor([-0.5, -1.5, -2.5]).view(torch.int32).tolist()
-    output = runners._parse_report([7, 8, 9, 2, 1, 0, *bits], 3)
-    assert output == runners.SlotOutput([7, 8], 1, False, [-0.5, -1.5])
+    expected = runners.SlotOutput([7, 8], 1, False, [-0.5, -1.5])
+    assert runners._parse_cycle([[7, 8, 9, 2, 1, 0, *bits]], sampling=True) == [expected]
+    assert runners._parse_cycle([[7, 8, 9, 2, 1, 0]], sampling=False) == [
+        expected._replace(logprobs=[])
+    ]
+    assert runners._parse_first([7, 1, bits[0]]) == [runners.SlotOutput([7], None, True, [-0.5])]
 
 
 def test_a_capture_that_was_interrupted_is_made_up_for(
@@ -1209,7 +1204,7 @@ def test_a_capture_that_was_interrupted_is_made_up_for(
     stand_in(monkeypatch, capture)
     directory = write_checkpoint(tmp_path / "model", seed=3, eos_token_id=ENDS)
     eager, decoder = load(directory), load(directory)
-    decoder.runner = graph_runner_of(decoder)
+    decoder.engine.runner = graph_runner_of(decoder)
     with pytest.raises(KeyboardInterrupt):
         decoder.generate(PROMPTS[1], 12)
     assert decoder.generate(PROMPTS[1], 12).tokens == eager.generate(PROMPTS[1], 12).tokens

@@ -16,7 +16,7 @@ from orthrus_fast import SamplingParams, steps
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from tests.checkpoints import write_checkpoint
-from tests.decoders import unchecked
+from tests.decoders import always_drafting, unchecked
 from tests.judge import Judge, follows
 
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,7 +30,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(directory: Path, **options: Any) -> Decoder:
     with unchecked():
-        return orthrus_fast.load(directory, device="cpu", **{"dtype": "float64", **options})
+        options = always_drafting(directory, {"dtype": "float64", **options})
+        return orthrus_fast.load(directory, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,8 @@ def test_a_stopped_slot_is_refilled(tiny: Path) -> None:
     cut = [min(text.find(s) for s in stop if s in text) for text in texts]
     assert [r.text for r in got] == [text[:n] for text, n in zip(texts, cut, strict=True)]
     assert {r.finish_reason for r in got} == {"stop"}
+    while many.engine.has_work:
+        many.engine.step()
     assert many.runner.state.done.all()
 
 

@@ -190,7 +190,8 @@ def test_a_first_token_of_logits_that_are_not_finite(sampling: bool) -> None:
         logits[17] = what
         first = steps.first_token(state, 0, logits, 2, kernel)
         assert (int(first) == -1) == overflows
-        steps.start_sequence(state, 0, torch.tensor([5, 6]), first, 60, no_end, False)
+        steps.open_slot(state, 0, torch.tensor([5, 6]), 0, 60, False)
+        steps.start_sequence(state, 0, 2, first, no_end)
         assert bool(state.done[0]) == overflows
         assert int(state.anchor[0]) == int(state.tokens[0, 2]) == max(int(first), 0)
     assert int(steps.first_token(state, 0, torch.full((30,), -torch.inf), 2, kernel)) == -1
@@ -251,8 +252,21 @@ def test_a_sequence_ends_at_once_by_budget_or_end_token() -> None:
     state = make_state([0, 0, 0], [1, 1, 1], [True, True, True])
     prompt, eos = torch.tensor([5, 6]), torch.tensor([9])
     for slot, (first, limit) in enumerate([(7, 3), (9, 10), (7, 4)]):
-        steps.start_sequence(state, slot, prompt, torch.tensor(first), limit, eos, slot == 1)
+        steps.open_slot(state, slot, prompt, 0, limit, slot == 1)
+        steps.start_sequence(state, slot, 2, torch.tensor(first), eos)
     assert state.done.tolist() == [True, True, False]
     assert state.drafting.tolist() == [False, True, False]
     assert state.tokens[2, :3].tolist() == [5, 6, 7]
     assert (state.length.tolist(), state.anchor.tolist()) == ([2, 2, 2], [7, 9, 7])
+
+
+def test_a_slot_that_is_opened_stays_done_until_it_is_started() -> None:
+    """Cycles meanwhile move nothing of it, though it has rows already."""
+    state = make_state([30], [1], [False])
+    prompt, eos = torch.tensor([5, 6, 7]), torch.tensor([9])
+    steps.open_slot(state, 0, prompt, 2, 40, True)
+    assert (state.length.tolist(), state.done.tolist()) == ([2], [True])
+    assert steps.commit(state, torch.tensor([[3, 3]]), torch.tensor([1]), eos).tolist() == [0]
+    assert state.tokens[0, :3].tolist() == [5, 6, 7] and state.length.tolist() == [2]
+    steps.start_sequence(state, 0, 3, torch.tensor(8), eos)
+    assert (state.length.tolist(), state.done.tolist()) == ([3], [False])

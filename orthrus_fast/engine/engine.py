@@ -1,0 +1,315 @@
+"""The engine's step: one launch for all requests that it concerns, one report read.
+
+A launch is remembered with the sequences that it serves, so that a slot whose request has ended is
+given to the next one while launches with the old one are still on their way: what these report of
+it is dropped. All that happens on the device happens in the order in which it was launched.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from orthrus_fast import steps
+from orthrus_fast.engine.request import Request, Update
+from orthrus_fast.engine.scheduler import Admission, Scheduler, Sequence
+from orthrus_fast.engine.width import Times, WidthPolicy
+from orthrus_fast.errors import PromptError, QueueFullError, one_line
+from orthrus_fast.runners import EagerRunner, SlotOutput
+from orthrus_fast.sampling import NO_TOKEN
+
+MAX_GAP = 0.05  # seconds between a text's tokens while somebody else's prompt is prefilled
+MAX_WAITING = 1024  # requests
+_log = logging.getLogger("orthrus_fast")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests have to fit into."""
+
+    max_seq_len: int  # prompt and new tokens
+    positions: int  # the model's own limit of it
+    waiting: int = MAX_WAITING  # requests that have no slot yet
+    max_gap: float = MAX_GAP
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Work on its way: the sequences that get tokens from it, by the slot that each had."""
+
+    owners: tuple[Sequence, ...]
+    width: int  # of a cycle's blocks, or of a pass over a prompt
+    is_cycle: bool
+    drafts: bool
+    began: float
+    logits: Tensor | None = None
+
+
+class Engine:
+    """Serves requests with one runner: ``submit`` and ``cancel`` from any thread, at any time.
+
+    ``step`` does a piece of work, in whichever thread calls it; others wait for as long as that
+    takes. ``policy`` chooses the cycles' widths; ``ar_width`` is that of cycles without drafts.
+    Without ``one_row`` a row's bits may depend on more than its tokens: then a prompt is cut by its
+    length alone, and no rows are reused.
+    """
+
+    def __init__(
+        self,
+        runner: EagerRunner,
+        limits: Limits,
+        policy: WidthPolicy,
+        ar_width: int = 1,
+        one_row: bool = True,
+        prefix_reuse: bool = True,
+    ) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.policy = policy
+        self.scheduler = Scheduler(runner.cache.n_slots, prefix_reuse and one_row)
+        self.ar_width, self._one_row = ar_width, one_row
+        widths = runner.prefill_widths or steps.PREFILL_WIDTHS
+        seconds = runner.chunk_seconds or {width: float(width) for width in widths}
+        self._chunk_times = Times(seconds, seen=bool(runner.chunk_seconds))
+        self._submitted: deque[Request] = deque()
+        self._cancelled: deque[int] = deque()
+        self._in_flight: deque[_Launch] = deque()
+        self._updates: list[Update] = []
+        self._cycle_seconds = 0.0  # of the newest one
+        self._last_read = 0.0
+        self._at_work: tuple[Sequence, ...] = ()  # whom an error concerns
+        self._unsettled = False  # a step was left half-way
+        self._lock = threading.Lock()  # of one step
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises PromptError for one that can never run, and QueueFullError."""
+        self._check(request)
+        if self.is_full:
+            raise QueueFullError(
+                f"queue: {self.limits.waiting} requests wait already; try again later"
+            )
+        self._submitted.append(request)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests wait as may."""
+        return len(self._submitted) + len(self.scheduler.waiting) >= self.limits.waiting
+
+    def cancel(self, request_id: int) -> None:
+        """End a request, which gets no more updates; one that has ended or never was is none."""
+        self._cancelled.append(request_id)  # takes no lock: garbage collection may call this
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request has not ended, or any launch has not been read."""
+        waiting = self._submitted or self.scheduler.waiting
+        return bool(waiting or self.scheduler.sequences or self._in_flight)
+
+    def step(self) -> list[Update]:
+        """Launch what comes next, then read the oldest launch, if the device has enough to do.
+
+        What has been read is returned. An error of the device ends the requests that it concerns,
+        each with an update that says so. A step that is interrupted loses nothing: the next one
+        goes on from what was read.
+        """
+        with self._lock:
+            try:
+                if self._unsettled:
+                    self._recover()
+                self._unsettled, self._at_work = True, ()
+                self._take_in()
+                launched = self._launch()
+                n_ahead = self.runner.lookahead if launched else 0
+                if len(self._in_flight) > n_ahead:
+                    self._read()
+                self._unsettled = False
+            except Exception as error:
+                self._fail(error)
+            updates, self._updates = self._updates, []
+            return updates
+
+    def _check(self, request: Request) -> None:
+        n, budget, limit = len(request.prompt), request.max_new_tokens, self.limits.max_seq_len
+        vocab_size = self.runner.model.config.vocab_size
+        if n == 0:
+            raise PromptError("prompt: empty; it needs at least one token")
+        for token in request.prompt:
+            if isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise PromptError(f"prompt: {token!r} is no id below {vocab_size}")
+        if n + budget > limit:
+            positions = self.limits.positions
+            raise PromptError(
+                f"prompt: {n} tokens + max_new_tokens {budget} = {n + budget}, over max_seq_len "
+                f"{limit} (the model's own limit is {positions}); shorten the prompt or lower "
+                "max_new_tokens" + (", or raise max_seq_len" if limit < positions else "")
+            )
+
+    def _take_in(self) -> None:
+        """What callers have asked for since the last step."""
+        while self._submitted:
+            self.scheduler.waiting.append(self._submitted.popleft())
+        while self._cancelled:
+            sequence = self.scheduler.cancel(self._cancelled.popleft())
+            if sequence is not None:
+                self.runner.close(sequence.slot)
+
+    def _launch(self) -> bool:
+        """Launch the next piece of work, if there is any."""
+        if (admission := self.scheduler.plan()) is not None:
+            self._admit(admission)
+        work = self.scheduler.next()
+        if work.prompt is not None:
+            self._prefill(work.prompt)
+        elif work.cycle:
+            self._cycle(work.cycle)
+        return work.prompt is not None or bool(work.cycle)
+
+    def _admit(self, admission: Admission) -> None:
+        """Give a request its slot, with the rows that it reuses."""
+        request, slot, n = admission.request, admission.slot, admission.n_reused
+        self.scheduler.forget(slot, admission.n_kept)
+        if admission.source != slot:
+            self.runner.copy_rows(admission.source, slot, admission.n_kept, n)
+        self._open(request, slot, request.prompt, n)
+        acceptance = self.policy.start() if request.drafting else None
+        self.scheduler.admit(admission, acceptance)
+
+    def _open(self, request: Request, slot: int, text: list[int], n_cached: int) -> None:
+        how = (request.max_length, request.sampling, request.drafting)
+        self.runner.open(slot, text, n_cached, *how)
+
+    def _prefill(self, sequence: Sequence) -> None:
+        """Launch the next pass over a prompt, with its first token where it is the last pass."""
+        self._at_work = (sequence,)
+        request, begin, began = sequence.request, sequence.n_prefilled, time.perf_counter()
+        widths, capacity = self.runner.prefill_widths, self.runner.cache.capacity
+        most = min(begin + self._longest_chunk(), len(request.prompt))
+        begin, end, width = next(steps.prefill_chunks(begin, most, widths, capacity))
+        where, logits = (sequence.slot, begin, end, width), None
+        is_last = end == len(request.prompt)
+        if is_last:
+            logits = self.runner.start(*where, request.sampling)
+            logits = logits.clone() if request.keep_logits else None
+        else:
+            self.runner.prefill(*where)
+        self.scheduler.prefilled(sequence, end)
+        owners = (sequence,) if is_last else ()
+        self._in_flight.append(_Launch(owners, width, False, False, began, logits))
+
+    def _longest_chunk(self) -> int:
+        """Rows of the next pass over a prompt, at most: fewer where others wait for tokens."""
+        decoding = [s for s in self.scheduler.sequences if not s.is_prefilling]
+        if not (decoding and self.scheduler.takes_turns and self._one_row):
+            return steps.PREFILL_CHUNK
+        return self._chunk_times.widest_within(self.limits.max_gap - self._cycle_seconds)
+
+    def _cycle(self, sequences: tuple[Sequence, ...]) -> None:
+        """Launch a cycle."""
+        self._at_work = sequences
+        drafting = [s.acceptance for s in sequences if s.acceptance is not None]
+        width = self.policy.choose(drafting, len(sequences) - len(drafting))
+        drafts = width > 1
+        width = width if drafts else self.ar_width
+        sampling = any(s.request.sampling.samples for s in sequences)
+        self.runner.prepare(width, sampling)
+        began = time.perf_counter()
+        self.runner.launch(drafts, width, sampling)
+        self.scheduler.cycled(sequences)
+        self._in_flight.append(_Launch(sequences, width, True, drafts, began))
+
+    def _read(self) -> None:
+        """Wait for the oldest launch, and tell its sequences what came of it."""
+        launch = self._in_flight[0]
+        self._at_work = launch.owners
+        was_awaited = not self.runner.has_arrived
+        outputs = self.runner.read()
+        self._in_flight.popleft()
+        now = time.perf_counter()
+        if was_awaited:
+            self._timed(launch, now - max(launch.began, self._last_read))
+        self._last_read = now
+        for sequence in launch.owners:
+            if self.scheduler.owns(sequence):
+                output = outputs[sequence.slot if launch.is_cycle else 0]
+                self._tell(sequence, output, launch)
+
+    def _timed(self, launch: _Launch, seconds: float) -> None:
+        """A launch took so long, the device having had nothing else to do meanwhile."""
+        if launch.is_cycle:
+            self._cycle_seconds = seconds
+            self.policy.times.saw(launch.width, seconds)
+        else:
+            self._chunk_times.saw(launch.width, seconds)
+
+    def _tell(self, sequence: Sequence, output: SlotOutput, launch: _Launch) -> None:
+        """Record what a launch gave to one of its sequences, and report it."""
+        request, tokens = sequence.request, output.tokens
+        overflow = tokens[-1:] == [NO_TOKEN]
+        tokens = tokens[:-1] if overflow else tokens
+        sequence.n_unread -= 1
+        if launch.drafts and sequence.acceptance is not None and not output.done:
+            self.policy.saw(sequence.acceptance, output.n_accepted or 0, launch.width - 1)
+        reason = None
+        if output.done:
+            eos = self.runner.model.config.eos_token_ids
+            reason = (
+                "error" if overflow else "eos" if tokens[-1:] and tokens[-1] in eos else "length"
+            )
+        n_accepted = output.n_accepted and min(output.n_accepted, len(tokens))
+        update = Update(
+            request.id,
+            tokens,
+            n_accepted,
+            output.logprobs[: len(tokens)] if request.sampling.logprobs else [],
+            reason,
+            n_reused=sequence.n_reused if n_accepted is None else 0,
+            error=self._overflow() if overflow else None,
+            logits=launch.logits,
+        )
+        if tokens:
+            self.scheduler.extend(sequence, tokens)
+        self._updates.append(update)
+        if output.done:
+            self.scheduler.end(sequence)
+
+    def _overflow(self) -> str:
+        dtype = str(self.runner.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        half = dtype == "float16"  # which ends at 65504
+        advice = "use bfloat16 or float32" if half else "the checkpoint may be damaged"
+        return f"dtype: logits are not finite in {dtype}; {advice}"
+
+    def _recover(self) -> None:
+        """After a step that was left half-way: the device takes up what the host has read."""
+        self._at_work = tuple(self.scheduler.sequences)
+        self.runner.drain()
+        self._in_flight.clear()
+        for slot in self.scheduler.slots:
+            sequence = slot.sequence
+            if sequence is None:
+                self.runner.open(slot.index, slot.rows, len(slot.rows), len(slot.rows))
+                continue
+            self.scheduler.rewind(sequence)
+            request, text = sequence.request, sequence.request.prompt + sequence.tokens
+            self._open(request, slot.index, text, len(slot.rows))
+            if sequence.tokens:
+                self.runner.resume(slot.index, text)
+
+    def _fail(self, error: Exception) -> None:
+        """End the requests that an error of the device concerns; what their slots hold is lost."""
+        _log.error("a step of the engine failed", exc_info=error)
+        text = f"{type(error).__name__}: {one_line(str(error))}"
+        failed = [s for s in self._at_work if self.scheduler.owns(s)]
+        for sequence in failed:
+            self.scheduler.end(sequence)
+            self.scheduler.forget(sequence.slot, 0)
+        requests = [sequence.request for sequence in failed]
+        waiting = self.scheduler.waiting or self._submitted
+        if not requests and waiting:  # the one that was about to get a slot
+            requests = [waiting.popleft()]
+        for request in requests:
+            self._updates.append(Update(request.id, [], finish_reason="error", error=text))

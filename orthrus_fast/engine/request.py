@@ -1,0 +1,43 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orthrus_fast.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of ids and how to go on from there."""
+
+    id: int  # no other request that has not ended has it
+    prompt: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams  # resolved
+    drafting: bool  # False: mode ar
+    reuse_key: str = ""  # cached rows are shared among requests of one key alone
+    keep_logits: bool = False  # whether the first update brings the logits of its token
+
+    @property
+    def max_length(self) -> int:
+        """Tokens at which the text ends, prompt included."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one launch gave to one request, or its end by an error."""
+
+    id: int
+    tokens: list[int]
+    n_accepted: int | None = None  # of the tokens from the draft; None: no cycle gave them
+    logprobs: list[float] = field(default_factory=list)  # of the tokens, if asked for
+    finish_reason: str | None = None  # eos, length, error; with it comes the last update
+    n_reused: int = 0  # rows of the prompt that were cached; with the first token
+    error: str | None = None  # one line, with finish_reason error
+    logits: Tensor | None = None  # [V], if asked for; with the first token
