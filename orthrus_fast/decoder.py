@@ -12,7 +12,7 @@ import itertools
 import secrets
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any, SupportsIndex, cast, overload
@@ -177,7 +177,10 @@ class Decoder:
         streams: dict[int, tuple[int, Stream]] = {}  # by request
         try:
             while True:
-                while len(streams) <= self.slots and not (streams and self.engine.is_full):
+                while len(streams) <= self.slots:
+                    if self.engine.is_full and streams:
+                        break
+                    self._step_until(lambda: not self.engine.is_full)
                     if (upcoming := next(waiting, None)) is None:
                         break
                     place, one = upcoming
@@ -335,7 +338,12 @@ class Decoder:
             self.engine.cancel(request_id)
 
     def _wait(self, inbox: deque[Update]) -> Update:
-        """The next of ``inbox``, after as many of the engine's steps as it takes.
+        """The next of ``inbox``, which nobody else reads."""
+        self._step_until(lambda: bool(inbox))
+        return inbox.popleft()
+
+    def _step_until(self, is_so: Callable[[], bool]) -> None:
+        """Do as many of the engine's steps as it takes.
 
         One thread at a time steps, and hands out what came of it to all; the others wait.
         """
@@ -344,10 +352,10 @@ class Decoder:
             mine = False
             try:
                 with self._turn:
-                    while self._someone_steps and not inbox:
+                    while self._someone_steps and not is_so():
                         self._turn.wait()
-                    if inbox:
-                        return inbox.popleft()
+                    if is_so():
+                        return
                     mine = self._someone_steps = True
                 updates = self.engine.step()
             finally:
