@@ -113,11 +113,10 @@ def load(
     GPU, the checkpoint's on a CPU. ``weights`` fp8 or int4 quantizes both views: another model, in
     less memory. ``drafting`` auto has mode diffusion draft when it pays, by blocks of the width
     that pays most; a number of rows is a width always to draft at. ``prefix_reuse`` lets a prompt
-    start from cache rows that others have left. ``ignore_config_fields`` names fields of
-    config.json that are not known here and, as the caller knows, change nothing. ``progress`` is
-    called with bytes loaded and bytes in all. Raises CheckpointError, RequestError or
-    UnsupportedError; torch's global settings and random state stay as they were. Processes forked
-    after this may hang in torch's threads: spawn them.
+    start from cache rows that others have left. ``ignore_config_fields`` names unknown fields of
+    config.json that, as the caller knows, change nothing. ``progress`` is called with bytes loaded
+    and bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's settings and
+    random state stay as they were. Processes forked after this may hang: spawn them.
     """
     of_passes = (runner, attention, compile_mode, block_size, draft_view, weights, draft_weights)
     options = Options(device, dtype, max_seq_len, slots, *of_passes, drafting, prefix_reuse)
@@ -127,10 +126,9 @@ def load(
         where, revision=revision, ignore_config_fields=ignore_config_fields
     )
 
-    def make_model(config: ModelConfig, kernels: Kernels, *where: Any) -> Transformer:
+    def make_model(config: ModelConfig, *how: Any) -> Transformer:
         narrower = replace(checkpoint, config=config)
-        more = {"draft_view": draft_view, "progress": progress}
-        return load_model(narrower, kernels, *where, **more)  # type: ignore[arg-type]
+        return load_model(narrower, *how, draft_view=draft_view, progress=progress)
 
     return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
 

@@ -28,7 +28,7 @@ from orthrus_fast.loading import Options, Settings, choose_formats, memory_neede
 from orthrus_fast.model import Layer, Linear, Transformer
 from orthrus_fast.quantization import Formats, Quantizer
 from tests.checkpoints import kernels_for, write_checkpoint
-from tests.decoders import committed, unchecked
+from tests.decoders import committed, start, unchecked
 from tests.judge import Judge
 from tests.marks import slow_but
 from tests.quantized import QUANTIZED, judge_of, stored
@@ -250,6 +250,7 @@ def traced(monkeypatch: Patch) -> None:
 def test_the_compiled_runner_decodes_the_same(
     tiny: Path, traced: None, options: dict[str, Any]
 ) -> None:
+    options = {"drafting": 8, **options}
     eager, compiled = (load(tiny, runner=runner, **options) for runner in ("eager", "compiled"))
     expected = [(r.tokens, r.stats.accepted) for r in eager.generate(PROMPTS, 12)]
     assert [(r.tokens, r.stats.accepted) for r in compiled.generate(PROMPTS, 12)] == expected
@@ -268,7 +269,7 @@ def draft_error(directory: Path, format: str) -> float:
     wanted = judge.draft_logits(5, 8)
     decoder = load(directory, "float64", draft_weights=format)
     runner, state = decoder.runner, decoder.runner.state
-    runner.prefill(PROMPTS[1], 0, 60)
+    start(runner, PROMPTS[1], 0, 60)
     inputs = torch.tensor([[5] + [257] * 7])
     with torch.inference_mode():
         stack = runner.model.drafter
@@ -432,7 +433,7 @@ def test_the_public_models_memory() -> None:
 def settings_on(device: str, dtype: torch.dtype = torch.bfloat16) -> Settings:
     backend: Any = None
     where = (torch.device(device), dtype, 4096, 1, "graph", backend, "default")
-    return Settings(shape_config("8B"), *where, Formats())
+    return Settings(shape_config("8B"), *where, Formats(), "auto", True, True)
 
 
 def test_auto_takes_the_fastest_drafter_that_fits(monkeypatch: Patch) -> None:
