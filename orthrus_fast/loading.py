@@ -122,13 +122,12 @@ def load(
     options = Options(device, dtype, max_seq_len, slots, *of_passes, drafting, prefix_reuse)
     check_options(options)
     where = embedded_checkpoint() if path_or_repo is None else path_or_repo
-    checkpoint = open_checkpoint(
-        where, revision=revision, ignore_config_fields=ignore_config_fields
-    )
+    ignored = ignore_config_fields
+    checkpoint = open_checkpoint(where, revision=revision, ignore_config_fields=ignored)
 
     def make_model(config: ModelConfig, *how: Any) -> Transformer:
-        narrower = replace(checkpoint, config=config)
-        return load_model(narrower, *how, draft_view=draft_view, progress=progress)
+        of = replace(checkpoint, config=config)
+        return load_model(of, *how, draft_view=draft_view, progress=progress)
 
     return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
 
