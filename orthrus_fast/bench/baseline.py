@@ -18,7 +18,8 @@ def make_baseline(decoder: Decoder) -> EagerRunner:
     """Return a runner whose ``verify(1)`` decodes by the decoder's own weights, state and cache.
 
     On a GPU it has cuBLAS and torch.compile in a CUDA graph, and the decoder's attention; on a CPU
-    neither products nor attention are padded to whole tiles.
+    neither products nor attention are padded to whole tiles. Weights in fewer bits, which libraries
+    would have to unpack whole, are left to the decoder's own products.
     """
     of, settings = decoder.runner, decoder.configuration
     name, mode = settings["runner"], settings["compile_mode"] or "default"
@@ -28,7 +29,9 @@ def make_baseline(decoder: Decoder) -> EagerRunner:
         name, mode, backend = "graph", "default", find_backend(settings["attention"], *where)
     model, own = copy.copy(of.model), of.model.kernels
     kernels = replace(plain_kernels(backend.attend), sample=own.sample, logprobs=own.logprobs)
-    model.kernels = replace(kernels, products=PlainProducts(row_multiple=1))
+    quantized = settings["weights"] != "checkpoint"
+    products = own.products if quantized else PlainProducts(row_multiple=1)
+    model.kernels = replace(kernels, products=products)
     runner = make_runner(name, model, of.state, of.cache, backend, mode)
     runner.eos = of.eos  # which ``ignore_eos`` changes
     runner.prepare(1)

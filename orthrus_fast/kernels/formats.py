@@ -2,9 +2,10 @@
 
 Weights lie in words of 16 bits, two or four in each: a word has a weight of each of as many groups
 of GROUP columns, which follow one another, so that a kernel takes a group from one place in all
-words. K is filled up with zeros to whole words. Each row has a scale. ``fp8`` is e4m3, ``int8`` and
-``int4`` are symmetric, stored plus 128 and 8. An int4 group has a scale of its own, over the row's:
-a number of 8 bits, four of them significant, so that its product with a weight is exact in bf16.
+words. K is filled up with zeros to whole words. Each row has a scale. ``fp8`` is e4m3; ``int8`` and
+``int4``, from -128 and -8 on, are stored plus that. An int4 group has a scale of its own, over the
+row's: a number of 8 bits, four of them significant, so that its product with a weight is exact in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from orthrus_fast.kernels.interface import Weight
 
 GROUP = 64
 PLACES = {"fp8": 2, "int8": 2, "int4": 4}  # weights in a word
-LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # magnitude of a weight over its scale
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # a weight over its scale
 ZERO = {"int8": 128, "int4": 8}  # what stands for 0
 LARGEST_SCALE = 1.875 * 2.0**8  # of a group, over its row's: see ``_scale_of``
-TRIES = 4  # of a group's scale, from the one that holds all down: that of least squared error wins
+TRIES = 5  # of a group's scale, from the one that holds all down: that of least squared error wins
 AT_ONCE = 2**24  # weights that are quantized at a time, at most
 
 
@@ -103,7 +104,7 @@ def _round_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for fewer in range(TRIES):
         tried = (holds_all - fewer).clamp(min=0)
         of_group = (_scale_of(tried, torch.float32) * scale[:, None])[:, :, None]
-        value = (groups / of_group).round_().clamp_(-LARGEST["int4"], LARGEST["int4"])
+        value = (groups / of_group).round_().clamp_(-ZERO["int4"], LARGEST["int4"])
         error = torch.addcmul(groups, value, of_group, value=-1).square_().sum(dim=2)
         better = error < least
         least, codes = torch.where(better, error, least), torch.where(better, tried, codes)

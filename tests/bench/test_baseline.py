@@ -53,3 +53,11 @@ def test_it_shares_weights_state_and_cache() -> None:
     assert baseline.model.verifier is of.model.verifier
     assert baseline.model.kernels.products != of.model.kernels.products
     assert built.baseline is baseline
+
+
+def test_weights_in_fewer_bits_are_multiplied_as_the_decoder_does() -> None:
+    built = session(*TINY, "--new-tokens", "8", "--weights", "int4")
+    assert built.baseline.model.kernels.products is built.runner.model.kernels.products
+    with measuring(built.device), patched(built.runner, verify=built.baseline.verify):
+        found = decode(built.decoder, [[1, 2, 3]], 8, False, 1)
+    assert found.tokens == [built.decoder.generate([1, 2, 3], 8, mode="ar").tokens]

@@ -19,13 +19,20 @@ from torch.utils._pytree import tree_leaves
 import orthrus_fast
 from orthrus_fast import Decoder, SamplingParams, loading, quantization
 from orthrus_fast.bench.shapes import shape_config
-from orthrus_fast.checkpoint import count_bytes, load_model, open_checkpoint, weight_bytes
+from orthrus_fast.checkpoint import (
+    build_on_meta,
+    count_bytes,
+    load_model,
+    open_checkpoint,
+    weight_bytes,
+)
 from orthrus_fast.cli.main import main
 from orthrus_fast.errors import RequestError
 from orthrus_fast.kernels import formats as kernel_formats
 from orthrus_fast.kernels.formats import dequantize, quantize
 from orthrus_fast.loading import Options, Settings, choose_formats, memory_needed
 from orthrus_fast.model import Layer, Linear, Transformer
+from orthrus_fast.options import PUBLIC_SHAPES
 from orthrus_fast.quantization import Formats, Quantizer
 from tests.checkpoints import kernels_for, write_checkpoint
 from tests.decoders import committed, start, unchecked
@@ -415,16 +422,26 @@ def test_parts_that_stay_after_they_are_quantized_are_noticed(
     assert taken > 3 * room
 
 
-def test_the_public_models_memory() -> None:
-    """GB of weights, as the figures that a user reads say."""
-    config, gigabytes = shape_config("8B"), {}
-    for formats in FORMATS:
-        needed = memory_needed(config, torch.bfloat16, CPU, 4096, 1, formats)
-        gigabytes[formats.verifier, formats.drafter] = round(needed.weights / 1e9, 2)
-    assert gigabytes["checkpoint", "checkpoint"] == 19.40
-    assert gigabytes["checkpoint", "fp8"] == gigabytes["checkpoint", "int8"] == 23.96
-    assert gigabytes["checkpoint", "int4"] < 20.7 and gigabytes["int4", "int4"] < 6.2
-    assert gigabytes["fp8", "fp8"] < 10.5
+@pytest.mark.parametrize("shape", PUBLIC_SHAPES)
+def test_the_readme_says_the_public_models_memory(shape: str) -> None:
+    """Weights; these and the cache, as they are, with an int4 drafter and of int4 altogether."""
+    config, dtype = shape_config(shape), torch.bfloat16
+    needed = [
+        memory_needed(config, dtype, CPU, 4096, 1, formats)
+        for formats in (Formats(), Formats(drafter="int4"), Formats("int4", "int4"))
+    ]
+    sizes = [needed[0].weights, *map(sum, needed)]
+    row = " | ".join(f"{size / 1e9:.2f} GB" for size in sizes)
+    assert f"Orthrus-Qwen3-{shape}` | {row} |" in Path("README.md").read_text(encoding="utf-8")
+
+
+def test_8_bits_are_half_of_16_and_4_little_more_than_a_quarter() -> None:
+    config = shape_config("8B")
+    sizes = {name: count_bytes(config, torch.bfloat16, Formats(drafter=name)) for name in QUANTIZED}
+    read = sum(2 * linear.weight.numel() for linear in build_on_meta(config).verifier.linears())
+    shares = {name: of.drafter / read for name, of in sizes.items()}
+    assert shares == pytest.approx({"fp8": 0.5, "int8": 0.5, "int4": 0.258}, abs=0.001)
+    assert len({of.verifier for of in sizes.values()}) == 1
 
 
 # What is chosen, said and refused
