@@ -156,7 +156,7 @@ def acceptance(file: ResultFile) -> tuple[str, Row]:
         "tokens/cycle, token-weighted": f"{found['token_weighted']:.2f}",
         "tokens/cycle, mean over prompts": f"{mean} ±{error}",
         **{
-            f"{kind}, {of['sequences']} prompts": f"{of['mean_over_prompts']:.2f}"
+            f"the same, {of['sequences']} of {kind}": f"{of['mean_over_prompts']:.2f}"
             for kind, of in part.get("by_kind", {}).items()
         },
         "distinct trigrams, mean over prompts": f"{part['distinct_trigrams']:.1%}",

@@ -6,7 +6,7 @@ the level of ``Products``, whatever lies beneath.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthrus_fast.kernels import plain
-from orthrus_fast.kernels.formats import Stored, dequantize
+from orthrus_fast.kernels.formats import GROUP, PLACES, Stored, _scale_of, dequantize
 from orthrus_fast.kernels.interface import Weight
 from orthrus_fast.options import TILED_ROWS
 from tests.kernel_compile import (
@@ -203,6 +203,114 @@ def test_the_lowest_of_equal_logits_is_the_greatest(interpreting: None, format: 
     x = torch.ones(2, 64, dtype=BF16)
     ids, logits = CustomProducts().lm_head_argmax(x, stored(matrix.to(BF16), format), True)
     assert ids.tolist() == [70, 70] and logits[0, 70] == logits[0, 149] > logits[0, 0]
+
+
+# The assembly, which the interpreter does not run: followed instruction by instruction
+
+
+def halves(x: Tensor) -> Tensor:
+    """Registers [n] of 32 bits -> their two bfloat16, low half first, in float64 [n, 2]."""
+    return x.to(torch.int32).view(BF16).view(-1, 2).double()
+
+
+def joined(x: Tensor) -> Tensor:
+    """Back, rounded to bfloat16."""
+    return x.to(BF16).contiguous().view(torch.int32).flatten().long() & 0xFFFFFFFF
+
+
+def as_float(x: Tensor) -> Tensor:
+    return x.to(torch.int32).view(FP32)
+
+
+def from_float(x: Tensor) -> Tensor:
+    return x.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def lop3(a: Tensor, b: Tensor, c: Tensor, table: Tensor) -> Tensor:
+    out, every = torch.zeros_like(a), 0xFFFFFFFF
+    for index in range(8):
+        if int(table[0]) >> index & 1:
+            parts = [x if index >> n & 1 else x ^ every for x, n in ((a, 2), (b, 1), (c, 0))]
+            out |= parts[0] & parts[1] & parts[2]
+    return out
+
+
+def prmt(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
+    places = [int(selector[0]) >> 4 * n & 15 for n in range(4)]
+    assert max(places) < 8  # none repeats a sign
+    both = a | b << 32
+    return sum(((both >> 8 * place & 255) << 8 * n for n, place in enumerate(places)), both * 0)
+
+
+MASK = 0xFFFFFFFF
+PTX: dict[str, Callable[..., Tensor]] = {
+    "mov.b32": lambda a: a,
+    "shr.b32": lambda a, n: a >> n,
+    "shr.u32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << n & MASK,
+    "and.b32": lambda a, b: a & b,
+    "lop3.b32": lop3,
+    "prmt.b32": prmt,
+    "sub.f32": lambda a, b: from_float(as_float(a) - as_float(b)),
+    "fma.rn.bf16x2": lambda a, b, c: joined(halves(a) * halves(b) + halves(c)),
+    "cvt.rn.bf16x2.f32": lambda high, low: joined(
+        torch.stack((as_float(low), as_float(high)), 1).double()
+    ),
+}
+
+
+def execute(text: str, operands: dict[str, Tensor]) -> Tensor:
+    """What the text leaves in $0, of registers [n] of 32 bits, in int64."""
+    registers = dict(operands)
+
+    def read(word: str) -> Tensor:
+        if word in registers:
+            return registers[word]
+        number = int(word[2:], 16) if word.startswith("0f") else int(word, 0)
+        return torch.full_like(operands["$1"], number)
+
+    for line in text.strip("{} \n").split(";"):
+        name, _, rest = line.strip().partition(" ")
+        if name and name != ".reg":
+            target, *sources = (word.strip() for word in rest.split(","))
+            registers[target] = PTX[name](*map(read, sources))
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_the_assembly_unpacks_every_word(format: str) -> None:
+    """Two words at a time, all that there are, by each scale; against plain PyTorch."""
+    words = torch.arange(-(2**15), 2**15).to(torch.int16)
+    pairs = torch.stack((words, words.flip(0)), 1).contiguous().view(torch.int32).flatten().long()
+    for code in (0, 5, 56, 63, 120, 127) if format == "int4" else (0,):
+        codes = torch.full((1, 1), code * 0x01010101, dtype=torch.int32)
+        of = Stored(
+            words[None], torch.ones(1), codes if format == "int4" else None, 2**20, 0, format
+        )
+        expected = unpacked(of).double()
+        for place in range(PLACES[format]):
+            operands = {"$1": pairs & MASK}
+            if format == "int4":
+                scale = float(_scale_of(torch.tensor(code), FP32))
+                both = torch.tensor([[scale, scale], [-136 * scale, -136 * scale]])
+                assert torch.equal(both.to(BF16).float(), both)
+                operands |= {
+                    name: joined(row[None]).expand(len(pairs))
+                    for name, row in zip(("$2", "$3"), both, strict=True)
+                }
+            got = halves(execute(quantized._asm.fn(format, place), operands))
+            finite = expected[place].isfinite()
+            assert torch.equal(got[:, 0][finite], expected[place][finite]), (code, place)
+            assert torch.equal(got[:, 1][finite.flip(0)], expected[place].flip(0)[finite.flip(0)])
+
+
+def unpacked(of: Stored) -> Tensor:
+    """The weights [places, n words] of one row, whose words are groups one after another."""
+    n_groups = of.weight.shape[1] // GROUP
+    codes = of.group_scale
+    codes = None if codes is None else codes.expand(n_groups, 1).contiguous()
+    values = dequantize(of._replace(group_scale=codes, n_inputs=2**20), torch.float64)
+    return values.view(n_groups, PLACES[of.format], GROUP).transpose(0, 1).flatten(1)
 
 
 # Machine code
