@@ -332,9 +332,13 @@ class Decoder:
             raise
         return request_id
 
+    def _forget(self, request_id: int) -> bool:
+        """Hand out no more updates of a request; False where none were any more."""
+        return self._inboxes.pop(request_id, None) is not None
+
     def _drop(self, request_id: int) -> None:
-        """No more updates of a request, which ends if it has not; takes no lock."""
-        if self._inboxes.pop(request_id, None) is not None:
+        """End a request that has not ended; takes no lock."""
+        if self._forget(request_id):
             self.engine.cancel(request_id)
 
     def _wait(self, inbox: deque[Update]) -> Update:
@@ -406,9 +410,11 @@ class Stream:
     def take(self, update: Update) -> Chunk:
         """Record an update of this request: what it adds to the text."""
         chunk = self._answer.extend(update)
-        if self._answer.finish_reason is not None:
-            self.is_over = True
-            self._decoder._drop(self.id)  # of a stop string the engine knows nothing
+        if update.finish_reason is not None:
+            self._decoder._forget(self.id)
+        elif self._answer.finish_reason is not None:  # a stop string, of which the engine is told
+            self._decoder._drop(self.id)
+        self.is_over = self._answer.finish_reason is not None
         return chunk
 
     def close(self) -> None:
