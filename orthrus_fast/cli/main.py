@@ -23,6 +23,7 @@ from orthrus_fast.errors import OrthrusError, RequestError
 COMMANDS = {
     "generate": "decode a prompt, or a file of prompts",
     "chat": "chat in several turns",
+    "serve": "answer OpenAI's clients, and chat on a page",
     "bench": "time a decoder, and compare its modes to the bit",
     "info": "print what a checkpoint is and needs",
     "tune": "measure the fastest tiles on this GPU, once",
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OrthrusError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
-        return fail(f"{error.name} is not installed; run: pip install -e . in the repository")
+        server = error.name in ("fastapi", "uvicorn", "prometheus_client", "httptools")
+        what = "'.[server]'" if server else "."
+        return fail(f"{error.name} is not installed; run: pip install -e {what} in the repository")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -34,7 +34,7 @@ class Part:
 
 
 class AnswerParser:
-    """Parts of one answer: the texts given to ``push`` joined, whatever their cuts, then ``finish``.
+    """The parts of one answer, whatever the cuts of the text that is pushed.
 
     ``in_thought``: the prompt ended within a thought. Line feeds that the chat template puts around
     a thought, and white space around calls, belong to neither side.
@@ -92,7 +92,7 @@ class AnswerParser:
     def _in_text(self, final: bool) -> list[Part]:
         begin = self._held.find(CALL) if self._tools else -1
         if begin >= 0:
-            self._state = self._in_call  # with the white space before it, which is text if it is not
+            self._state = self._in_call  # with white space, which is text if it is none
             return [Part(content=self._take(len(self._held[:begin].rstrip(WHITE))))]
         n_shown = len(self._held)
         if self._tools and not final:
