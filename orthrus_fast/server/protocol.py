@@ -151,7 +151,7 @@ class GenerationBody(_Body):
 class ChatBody(GenerationBody):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: Literal[0] = 0
