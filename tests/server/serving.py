@@ -49,7 +49,8 @@ def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
     """A server of ``decoder``; ends with the block."""
     listener = socket.create_server(("127.0.0.1", 0))
     access = settings.pop("access", Access())
-    app = create_app(decoder, ServerSettings("tiny", "fp_tiny", access, **settings))
+    model = settings.pop("model", "tiny")
+    app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5, ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
