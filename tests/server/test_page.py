@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     """A page that fails its test on any error, and on a request to anywhere else."""
-    page = browser.new_page(viewport={"width": 390, "height": 780})
+    page = browser.new_page(viewport={"width": 800, "height": 780})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
@@ -152,8 +152,11 @@ def test_an_error_is_told_and_the_message_kept(tiny: Decoder, page: Any) -> None
 
 
 def test_it_fits_a_phone(embedded: Running, page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 780})
     page.goto(embedded.url)
     page.wait_for_function("() => document.getElementById('prompt').value.includes('CSV')")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     send = page.get_by_role("button", name="Send").bounding_box()
     assert send["x"] + send["width"] <= 390 and send["y"] + send["height"] <= 780
+    page.get_by_text("Settings").click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
