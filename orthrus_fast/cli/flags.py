@@ -38,6 +38,7 @@ QUANTIZED = "--dtype bfloat16 or float16 (weights are not quantized here)"
 NEAR = {  # flags of other tools, and of earlier versions, to what comes near them here
     **dict.fromkeys(("interactive", "i", "chat", "conversation", "cnv"), CHAT),
     **dict.fromkeys(("info", "show"), INFO),
+    **dict.fromkeys(("serve", "server"), "orthrus serve, or python -m orthrus_fast serve"),
     **dict.fromkeys(("bench", "benchmark"), "orthrus bench, or python -m orthrus_fast bench"),
     **dict.fromkeys(("max-length", "max-len"), f"{LENGTH} or {ANSWER}"),
     **dict.fromkeys(("ctx-size", "c", "ctx", "n-ctx", "num-ctx", "max-model-len"), LENGTH),
