@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orthrus_fast.cli.flags import build_serve_parser, spelled
-from orthrus_fast.cli.session import load_decoder
+from orthrus_fast.cli.session import load_decoder, say_loading
 from orthrus_fast.cli.terminal import printable, write_output
 from orthrus_fast.errors import RequestError
 from orthrus_fast.options import ONE_ROW
@@ -30,6 +30,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     args = build_serve_parser(prog).parse_args(arguments)
     check_server_flags(args)
+    say_loading(args)
     import uvicorn
 
     from orthrus_fast.server.access import Access
@@ -85,7 +86,11 @@ def read_keys(file: str | None) -> tuple[str, ...]:
     """Return the keys that open the server: those of a file, or that of the environment."""
     if file is None:
         return tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
-    lines = Path(file).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise RequestError(f"--api-key-file {file}: {why}") from None
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
         raise RequestError(f"--api-key-file {file}: no key in it")
