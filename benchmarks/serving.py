@@ -1,0 +1,249 @@
+"""Times the server against its own engine: closed and open loops of clients over loopback.
+
+    python benchmarks/serving.py --json result.json
+
+One process has the decoder and serves it; the clients are another process, so that they take no
+time of the server's. Rounds of the bare engine (``as_completed``, with the same prompts) and of
+clients alternate, and a figure is the median of rounds. Every streamed text is compared with the
+text that the decoder gives alone. Times are the client's: from the first byte sent to the first
+event with text (first token), and between events (gaps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # from a checkout that is not installed, too
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from orthrus_fast.bench.clocks import summary
+from orthrus_fast.bench.common import REPOSITORY, Result, log
+
+PROMPTS = REPOSITORY / "model" / "heldout.jsonl"
+LEFT = -1.0  # a client's first token where it left before one
+
+
+async def ask(port: int, body: bytes, leave_after: int | None) -> Result:
+    """One request of a client that does no more than read; it may leave after some events."""
+    begin = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    marks, text, n_tokens, whole = [begin], [], 0, False
+    try:
+        status = (await reader.readline()).split()[1]
+        while line := await reader.readline():
+            if line.startswith(b"data: [DONE]"):
+                whole = True
+            elif line.startswith(b"data: "):
+                choice = json.loads(line[6:])["choices"][0]
+                if "orthrus" in choice:
+                    marks.append(time.perf_counter())
+                    text.append(choice["delta"].get("content", ""))
+                    n_tokens += choice["orthrus"]["n_tokens"]
+                    if len(marks) - 1 == leave_after:
+                        break
+    finally:
+        writer.close()
+    gaps = [b - a for a, b in zip(marks[1:], marks[2:], strict=False)]
+    first = marks[1] - begin if len(marks) > 1 else LEFT
+    told = {"status": int(status), "whole": whole, "text": "".join(text), "n_tokens": n_tokens}
+    return {**told, "first": first, "gaps": gaps, "seconds": time.perf_counter() - begin}
+
+
+async def closed_loop(port: int, bodies: Sequence[Any], n_clients: int) -> list[Result]:
+    """Each client sends its next request when its last one has ended."""
+    waiting = iter(list(enumerate(bodies)))
+    done: list[Result] = [{}] * len(bodies)
+
+    async def client() -> None:
+        for place, (body, leave_after) in waiting:
+            done[place] = await ask(port, body, leave_after)
+
+    await asyncio.gather(*(client() for _ in range(n_clients)))
+    return done
+
+
+async def open_loop(port: int, bodies: Sequence[Any], rate: float) -> list[Result]:
+    """Requests come at random times, ``rate`` of them a second, whatever has ended."""
+    draw, tasks = random.Random(1), []
+    for body, leave_after in bodies:
+        tasks.append(asyncio.create_task(ask(port, body, leave_after)))
+        await asyncio.sleep(draw.expovariate(rate))
+    return await asyncio.gather(*tasks)
+
+
+def run_clients(order: Result) -> Result:
+    """The clients' process: obeys one order, of which it says what came of it."""
+    leave_after = order["leave_after"]
+    bodies = [
+        (body.encode(), after) for body, after in zip(order["bodies"], leave_after, strict=True)
+    ]
+    begin = time.perf_counter()
+    if order["rate"] is None:
+        done = asyncio.run(closed_loop(order["port"], bodies, order["clients"]))
+    else:
+        done = asyncio.run(open_loop(order["port"], bodies, order["rate"]))
+    return {"seconds": time.perf_counter() - begin, "answers": done}
+
+
+@contextlib.contextmanager
+def served(decoder: Any, max_waiting: int) -> Iterator[int]:
+    """A server of the decoder; its port."""
+    import uvicorn
+
+    from orthrus_fast.server.app import ServerSettings, create_app
+
+    app = create_app(decoder, ServerSettings("model", "fp_benchmark", max_waiting=max_waiting))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Comparison:
+    """Prompts with the texts that the decoder gives to them alone."""
+
+    def __init__(self, decoder: Any, n_requests: int, max_tokens: int) -> None:
+        lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+        chats = [line["messages"] for line in lines if "messages" in line]
+        self.decoder, self.max_tokens = decoder, max_tokens
+        self.prompts = [chats[i % len(chats)] for i in range(n_requests)]
+        self.texts = [r.text for r in decoder.generate(self.prompts, max_tokens)]
+
+    def bare(self) -> Result:
+        """The engine alone."""
+        begin = time.perf_counter()
+        results = [result for _, result in self.decoder.as_completed(self.prompts, self.max_tokens)]
+        seconds = time.perf_counter() - begin
+        firsts = [result.stats.time_to_first_token for result in results]
+        return {"rate": sum(len(r.tokens) for r in results) / seconds, "first": firsts}
+
+    def one_by_one(self) -> Result:
+        """The engine alone, a request after another."""
+        begin = time.perf_counter()
+        results = [self.decoder.generate(one, self.max_tokens) for one in self.prompts]
+        seconds = time.perf_counter() - begin
+        firsts = [result.stats.time_to_first_token for result in results]
+        return {"rate": sum(len(r.tokens) for r in results) / seconds, "first": firsts}
+
+    def by_clients(
+        self, port: int, n_clients: int, rate: float | None = None, leaving: bool = False
+    ) -> Result:
+        """The same requests of clients; with ``leaving`` a third of them leave early."""
+        settings = {"stream": True, "temperature": 0, "max_tokens": self.max_tokens}
+        bodies = [json.dumps({**settings, "messages": one}) for one in self.prompts]
+        after = [1 + i % 4 if leaving and i % 3 == 0 else None for i in range(len(bodies))]
+        order: Result = {"port": port, "clients": n_clients, "rate": rate}
+        order |= {"bodies": bodies, "leave_after": after}
+        command = [sys.executable, __file__, "--clients-process"]
+        done = subprocess.run(
+            command, input=json.dumps(order), capture_output=True, text=True, check=True
+        )
+        result: Result = json.loads(done.stdout)
+        answers = result["answers"]
+        assert all(one["status"] == 200 for one in answers), "a request was refused"
+        stayed = [one for one, leave in zip(answers, after, strict=True) if leave is None]
+        assert all(one["whole"] for one in stayed), "a text did not end"
+        pairs = zip(answers, self.texts, after, strict=True)
+        result["wrong"] = sum(
+            one["text"] != text if leave is None else not text.startswith(one["text"])
+            for one, text, leave in pairs
+        )
+        result["stayed"] = stayed
+        return result
+
+
+def described(result: Result) -> Result:
+    """Figures of one round of clients; times in ms."""
+    stayed = result["stayed"]
+    return {
+        "requests_per_second": len(result["answers"]) / result["seconds"],
+        "tokens_per_second": sum(one["n_tokens"] for one in result["answers"]) / result["seconds"],
+        "first_token_ms": summary([one["first"] * 1e3 for one in stayed]),
+        "gap_ms": summary([gap * 1e3 for one in stayed for gap in one["gaps"]]),
+        "request_ms": summary([one["seconds"] * 1e3 for one in stayed]),
+        "slowest_over_median": max(one["seconds"] for one in stayed)
+        / statistics.median(one["seconds"] for one in stayed),
+        "texts_that_differ": result["wrong"],
+    }
+
+
+def at_once(compared: Comparison, port: int, n_clients: int, rounds: int) -> Result:
+    """A closed loop against the bare engine, in alternating rounds."""
+    log(f"{n_clients} clients")
+    bare, clients = [], []
+    for _ in range(rounds):
+        bare.append(compared.one_by_one() if n_clients == 1 else compared.bare())
+        clients.append(described(compared.by_clients(port, n_clients)))
+    ratios = [c["tokens_per_second"] / b["rate"] for b, c in zip(bare, clients, strict=True)]
+    middle = sorted(clients, key=lambda one: one["tokens_per_second"])[len(clients) // 2]
+    result = {"clients": n_clients, **middle, "server_over_engine": summary(ratios)}
+    result["engine_tokens_per_second"] = summary([one["rate"] for one in bare])
+    if n_clients == 1:
+        firsts = [first * 1e3 for one in bare for first in one["first"]]
+        result["engine_first_token_ms"] = summary(firsts)
+    return result
+
+
+def main() -> int:
+    """Measure, print, and write a file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clients-process", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help="default: the embedded one")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument(
+        "--clients", default="1,8,32,64", help="numbers of clients, of closed loops"
+    )
+    parser.add_argument("--requests", type=int, default=64, help="in a round")
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", help="file of the result")
+    args = parser.parse_args()
+    if args.clients_process:
+        json.dump(run_clients(json.load(sys.stdin)), sys.stdout)
+        return 0
+    import orthrus_fast
+
+    decoder = orthrus_fast.load(args.checkpoint, slots=args.slots, prefix_reuse=False)
+    compared = Comparison(decoder, args.requests, args.max_tokens)
+    result: Result = {"environment": decoder.configuration, "at": []}
+    result |= {name: getattr(args, name) for name in ("requests", "max_tokens", "rounds")}
+    with served(decoder, max_waiting=1000) as port:
+        for n_clients in map(int, args.clients.split(",")):
+            result["at"].append(at_once(compared, port, n_clients, args.rounds))
+            log(json.dumps(result["at"][-1]))
+        rate = result["at"][-1]["requests_per_second"] / 2
+        log(f"an open loop of {rate:.2f} requests/s, of whose clients a third leave")
+        leaving = compared.by_clients(port, 0, rate, leaving=True)
+        result["open_loop"] = {"rate": rate, **described(leaving)}
+        log(json.dumps(result["open_loop"]))
+        begin = time.perf_counter()
+        while decoder.engine.has_work:
+            assert time.perf_counter() - begin < 10, "a request is stuck"
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
