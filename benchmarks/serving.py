@@ -231,12 +231,12 @@ def main() -> int:
     with served(decoder, max_waiting=1000) as port:
         for n_clients in map(int, args.clients.split(",")):
             result["at"].append(at_once(compared, port, n_clients, args.rounds))
-            log(json.dumps(result["at"][-1]))
+            print(json.dumps(result["at"][-1]), flush=True)
         rate = result["at"][-1]["requests_per_second"] / 2
         log(f"an open loop of {rate:.2f} requests/s, of whose clients a third leave")
         leaving = compared.by_clients(port, 0, rate, leaving=True)
         result["open_loop"] = {"rate": rate, **described(leaving)}
-        log(json.dumps(result["open_loop"]))
+        print(json.dumps(result["open_loop"]), flush=True)
         begin = time.perf_counter()
         while decoder.engine.has_work:
             assert time.perf_counter() - begin < 10, "a request is stuck"

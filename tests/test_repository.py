@@ -41,7 +41,8 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 
 def test_the_readmes_python_runs_as_it_stands() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = [one for one in blocks if "openai" not in one]  # which wants a server
     output = run(sys.executable, "-c", block)
     assert '[ {"name": "Ann", "age": 31}, {"name": "Bob", "age": 45} ]' in " ".join(output.split())
 

@@ -128,3 +128,21 @@ def test_a_signal_lets_what_runs_end_and_exits_with_0(checkpoint: Path, number: 
     tokens = [json.loads(line[6:])["choices"][0]["orthrus"]["n_tokens"] for line in events[:-1]]
     assert sum(tokens) >= 399
     assert "Traceback" not in code[1]
+
+
+def test_the_readmes_examples_work_against_the_embedded_model() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    curl = re.search(r"^curl .*?\n```", readme, re.MULTILINE | re.DOTALL)
+    client = re.search(r"```python\n(from openai.*?)```", readme, re.DOTALL)
+    assert curl is not None and client is not None
+    served = Served("--device", "cpu")
+    here = served.url.removeprefix("http://")
+    commands = (
+        ["bash", "-c", curl[0].removesuffix("```").replace("127.0.0.1:8000", here)],
+        [sys.executable, "-c", client[1].replace("127.0.0.1:8000", here)],
+    )
+    outputs = [subprocess.check_output(one, text=True, timeout=60) for one in commands]
+    assert served.end(signal.SIGTERM) == (0, "Ctrl-C ends the server\n")
+    told = json.loads(outputs[0])["choices"][0]["message"]["content"]
+    assert json.loads(told) == [{"name": "Ann", "age": 31}, {"name": "Bob", "age": 45}]
+    assert outputs[1] == told
