@@ -292,3 +292,22 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, model="gpt-4")
     assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.slow
+def test_a_client_of_another_make(running: Running) -> None:
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed")
+    how = {"model": "openai/tiny", "api_base": f"{running.url}/v1", "api_key": "none"}
+    how |= {"messages": HELLO, "max_tokens": 20, "seed": 3, "temperature": 1.0}
+    whole = litellm.completion(**how)
+    text = "".join(
+        chunk.choices[0].delta.content or "" for chunk in litellm.completion(**how, stream=True)
+    )
+    assert whole.choices[0].message.content == text and text
+    assert whole.usage.completion_tokens == 20
+    with telling(running.decoder, CALLING):
+        calling = litellm.completion(**{**how, "max_tokens": 200}, tools=TOOLS, stop=["§"])
+    assert calling.choices[0].finish_reason == "tool_calls"
+    assert [one.function.name for one in calling.choices[0].message.tool_calls] == ["add", "add"]
+    with pytest.raises(litellm.BadRequestError, match="penalty: not served"):
+        litellm.completion(**how, frequency_penalty=1)
