@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any, SupportsIndex, cast, overload
+from typing import Any, cast, overload
 
 from torch import Tensor
 
@@ -237,7 +237,7 @@ class Decoder:
     def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
         self._check_template_arguments([prompt], template_arguments)
-        if isinstance(prompt, list) and all(isinstance(part, SupportsIndex) for part in prompt):
+        if isinstance(prompt, list) and all(hasattr(part, "__index__") for part in prompt):
             return [part if isinstance(part, bool) else index(part) for part in prompt]  # type: ignore[arg-type]
         if not _is_chat(prompt) and not isinstance(prompt, str):
             kinds = {type(part).__name__ for part in prompt} if isinstance(prompt, list) else set()
