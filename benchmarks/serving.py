@@ -130,21 +130,17 @@ class Comparison:
         self.prompts = [chats[i % len(chats)] for i in range(n_requests)]
         self.texts = [r.text for r in decoder.generate(self.prompts, max_tokens)]
 
-    def bare(self) -> Result:
-        """The engine alone."""
-        begin = time.perf_counter()
-        results = [result for _, result in self.decoder.as_completed(self.prompts, self.max_tokens)]
-        seconds = time.perf_counter() - begin
+    def bare(self, one_by_one: bool) -> Result:
+        """The engine alone: a request after another, or as many as there are slots."""
+        begin, cpu = time.perf_counter(), time.thread_time()
+        if one_by_one:
+            results = [self.decoder.generate(one, self.max_tokens) for one in self.prompts]
+        else:
+            results = [one for _, one in self.decoder.as_completed(self.prompts, self.max_tokens)]
+        seconds, cpu = time.perf_counter() - begin, time.thread_time() - cpu
         firsts = [result.stats.time_to_first_token for result in results]
-        return {"rate": sum(len(r.tokens) for r in results) / seconds, "first": firsts}
-
-    def one_by_one(self) -> Result:
-        """The engine alone, a request after another."""
-        begin = time.perf_counter()
-        results = [self.decoder.generate(one, self.max_tokens) for one in self.prompts]
-        seconds = time.perf_counter() - begin
-        firsts = [result.stats.time_to_first_token for result in results]
-        return {"rate": sum(len(r.tokens) for r in results) / seconds, "first": firsts}
+        n_tokens = sum(len(result.tokens) for result in results)
+        return {"rate": n_tokens / seconds, "cpu": cpu, "first": firsts}
 
     def by_clients(
         self, port: int, n_clients: int, rate: float | None = None, leaving: bool = False
@@ -188,16 +184,27 @@ def described(result: Result) -> Result:
     }
 
 
+def cpu_of(name: str) -> float:
+    """Seconds that a thread of this process has computed, whatever else the machine does."""
+    [thread] = [one for one in threading.enumerate() if one.name == name]
+    assert thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
 def at_once(compared: Comparison, port: int, n_clients: int, rounds: int) -> Result:
     """A closed loop against the bare engine, in alternating rounds."""
     log(f"{n_clients} clients")
     bare, clients = [], []
     for _ in range(rounds):
-        bare.append(compared.one_by_one() if n_clients == 1 else compared.bare())
+        bare.append(compared.bare(one_by_one=n_clients == 1))
+        before = cpu_of("engine")
         clients.append(described(compared.by_clients(port, n_clients)))
+        clients[-1]["cpu"] = cpu_of("engine") - before
     ratios = [c["tokens_per_second"] / b["rate"] for b, c in zip(bare, clients, strict=True)]
+    of_cpu = [b["cpu"] / c.pop("cpu") for b, c in zip(bare, clients, strict=True)]
     middle = sorted(clients, key=lambda one: one["tokens_per_second"])[len(clients) // 2]
     result = {"clients": n_clients, **middle, "server_over_engine": summary(ratios)}
+    result["server_over_engine_by_cpu_time"] = summary(of_cpu)
     result["engine_tokens_per_second"] = summary([one["rate"] for one in bare])
     if n_clients == 1:
         firsts = [first * 1e3 for one in bare for first in one["first"]]
