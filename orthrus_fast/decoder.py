@@ -12,7 +12,7 @@ import itertools
 import secrets
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any, cast, overload
@@ -177,7 +177,10 @@ class Decoder:
         streams: dict[int, tuple[int, Stream]] = {}  # by request
         try:
             while True:
-                while len(streams) <= self.slots and not (streams and self.engine.is_full):
+                while len(streams) <= self.slots:
+                    if self.engine.is_full and streams:
+                        break
+                    self._step_until(lambda: not self.engine.is_full)
                     if (upcoming := next(waiting, None)) is None:
                         break
                     place, one = upcoming
@@ -349,28 +352,36 @@ class Decoder:
             raise
         return request_id
 
+    def _forget(self, request_id: int) -> bool:
+        """Hand out no more updates of a request; False where none were any more."""
+        return self._inboxes.pop(request_id, None) is not None
+
     def _drop(self, request_id: int) -> None:
-        """No more updates of a request, which ends if it has not; takes no lock."""
-        if self._inboxes.pop(request_id, None) is not None:
+        """End a request that has not ended; takes no lock."""
+        if self._forget(request_id):
             self.engine.cancel(request_id)
 
     def _wait(self, inbox: deque[Update]) -> Update:
-        """The next of ``inbox``, after as many of the engine's steps as it takes."""
-        while not inbox:
-            self.step(unless=inbox)
+        """The next of ``inbox``, which nobody else reads."""
+        self._step_until(lambda: bool(inbox))
         return inbox.popleft()
 
-    def step(self, unless: Collection[object] = ()) -> None:
-        """One of the engine's steps, unless there is something in ``unless``.
+    def _step_until(self, is_so: Callable[[], bool]) -> None:
+        """Do as many of the engine's steps as it takes."""
+        while not is_so():
+            self.step(is_so)
 
-        One thread at a time steps, and hands out what came of it to all; another one waits for the
-        end of that, or for something in ``unless``.
+    def step(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """One of the engine's steps, except where ``unless`` says that none is needed.
+
+        One thread at a time steps, and hands out what came of it to all; another one waits for
+        that instead.
         """
         updates: list[Update] = []
         mine = False
         try:
             with self._turn:
-                if unless:
+                if unless():
                     return
                 if self._someone_steps:
                     self._turn.wait()
@@ -425,9 +436,11 @@ class Stream:
     def take(self, update: Update) -> Chunk:
         """Record an update of this request: what it adds to the text."""
         chunk = self._answer.extend(update)
-        if self._answer.finish_reason is not None:
-            self.is_over = True
-            self._decoder._drop(self.id)  # of a stop string the engine knows nothing
+        if update.finish_reason is not None:
+            self._decoder._forget(self.id)
+        elif self._answer.finish_reason is not None:  # a stop string, of which the engine is told
+            self._decoder._drop(self.id)
+        self.is_over = self._answer.finish_reason is not None
         return chunk
 
     def close(self) -> None:

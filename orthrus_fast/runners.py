@@ -72,6 +72,7 @@ class EagerRunner:
         self.eos = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=self.device)
         # Like the state's tensors, and unlike any made in inference mode, which the compiler minds.
         self._start = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._accept_and_commit = steps.accept_and_commit
         self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
@@ -155,7 +156,7 @@ class EagerRunner:
 
         Padding at the end may be any token: it lands in scratch rows.
         """
-        where = self._start.fill_(start), self.state.slots[slot : slot + 1]
+        where = self._start.fill_(start), self._slot.fill_(slot)
         return self.prefilling(tokens, *where, self.cache, View.AUTOREGRESSIVE)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
@@ -431,7 +432,7 @@ class GraphRunner(CompiledRunner):
         self._prefill_inputs = (  # tokens, start, slot: of every prefill graph
             torch.zeros(1, steps.PREFILL_CHUNK, dtype=torch.int64, device=self.device),
             self._start,
-            torch.zeros(1, dtype=torch.int64, device=self.device),
+            self._slot,
         )
 
     @property

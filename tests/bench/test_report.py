@@ -249,7 +249,7 @@ def test_rows_of_different_columns_share_a_table_and_bars_are_escaped() -> None:
 
 def test_what_the_benchmark_writes_the_report_reads(tmp_path: Path) -> None:
     flags = ("--contexts", "20", "--new-tokens", "12", "--slots-list", "1", "--repeats", "1")
-    kinds = [name for name in PARTS if name not in ("acceptance", "prefill")]
+    kinds = [name for name in PARTS if name not in ("acceptance", "prefill", "engine")]
     tiny = run(tmp_path / "tiny.json", *TINY, *flags, "--parts", ",".join(kinds))
     own = run(tmp_path / "own.json", *EMBEDDED, "--parts", "acceptance")
     for name in kinds:

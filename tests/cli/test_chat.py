@@ -105,6 +105,7 @@ def test_turns_are_remembered_and_one_that_is_too_long_is_dropped(
     assert got.err.count("8 tokens \xb7") == 2
     assert got.err.count("error: prompt: 2") == 1
     assert got.err.count("(this turn is dropped)") == 1
+    assert got.err.count("tokens of the prompt reused") == 1
     assert "forgotten" not in got.err  # for a turn that was dropped, nothing is
     decoder = orthrus_fast.load(chat, device="cpu", max_seq_len=120)
     said = [("user", "one"), ("assistant", first), ("user", "two")]

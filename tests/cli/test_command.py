@@ -127,12 +127,14 @@ def test_flags_of_the_machine_and_the_config_reach_load(
 
     monkeypatch.setattr(orthrus_fast, "load", load)
     fields = ("--ignore-config-field", "a", "--ignore-config-field", "b_c")
-    run(capsys, "--prompt", "x", "--compile-mode", "max-autotune", *fields, "--mode", "ar")
+    how = ("--drafting", "8", "--no-prefix-reuse", "--mode", "ar")
+    run(capsys, "--prompt", "x", "--compile-mode", "max-autotune", *fields, *how)
+    assert (seen["drafting"], seen["prefix_reuse"]) == (8, False)
     assert seen["compile_mode"] == "max-autotune"
     assert seen["ignore_config_fields"] == ("a", "b_c")
     assert seen["draft_view"] is False
     run(capsys, "--prompt", "x")
-    assert seen["draft_view"] is True
+    assert (seen["drafting"], seen["prefix_reuse"], seen["draft_view"]) == ("auto", True, True)
 
 
 def test_what_the_package_has_is_listed() -> None:

@@ -591,6 +591,8 @@ def assert_refused(got: Run, *parts: str) -> None:
         (["--seed", str(2**64)], ["seed"]),
         (["--stop", ""], ["stop"]),
         (["--slots", "0"], ["slots: 0"]),
+        (["--drafting", "9"], ["drafting: 9 is not 'auto' or an integer from 2 to 8"]),
+        (["--drafting", "wide"], ["--drafting: invalid width_or_auto value: 'wide'"]),
         (["--output", "x"], ["--output needs --prompts-file"]),
         (["--prompts-file", "x"], ["--prompts-file does not go with --prompt"]),
         (["--dtype", "int4"], ["dtype: 'int4'"]),

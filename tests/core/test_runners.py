@@ -190,6 +190,20 @@ def test_a_compiled_row_is_a_function_of_its_tokens(tiny: Path, dtype: str, slot
         assert all(torch.equal(a, b) for a, b in zip(rows[0], others, strict=True))
 
 
+def test_what_is_prepared_late_moves_no_text(tiny: Path, plain_compile: None) -> None:
+    """Sampling, and another width, while a text is under way."""
+    eager, compiled = both(tiny, slots=2)
+    expected = eager.generate(PROMPTS[1], 40).tokens
+    stream = compiled.stream(PROMPTS[1], 40)
+    next(stream), next(stream)
+    settings = orthrus_fast.SamplingParams(0.8, seed=4)
+    beside = compiled.generate(PROMPTS[2], 12, settings).tokens
+    assert beside == eager.generate(PROMPTS[2], 12, settings).tokens
+    for _ in stream:
+        pass
+    assert stream.result.tokens == expected
+
+
 def test_startup_and_configuration_say_what_was_compiled(tiny: Path, plain_compile: None) -> None:
     eager, compiled = both(tiny, slots=4)
     assert set(eager.startup) == {"weights", "check"}
