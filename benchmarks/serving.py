@@ -104,12 +104,11 @@ def run_clients(order: Result) -> Result:
 @contextlib.contextmanager
 def served(decoder: Any, max_waiting: int) -> Iterator[int]:
     """A server of the decoder; its port."""
-    import uvicorn
-
     from orthrus_fast.server.app import ServerSettings, create_app
+    from orthrus_fast.server.listening import make_server
 
     app = create_app(decoder, ServerSettings("model", "fp_benchmark", max_waiting=max_waiting))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    server = make_server(app, drain_seconds=5)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

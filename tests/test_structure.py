@@ -169,7 +169,9 @@ def test_what_only_some_need_is_imported_where_it_is_used(module: str) -> None:
     assert [name for name in early if not name.startswith(prefixes)] == []
 
 
-@pytest.mark.parametrize("module", ["fastapi", "starlette", "pydantic", "prometheus_client"])
+@pytest.mark.parametrize(
+    "module", ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"]
+)
 def test_what_the_server_needs_is_imported_by_the_server_alone(module: str) -> None:
     others = [
         name

@@ -31,25 +31,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     args = build_serve_parser(prog).parse_args(arguments)
     check_server_flags(args)
     say_loading(args)
-    import uvicorn
-
     from orthrus_fast.server.access import Access
     from orthrus_fast.server.app import ServerSettings, create_app
+    from orthrus_fast.server.listening import make_server
 
     access = Access(args.host, read_keys(args.api_key_file), tuple(args.allowed_host))
+    allow_connections()
     with bind(args.host, args.port) as listener:
         decoder = load_decoder(args)
         name = args.served_model_name or served_name(args.checkpoint)
         settings = ServerSettings(name, fingerprint(decoder), access, args.mode, args.max_waiting)
-        config = uvicorn.Config(
-            create_app(decoder, settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=args.drain_seconds,
-        )
-        server = uvicorn.Server(config)
+        server = make_server(create_app(decoder, settings), args.drain_seconds)
         for number in (signal.SIGTERM, signal.SIGINT):  # which uvicorn raises again at its end
             signal.signal(number, server.handle_exit)
         host = f"[{args.host}]" if ":" in args.host else args.host
@@ -80,6 +72,16 @@ def bind(host: str, port: int) -> socket.socket:
         why = error.strerror or str(error)
         raise RequestError(f"--host {host} --port {port}: {why}") from None
     return listener
+
+
+def allow_connections() -> None:
+    """Raise the limit of open files, of which each connection is one, as far as it may be."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # no Unix
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def read_keys(file: str | None) -> tuple[str, ...]:

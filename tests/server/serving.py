@@ -17,6 +17,7 @@ import uvicorn
 from orthrus_fast import Decoder
 from orthrus_fast.server.access import Access
 from orthrus_fast.server.app import ServerSettings, create_app
+from orthrus_fast.server.listening import make_server
 from tests.checkpoints import write_checkpoint
 from tests.engine.solo import load
 
@@ -51,8 +52,7 @@ def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
     access = settings.pop("access", Access())
     model = settings.pop("model", "tiny")
     app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5, ws="none")
-    server = uvicorn.Server(config)
+    server = make_server(app, drain_seconds=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

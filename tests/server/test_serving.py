@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from orthrus_fast import Decoder
+from orthrus_fast.server import listening
 from orthrus_fast.server.worker import Job, Worker
 from tests.server.serving import Running, load, serving, until, write_chatting
 
@@ -171,6 +172,22 @@ def test_half_open_connections_hold_up_nobody(running: Running) -> None:
     assert running.post("/v1/completions", SHORT).status_code == 200
     for connection in half_open:
         connection.close()
+
+
+def test_a_connection_that_asks_for_nothing_is_closed(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that asks has its time, however long the answer takes."""
+    monkeypatch.setattr(listening, "HEAD_SECONDS", 0.3)
+    host, port = running.url.removeprefix("http://").split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(2)]
+    silent[1].sendall(b"POST /v1/completions HTTP/1.1\r\nHos")
+    client, lines = begun(running, {**LONG, "max_tokens": 400})
+    for connection in silent:
+        connection.settimeout(10)
+        assert connection.recv(100) == b""
+    assert "data: [DONE]" in list(lines)
+    client.close()
 
 
 # Failures
