@@ -29,8 +29,14 @@ from typing import Any
 if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rich.console import Console
+
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import REPOSITORY, Result, log
+from orthrus_fast.bench.flags import Parser, check_flags, positive, positives
+from orthrus_fast.bench.results import Report
+from orthrus_fast.bench.tables import print_table
+from orthrus_fast.errors import OrthrusError
 
 PROMPTS = REPOSITORY / "model" / "heldout.jsonl"
 LEFT = -1.0  # a client's first token where it left before one
@@ -168,15 +174,21 @@ class Comparison:
         return result
 
 
+def milliseconds(seconds: Sequence[float]) -> Result:
+    """The summary of some times, with the 95th percentile that such reports have."""
+    ordered = sorted(1e3 * one for one in seconds)
+    return {**summary(ordered), "p95": ordered[round(0.95 * (len(ordered) - 1))]}
+
+
 def described(result: Result) -> Result:
     """Figures of one round of clients; times in ms."""
     stayed = result["stayed"]
     return {
         "requests_per_second": len(result["answers"]) / result["seconds"],
         "tokens_per_second": sum(one["n_tokens"] for one in result["answers"]) / result["seconds"],
-        "first_token_ms": summary([one["first"] * 1e3 for one in stayed]),
-        "gap_ms": summary([gap * 1e3 for one in stayed for gap in one["gaps"]]),
-        "request_ms": summary([one["seconds"] * 1e3 for one in stayed]),
+        "first_token_ms": milliseconds([one["first"] for one in stayed]),
+        "gap_ms": milliseconds([gap for one in stayed for gap in one["gaps"]]),
+        "request_ms": milliseconds([one["seconds"] for one in stayed]),
         "slowest_over_median": max(one["seconds"] for one in stayed)
         / statistics.median(one["seconds"] for one in stayed),
         "texts_that_differ": result["wrong"],
@@ -206,48 +218,67 @@ def at_once(compared: Comparison, port: int, n_clients: int, rounds: int) -> Res
     result["server_over_engine_by_cpu_time"] = summary(of_cpu)
     result["engine_tokens_per_second"] = summary([one["rate"] for one in bare])
     if n_clients == 1:
-        firsts = [first * 1e3 for one in bare for first in one["first"]]
-        result["engine_first_token_ms"] = summary(firsts)
+        firsts = [first for one in bare for first in one["first"]]
+        result["engine_first_token_ms"] = milliseconds(firsts)
     return result
 
 
-def main() -> int:
-    """Measure, print, and write a file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clients-process", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", help="default: the embedded one")
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument(
-        "--clients", default="1,8,32,64", help="numbers of clients, of closed loops"
-    )
-    parser.add_argument("--requests", type=int, default=64, help="in a round")
-    parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", help="file of the result")
-    args = parser.parse_args()
-    if args.clients_process:
-        json.dump(run_clients(json.load(sys.stdin)), sys.stdout)
-        return 0
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=str(__doc__).partition("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--clients-process", action="store_true", help=argparse.SUPPRESS)
+    add("--checkpoint", metavar="DIR_OR_REPO", help="(default: the embedded one)")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--slots", type=positive, default=8, metavar="B")
+    clients = "numbers of clients, of closed loops"
+    add("--clients", type=positives, default=[1, 8, 32, 64], metavar="N,…", help=clients)
+    add("--requests", type=positive, default=64, metavar="N", help="in a round")
+    add("--new-tokens", type=positive, default=96, metavar="N", help="of a request at most")
+    add("--rounds", type=positive, default=3, metavar="N")
+    add("--json", metavar="FILE", help="where the results go; no file may be there yet")
+    parser.set_defaults(shape=None, block_size=None, prompts_file=None)
+    return parser
+
+
+def measure(args: argparse.Namespace, report: Report) -> Result:
+    """Measure closed loops, then an open one."""
     import orthrus_fast
 
-    decoder = orthrus_fast.load(args.checkpoint, slots=args.slots, prefix_reuse=False)
-    compared = Comparison(decoder, args.requests, args.max_tokens)
-    result: Result = {"environment": decoder.configuration, "at": []}
-    result |= {name: getattr(args, name) for name in ("requests", "max_tokens", "rounds")}
+    options = {"device": args.device, "slots": args.slots, "prefix_reuse": False}
+    decoder = orthrus_fast.load(args.checkpoint, **options)
+    report.describe(decoder.configuration)
+    compared = Comparison(decoder, args.requests, args.new_tokens)
+    part: Result = {"requests": args.requests, "new_tokens": args.new_tokens, "at": []}
     with served(decoder, max_waiting=1000) as port:
-        for n_clients in map(int, args.clients.split(",")):
-            result["at"].append(at_once(compared, port, n_clients, args.rounds))
-            print(json.dumps(result["at"][-1]), flush=True)
-        rate = result["at"][-1]["requests_per_second"] / 2
+        for n_clients in args.clients:
+            part["at"].append(at_once(compared, port, n_clients, args.rounds))
+            report.add("parts", "serving", part)
+        rate = part["at"][-1]["requests_per_second"] / 2
         log(f"an open loop of {rate:.2f} requests/s, of whose clients a third leave")
         leaving = compared.by_clients(port, 0, rate, leaving=True)
-        result["open_loop"] = {"rate": rate, **described(leaving)}
-        print(json.dumps(result["open_loop"]), flush=True)
+        part["open_loop"] = {"rate": rate, **described(leaving)}
+        report.add("parts", "serving", part)
         begin = time.perf_counter()
         while decoder.engine.has_work:
             assert time.perf_counter() - begin < 10, "a request is stuck"
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return part
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = build_parser()
+    try:
+        args = parser.parse_args()
+        if args.clients_process:
+            json.dump(run_clients(json.load(sys.stdin)), sys.stdout)
+            return 0
+        check_flags(args)
+        part = measure(args, Report("python benchmarks/serving.py", parser, args))
+    except OrthrusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_table(Console(), "clients", [*part["at"], {"clients": "open loop", **part["open_loop"]}])
     return 0
 
 

@@ -44,7 +44,7 @@ LIMITS = {
     "bench": 1700,  # the engine's part
     "server": 1400,  # without its page
     "model.py": 400,
-    "benchmarks/report.py": 600,
+    "benchmarks/report.py": 620,  # with the server's table
 }
 
 
