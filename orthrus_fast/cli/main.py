@@ -28,6 +28,7 @@ COMMANDS = {
     "info": "print what a checkpoint is and needs",
     "tune": "measure the fastest tiles on this GPU, once",
 }
+OF_THE_SERVER = "anyio fastapi httptools prometheus_client pydantic starlette uvicorn".split()
 USAGE = "\n".join(
     [
         "usage: orthrus COMMAND [flags]",
@@ -60,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OrthrusError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
-        server = error.name in ("fastapi", "uvicorn", "prometheus_client", "httptools")
-        what = "'.[server]'" if server else "."
+        what = "'.[server]'" if error.name in OF_THE_SERVER else "."
         return fail(f"{error.name} is not installed; run: pip install -e {what} in the repository")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

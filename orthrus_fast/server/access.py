@@ -61,7 +61,8 @@ class Access:
         """The status and the message for a request that is refused; None for one that is not."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = re.sub(r":\d+$", "", host)
-        known = (*LOCAL, self.host.lower(), *self.hosts) if is_loopback(self.host) else self.hosts
+        known = [name.lower() for name in self.hosts]
+        known += [*LOCAL, self.host.lower()] if is_loopback(self.host) else []
         if known and name not in known:
             return 403, f"Host: {name[:100]!r} is no name of this server; --allowed-host adds one"
         origin = headers.get(b"origin")

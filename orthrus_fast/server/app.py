@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from orthrus_fast.decoder import Decoder, Prompt
 from orthrus_fast.errors import OrthrusError, RequestError
+from orthrus_fast.options import MODES
 from orthrus_fast.server.access import Access, Guard, error_object, policy_of
 from orthrus_fast.server.answers import Answer, ChatChoice, Choice, TextChoice, event
 from orthrus_fast.server.metrics import Metrics
@@ -146,7 +147,9 @@ class Service:
     def _tasks(
         self, body: GenerationBody, prompts: list[list[int]], budget: int | None, logprobs: bool
     ) -> list[Task]:
-        """The choices of each prompt, a seed each."""
+        """The choices of each prompt, a seed each. Raises PromptError for a prompt too long."""
+        for ids in prompts:  # here, since the worker, which checks it again, has better to do
+            self._decoder.engine.check_length(len(ids), budget or 1)
         seed = secrets.randbits(48) if body.seed is None else body.seed
         settings = [body.sampling(seed_of(seed, choice), logprobs) for choice in range(body.n)]
         mode = body.mode or self._settings.mode
@@ -184,7 +187,9 @@ class Service:
 
     def _model(self) -> dict[str, Any]:
         kind = {"object": "model", "created": self._started, "owned_by": "orthrus-fast"}
-        return {"id": self._settings.model, **kind, "max_model_len": self._decoder.max_seq_len}
+        modes = MODES if self._decoder.runner.model.has_draft_view else ("ar",)
+        more = {"max_model_len": self._decoder.max_seq_len, "modes": modes}
+        return {"id": self._settings.model, **kind, **more}
 
     async def health(self) -> Response:
         """Whether texts are decoded."""

@@ -83,7 +83,7 @@ def test_what_a_form_can_send_is_no_request(running: Running, kind: str) -> None
 
 
 def test_hosts_that_were_named_are_answered() -> None:
-    access = Access(hosts=("model.local",))
+    access = Access(hosts=("Model.local",))
     assert access.refusal("/", {b"host": b"model.local:8000"}) is None
     everywhere = Access("0.0.0.0", KEYS)
     assert everywhere.refusal("/", {b"host": b"any.example"}) is None

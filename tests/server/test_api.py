@@ -244,6 +244,7 @@ def test_parts_of_text_and_a_developers_message(client: openai.OpenAI, alone: De
 
 def test_models(client: openai.OpenAI) -> None:
     [model] = client.models.list().data
+    assert model.modes == ["diffusion", "ar"]
     assert model.id == "tiny" and client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="'other' is not served here"):
         client.models.retrieve("other")
