@@ -299,6 +299,22 @@ def first_token(part: Result) -> Iterator[Row]:
             yield {"prompt": str(at["prompt_tokens"]), "program": name, "ms": spread(ms)}
 
 
+def serving(part: Result) -> Iterator[Row]:
+    """Yield loops of clients; times as median and 95th percentile."""
+    for at in [*part["at"], {"clients": "open loop, a third leave", **part["open_loop"]}]:
+        times = {name: at[f"{name}_ms"] for name in ("first_token", "gap", "request")}
+        ms = {f"{n.replace('_', ' ')}, ms": of for n, of in times.items()}
+        yield {
+            "clients": str(at["clients"]),
+            "requests/s": short(at["requests_per_second"]),
+            "tokens/s": short(at["tokens_per_second"]),
+            **{name: f"{short(of['median'])}, {short(of['p95'])}" for name, of in ms.items()},
+            "of the engine's tokens/s": median(at.get("server_over_engine")),
+            "by its thread's own clock": median(at.get("server_over_engine_by_cpu_time")),
+            "texts that differ": str(at["texts_that_differ"]),
+        }
+
+
 def headline(file: ResultFile) -> tuple[str, Row]:
     """Return what a reader wants first of the public models' shapes."""
     if file.model not in MODELS or not {"startup", "passes", "identity"} <= set(file.parts):
@@ -378,6 +394,7 @@ TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the t
     "prefill": ("prefill", as_rows("prefill", prefill, 1)),
     "peers": ("peers", as_rows("peers", peers, 2, as_filed=True)),
     "first-token": ("peers", as_rows("peers", first_token, 2, as_filed=True)),
+    "serving": ("serving", as_rows("serving", serving, 1, as_filed=True)),
 }
 
 

@@ -55,8 +55,9 @@ class Answer:
             self.accepted.append(n_accepted)
         self.tokens += tokens
         self._pieces += pieces
-        self._logprobs += update.logprobs[: len(tokens)]
-        return Chunk(tokens, pieces, n_accepted)
+        logprobs = update.logprobs[: len(tokens)]
+        self._logprobs += logprobs
+        return Chunk(tokens, pieces, n_accepted, logprobs)
 
     def result(self) -> Generation:
         """All that came so far."""

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any, SupportsIndex, cast, overload
+from typing import Any, cast, overload
 
 from torch import Tensor
 
@@ -215,13 +215,32 @@ class Decoder:
         Bad arguments raise here, as does a queue that is full. The prompt is queued at once;
         decoding goes on whenever anybody waits for a text of this decoder.
         """
+        how = (max_new_tokens, sampling, mode)
+        return self.submit(prompt, *how, deque(), **template_arguments)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None,
+        sampling: SamplingParams | None,
+        mode: str | None,
+        inbox: deque[Update],
+        reuse_key: str = "",
+        **template_arguments: Any,
+    ) -> Stream:
+        """As ``stream``, for a caller with an ``inbox`` of his own for many streams.
+
+        He calls ``step``, and ``Stream.take`` with each update that lies in the inbox then. Cached
+        rows are shared among requests of one ``reuse_key``.
+        """
         drafting, [params] = self._check([max_new_tokens], [sampling], mode)
-        return self._submit(prompt, max_new_tokens, params, drafting, template_arguments)
+        how = (max_new_tokens, params, drafting, template_arguments)
+        return self._submit(prompt, *how, inbox, reuse_key)
 
     def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
         self._check_template_arguments([prompt], template_arguments)
-        if isinstance(prompt, list) and all(isinstance(part, SupportsIndex) for part in prompt):
+        if isinstance(prompt, list) and all(hasattr(part, "__index__") for part in prompt):
             return [part if isinstance(part, bool) else index(part) for part in prompt]  # type: ignore[arg-type]
         if not _is_chat(prompt) and not isinstance(prompt, str):
             kinds = {type(part).__name__ for part in prompt} if isinstance(prompt, list) else set()
@@ -300,16 +319,16 @@ class Decoder:
         params: SamplingParams,
         drafting: bool,
         template_arguments: Mapping[str, Any],
-        inbox: deque[Update] | None = None,
+        inbox: deque[Update],
+        reuse_key: str = "",
     ) -> Stream:
-        """Queue a prompt. Its updates go to ``inbox``, or to one of its own."""
+        """Queue a prompt, whose updates go to ``inbox``."""
         ids = self.encode(prompt, **template_arguments)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.max_seq_len - len(ids)))
-        inbox = deque() if inbox is None else inbox
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
         answer = Answer(len(ids), params, detokenizer)
-        request_id = self._queue(ids, max_new_tokens, params, drafting, inbox)
+        request_id = self._queue(ids, max_new_tokens, params, drafting, inbox, reuse_key)
         return Stream(self, request_id, answer, inbox)
 
     def _queue(
@@ -319,6 +338,7 @@ class Decoder:
         params: SamplingParams,
         drafting: bool,
         inbox: deque[Update],
+        reuse_key: str = "",
         keep_logits: bool = False,
     ) -> int:
         """The id of a new request, whose updates go to ``inbox`` until it is dropped."""
@@ -326,7 +346,7 @@ class Decoder:
         how = (max_new_tokens, params, drafting)
         self._inboxes[request_id] = inbox
         try:
-            self.engine.submit(Request(request_id, ids, *how, keep_logits=keep_logits))
+            self.engine.submit(Request(request_id, ids, *how, reuse_key, keep_logits))
         except OrthrusError:
             del self._inboxes[request_id]
             raise
@@ -347,24 +367,30 @@ class Decoder:
         return inbox.popleft()
 
     def _step_until(self, is_so: Callable[[], bool]) -> None:
-        """Do as many of the engine's steps as it takes.
+        """Do as many of the engine's steps as it takes."""
+        while not is_so():
+            self.step(is_so)
 
-        One thread at a time steps, and hands out what came of it to all; the others wait.
+    def step(self, unless: Callable[[], bool] = lambda: False) -> None:
+        """One of the engine's steps, except where ``unless`` says that none is needed.
+
+        One thread at a time steps, and hands out what came of it to all; another one waits for
+        that instead.
         """
-        while True:
-            updates: list[Update] = []
-            mine = False
-            try:
-                with self._turn:
-                    while self._someone_steps and not is_so():
-                        self._turn.wait()
-                    if is_so():
-                        return
-                    mine = self._someone_steps = True
-                updates = self.engine.step()
-            finally:
-                if mine:
-                    self._hand_out(updates)
+        updates: list[Update] = []
+        mine = False
+        try:
+            with self._turn:
+                if unless():
+                    return
+                if self._someone_steps:
+                    self._turn.wait()
+                    return
+                mine = self._someone_steps = True
+            updates = self.engine.step()
+        finally:
+            if mine:
+                self._hand_out(updates)
 
     def _hand_out(self, updates: list[Update]) -> None:
         with self._turn:

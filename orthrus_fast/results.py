@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Chunk:
     tokens: list[int]
     pieces: list[str]
     n_accepted: int
+    logprobs: list[float] = field(default_factory=list)  # of the tokens, where asked for
 
     @property
     def text(self) -> str:

@@ -37,13 +37,13 @@ class TextPieces:
             self.stopped = True
             shown, self._held_back = self._held_back[: min(ends)[1]], ""
             return shown
-        n_held = max((_overlap(self._held_back, stop) for stop in self._stop), default=0)
+        n_held = max((overlap(self._held_back, stop) for stop in self._stop), default=0)
         shown = self._held_back[: len(self._held_back) - n_held]
         self._held_back = self._held_back[len(shown) :]
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

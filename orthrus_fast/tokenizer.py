@@ -91,12 +91,12 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids. Ids without an entry give nothing; bytes that are not UTF-8 give U+FFFD."""
-        return b"".join(self._bytes(t, skip_special) for t in tokens).decode("utf-8", "replace")
+        return b"".join(self.bytes_of(t, skip_special) for t in tokens).decode("utf-8", "replace")
 
     def detokenizer(self, skip_special: bool = True) -> Detokenizer:
-        return Detokenizer(lambda token: self._bytes(token, skip_special))
+        return Detokenizer(lambda token: self.bytes_of(token, skip_special))
 
-    def _bytes(self, token: int, skip_special: bool) -> bytes:
+    def bytes_of(self, token: int, skip_special: bool = True) -> bytes:
         """The bytes behind one id, exactly as the library's ByteLevel decoder makes them."""
         entry = self._backend.id_to_token(token) if 0 <= token < 2**32 else None
         if entry is None or (skip_special and entry in self._skipped):

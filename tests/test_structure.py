@@ -39,12 +39,13 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 8900,
+    "the core": 8950,
     "engine": 750,
     "tuning": 280,
     "bench": 1750,
+    "server": 1400,  # without its page
     "model.py": 400,
-    "benchmarks/report.py": 610,
+    "benchmarks/report.py": 630,
 }
 
 
@@ -169,6 +170,20 @@ def test_what_only_some_need_is_imported_where_it_is_used(module: str) -> None:
     assert [name for name in early if not name.startswith(prefixes)] == []
 
 
+@pytest.mark.parametrize(
+    "module", ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"]
+)
+def test_what_the_server_needs_is_imported_by_the_server_alone(module: str) -> None:
+    others = [
+        name
+        for name, file in modules().items()
+        if not name.startswith("orthrus_fast.server.")
+        for imported in imported_names(parse(file))
+        if imported.split(".")[0] == module
+    ]
+    assert others == []
+
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -209,7 +224,7 @@ def test_files_stay_within_their_limits() -> None:
     sizes = dict.fromkeys(LIMITS, 0)
     for module, file in modules().items():
         part = part_of(module) if "." in module else ""
-        if part not in ("cli", "server"):
+        if part != "cli":
             sizes[part if part in LIMITS else "the core"] += n_lines(file)
     sizes["model.py"] = n_lines(modules()["orthrus_fast.model"])
     sizes["benchmarks/report.py"] = n_lines(ROOT / "benchmarks" / "report.py")

@@ -40,6 +40,7 @@ QUANTIZED = "--weights fp8 or int4 (of the drafter alone: --draft-weights)"
 NEAR = {  # flags of other tools, and of earlier versions, to what comes near them here
     **dict.fromkeys(("interactive", "i", "chat", "conversation", "cnv"), CHAT),
     **dict.fromkeys(("info", "show"), INFO),
+    **dict.fromkeys(("serve", "server"), "orthrus serve, or python -m orthrus_fast serve"),
     **dict.fromkeys(("bench", "benchmark"), "orthrus bench, or python -m orthrus_fast bench"),
     **dict.fromkeys(("max-length", "max-len"), f"{LENGTH} or {ANSWER}"),
     **dict.fromkeys(("ctx-size", "c", "ctx", "n-ctx", "num-ctx", "max-model-len"), LENGTH),
@@ -54,6 +55,7 @@ NEAR = {  # flags of other tools, and of earlier versions, to what comes near th
     **dict.fromkeys(("file", "f", "input-file", "prompt-file"), "--prompts-file, or a pipe"),
     **dict.fromkeys(("system-prompt", "sys"), "--system"),
     **dict.fromkeys(("enable-thinking", "think", "reasoning"), "--thinking"),
+    **dict.fromkeys(("api-key", "api-keys"), "--api-key-file, or ORTHRUS_API_KEY"),
     "t": "--temperature T (threads: OMP_NUM_THREADS=N in the environment)",
     "do-sample": "--temperature T, which samples if above 0",
     "greedy": "nothing: it is the default",
@@ -142,6 +144,42 @@ def build_chat_parser(prog: str) -> Parser:
     return parser
 
 
+def build_serve_parser(prog: str) -> Parser:
+    """Return the parser of ``orthrus serve``."""
+    what = "Serve a checkpoint to OpenAI's clients, under /v1, and on a page to chat on."
+    parser = Parser(prog, what)
+    parser.set_defaults(check=False)
+    add_checkpoint_flags(parser.add_argument_group("checkpoint"))
+    add_server_flags(parser.add_argument_group("server"))
+    group = parser.add_argument_group("decoding")
+    add_slot_flags(group, slots=8)
+    add_length_flag(group)
+    add_mode_flag(group)
+    add_machine_flags(parser.add_argument_group("machine"))
+    return parser
+
+
+def add_server_flags(group: Group) -> None:
+    """Add the flags that say who may ask, and how many."""
+    add = group.add_argument
+    host = "address to listen on (default: 127.0.0.1); others than loopback's need a key"
+    add("--host", default="127.0.0.1", metavar="H", help=host)
+    add("--port", type=int, default=8000, metavar="P", help="port (default: 8000; 0: a free one)")
+    keys = (
+        "file of keys, a line each, of which a request brings one as its bearer; cached rows are "
+        "shared among those of one key (default: the key in ORTHRUS_API_KEY, if it is set)"
+    )
+    add("--api-key-file", metavar="FILE", help=keys)
+    names = "another name in the Host header that is answered; may be repeated"
+    add("--allowed-host", action="append", default=[], metavar="NAME", help=names)
+    name = "what clients call the model (default: the repository, or the directory's name)"
+    add("--served-model-name", metavar="NAME", help=name)
+    waiting = "texts that wait for a slot at most (default: 256)"
+    add("--max-waiting", type=int, default=256, metavar="N", help=waiting)
+    drain = "seconds for what runs when the server is told to end (default: 10)"
+    add("--drain-seconds", type=int, default=10, metavar="S", help=drain)
+
+
 def build_info_parser(prog: str) -> Parser:
     """Return the parser of ``orthrus info``."""
     description = "Print what a checkpoint is and needs, without loading its weights."
@@ -228,23 +266,33 @@ def add_template_flags(group: Group) -> None:
 
 def add_decoding_flags(group: Group) -> None:
     """Add the flags that say how, and how much, is decoded."""
+    add_slot_flags(group)
+    limit = "new tokens at most (default: 256, or what fits; with --thinking all that fits)"
+    group.add_argument("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help=limit)
+    add_length_flag(group)
+    add_mode_flag(group)
+
+
+def add_slot_flags(group: Group, slots: int = 1) -> None:
+    """Add the flags of the engine."""
     add = group.add_argument
-    slots = "prompts decoded at the same time (default: 1)"
-    add("--slots", type=int, default=1, metavar="B", help=slots)
+    number = f"prompts decoded at the same time (default: {slots})"
+    add("--slots", type=int, default=slots, metavar="B", help=number)
     width = "width of a block, from 2 to the checkpoint's block size (the default)"
     add("--block-size", type=int, metavar="K", help=width)
     drafting = "auto drafts when and as wide as it pays (default); N: always by blocks of N rows"
     add("--drafting", type=width_or_auto, default="auto", metavar="N", help=drafting)
     reuse = "start from cached rows of earlier prompts that begin alike (default: on)"
     add("--prefix-reuse", action=argparse.BooleanOptionalAction, default=True, help=reuse)
-    limit = "new tokens at most (default: 256, or what fits; with --thinking all that fits)"
-    add("--max-new-tokens", "--max-tokens", "-n", type=int, metavar="N", help=limit)
-    add_length_flag(group)
+
+
+def add_mode_flag(group: Group) -> None:
+    """Add the flag that says whether to draft."""
     mode = (
         "diffusion drafts and verifies blocks; ar decodes a token per pass (default: diffusion, "
         "where the checkpoint has a draft view)"
     )
-    add("--mode", choices=MODES, help=mode)
+    group.add_argument("--mode", choices=MODES, help=mode)
 
 
 def width_or_auto(text: str) -> int | str:

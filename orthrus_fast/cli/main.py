@@ -23,10 +23,12 @@ from orthrus_fast.errors import OrthrusError, RequestError
 COMMANDS = {
     "generate": "decode a prompt, or a file of prompts",
     "chat": "chat in several turns",
+    "serve": "answer OpenAI's clients, and chat on a page",
     "bench": "time a decoder, and compare its modes to the bit",
     "info": "print what a checkpoint is and needs",
     "tune": "measure the fastest tiles on this GPU, once",
 }
+OF_THE_SERVER = "anyio fastapi httptools prometheus_client pydantic starlette uvicorn".split()
 USAGE = "\n".join(
     [
         "usage: orthrus COMMAND [flags]",
@@ -59,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OrthrusError as error:
         return fail(str(error))
     except ModuleNotFoundError as error:
-        return fail(f"{error.name} is not installed; run: pip install -e . in the repository")
+        what = "'.[server]'" if error.name in OF_THE_SERVER else "."
+        return fail(f"{error.name} is not installed; run: pip install -e {what} in the repository")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -63,7 +63,7 @@ def make_header(
         "orthrus_fast_results": FORMAT,
         "fingerprint": {
             "weights": weights_digest(checkpoint),
-            "settings": _digest(_settings_of(configuration)),
+            "settings": _digest(settings_of(configuration)),
             "prompts": _digest(prompts),
         },
         "prompts": len(lines),
@@ -110,7 +110,8 @@ def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
         yield file.read(SAMPLE_BYTES)
 
 
-def _settings_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a decoder's configuration that a text may depend on."""
     return {name: value for name, value in configuration.items() if name not in NOT_SETTINGS}
 
 
@@ -122,7 +123,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What two headers disagree in, in words."""
     theirs, ours = found["fingerprint"], wanted["fingerprint"]
     differ = [part for part in ("weights", "settings", "prompts") if theirs.get(part) != ours[part]]
-    old, new = _settings_of(found["configuration"]), _settings_of(wanted["configuration"])
+    old, new = settings_of(found["configuration"]), settings_of(wanted["configuration"])
     changed = [
         f"{name}: {as_shown(old.get(name))} there, {as_shown(new.get(name))} here"
         for name in sorted({*old, *new})

@@ -22,10 +22,15 @@ def begin_loading(args: argparse.Namespace) -> None:
 
     In this order: what checks them imports torch, which takes seconds itself.
     """
+    say_loading(args)
+    sampling(args)
+
+
+def say_loading(args: argparse.Namespace) -> None:
+    """Say on a terminal what is loaded."""
     if sys.stderr.isatty():
         name = printable(args.checkpoint or "the embedded checkpoint", True)
         print(f"loading {name} …", file=sys.stderr, flush=True)
-    sampling(args)
 
 
 def load_decoder(args: argparse.Namespace) -> Decoder:

@@ -134,15 +134,18 @@ class Engine:
             return updates
 
     def _check(self, request: Request) -> None:
-        n, budget, limit = len(request.prompt), request.max_new_tokens, self.limits.max_seq_len
         vocab_size = self.runner.model.config.vocab_size
-        if n == 0:
-            raise PromptError("prompt: empty; it needs at least one token")
+        self.check_length(len(request.prompt), request.max_new_tokens)
         for token in request.prompt:
             if isinstance(token, bool) or not 0 <= token < vocab_size:
                 raise PromptError(f"prompt: {token!r} is no id below {vocab_size}")
+
+    def check_length(self, n: int, budget: int) -> None:
+        """Raise PromptError where a prompt of ``n`` tokens and ``budget`` new ones don't fit."""
+        limit, positions = self.limits.max_seq_len, self.limits.positions
+        if n == 0:
+            raise PromptError("prompt: empty; it needs at least one token")
         if n + budget > limit:
-            positions = self.limits.positions
             raise PromptError(
                 f"prompt: {n} tokens + max_new_tokens {budget} = {n + budget}, over max_seq_len "
                 f"{limit} (the model's own limit is {positions}); shorten the prompt or lower "

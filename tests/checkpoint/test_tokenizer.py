@@ -349,7 +349,7 @@ def test_detokenizing_does_not_slow_down_with_length(tokenizer: Tokenizer) -> No
 
         def __call__(self, token: int) -> bytes:
             self.calls += 1
-            return tokenizer._bytes(token, True)
+            return tokenizer.bytes_of(token)
 
     count = Counting()
     stream = Detokenizer(count)

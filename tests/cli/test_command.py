@@ -78,9 +78,9 @@ def test_a_flag_of_another_command_is_told(capsys: pytest.CaptureFixture[str]) -
         (["a b"], "did you mean: orthrus generate --prompt 'a b'?"),
         (
             ["genrate"],
-            "there are generate, chat, bench, info, tune; did you mean: orthrus generate?",
+            "there are generate, chat, serve, bench, info, tune; did you mean: orthrus generate?",
         ),
-        (["xyz"], "'xyz' is no command; there are generate, chat, bench, info, tune\n"),
+        (["xyz"], "'xyz' is no command; there are generate, chat, serve, bench, info, tune\n"),
     ],
 )
 def test_a_forgotten_or_unknown_command_is_told(
@@ -106,7 +106,7 @@ def test_top_k_may_be_spelled_as_off(off: str, capsys: pytest.CaptureFixture[str
     assert run(capsys, "--prompt", "x", "--top-k", off, "-n", 1).code == 0  # without temperature
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info", "tune"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "info", "tune"])
 def test_the_version_is_told_at_every_level(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

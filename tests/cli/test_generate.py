@@ -42,7 +42,7 @@ class Run(SimpleNamespace):
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Run:
     """``orthrus`` in this process, on the CPU; a command, or else generate, and its flags."""
     words = [str(a) for a in arguments]
-    words = words if words[:1] in (["info"], ["chat"]) else ["generate", *words]
+    words = words if words[:1] in (["info"], ["chat"], ["serve"]) else ["generate", *words]
     device = [] if words[0] == "info" or "--device" in words else ["--device", "cpu"]
     try:
         code = main(words + device)

@@ -1,0 +1,99 @@
+"""A server on loopback, in a thread, and its clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from orthrus_fast import Decoder
+from orthrus_fast.server.access import Access
+from orthrus_fast.server.app import ServerSettings, create_app
+from orthrus_fast.server.listening import make_server
+from tests.checkpoints import write_checkpoint
+from tests.engine.solo import load
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "fixtures" / "chat" / "qwen3.jinja"
+
+
+def write_chatting(directory: Path) -> Path:
+    """A checkpoint of random weights with Qwen3's template; its texts end at their limit."""
+    sizes = {"max_position_embeddings": 2048}
+    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[], **sizes)
+    (directory / "chat_template.jinja").write_text(TEMPLATE.read_text())
+    return directory
+
+
+class Running:
+    """A server that runs: its address and its parts."""
+
+    def __init__(self, decoder: Decoder, url: str, server: uvicorn.Server) -> None:
+        self.decoder, self.url, self.server = decoder, url, server
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **more)
+
+
+@contextlib.contextmanager
+def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
+    """A server of ``decoder``; ends with the block."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    access = settings.pop("access", Access())
+    model = settings.pop("model", "tiny")
+    app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
+    server = make_server(app, drain_seconds=5)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield Running(decoder, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for something that another thread brings about."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)
+
+
+class Script:
+    """A detokenizer that tells a text of its own, a few characters a token."""
+
+    def __init__(self, text: str, step: int = 3) -> None:
+        self.pieces = [text[i : i + step] for i in range(0, len(text), step)]
+
+    def push(self, token: int) -> str:
+        return self.pieces.pop(0) if self.pieces else ""
+
+    def finish(self) -> str:
+        return ""
+
+
+@contextlib.contextmanager
+def telling(decoder: Decoder, text: str) -> Iterator[None]:
+    """Every text of the decoder is ``text`` within, whatever its tokens."""
+    assert decoder.tokenizer is not None
+    decoder.tokenizer.detokenizer = lambda skip_special=True: Script(text)  # type: ignore
+    try:
+        yield
+    finally:
+        del decoder.tokenizer.detokenizer
+
+
+__all__ = ["Access", "Running", "load", "serving", "telling", "until", "write_chatting"]
