@@ -244,7 +244,7 @@ def test_a_done_slot_does_not_move(tiny: Path) -> None:
 def test_committed_rows_have_equal_bits_in_both_modes(tmp_path: Path) -> None:
     """Those of passes of one row and of blocks."""
     directory = write_checkpoint(tmp_path / "model", seed=5, block_size=16, eos_token_id=[])
-    both = orthrus_fast.load(directory, "cpu", "float32", max_seq_len=200)
+    both = orthrus_fast.load(directory, "cpu", "float32", max_seq_len=200, drafting=16)
     if both.configuration["promise"] != ONE_ROW:
         pytest.skip(f"this CPU's rows depend on more than their tokens: {both.invariance}")
     rows = []
