@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from orthrus_fast.decoder import Decoder, Prompt
+from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import OrthrusError, RequestError
 from orthrus_fast.options import MODES
 from orthrus_fast.server.access import Access, Guard, error_object, policy_of
@@ -123,7 +123,8 @@ class Service:
         body = parse(ChatBody, await read_body(request))
         check_model(body.model, self._settings.model)
         messages = [message.for_template() for message in body.messages]
-        ids = await asyncio.to_thread(self._encode, messages, **body.template_arguments)
+        encode = self._decoder.encode
+        ids = await asyncio.to_thread(encode, messages, **body.template_arguments)
         in_thought = self._tokenizer.decode(ids[-8:], skip_special=False).rstrip().endswith(THOUGHT)
         how = (self._tokenizer, body.logprobs, in_thought, bool(body.offered))
         choices = [ChatChoice(index, *how) for index in range(body.n)]
@@ -134,15 +135,12 @@ class Service:
         """The continuations of raw prompts."""
         body = parse(CompletionBody, await read_body(request))
         check_model(body.model, self._settings.model)
-        prompts = await asyncio.to_thread(lambda: [self._encode(one) for one in body.prompts])
+        prompts = await asyncio.to_thread(lambda: list(map(self._decoder.encode, body.prompts)))
         budget, with_logprobs = body.max_tokens or DEFAULT_COMPLETION, body.logprobs is not None
         tasks = self._tasks(body, prompts, budget, with_logprobs)
         how = (self._tokenizer, with_logprobs)
         choices = [TextChoice(index, *how) for index in range(len(tasks))]
         return await self._answer(request, body, tasks, "text_completion", choices)
-
-    def _encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
-        return self._decoder.encode(prompt, **template_arguments)
 
     def _tasks(
         self, body: GenerationBody, prompts: list[list[int]], budget: int | None, logprobs: bool

@@ -22,9 +22,8 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         name = "orthrus_requests"
         self._requests = Counter(name, "HTTP requests", ["path", "status"], registry=registry)
-        self._texts = Counter(
-            "orthrus_texts", "Texts by how they ended", ["reason"], registry=registry
-        )
+        name, what = "orthrus_texts", "Texts that ended, by their reason"
+        self._texts = Counter(name, what, ["reason"], registry=registry)
         name = "orthrus_prompt_tokens"
         self._prompt = Counter(name, "Tokens of prompts", registry=registry)
         name = "orthrus_reused_tokens"
