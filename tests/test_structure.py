@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # and import from each other, too.
 FLOORS = [
     ["errors", "options"],
-    ["files", "results"],
+    ["files", "grammar", "results"],
     ["config", "hub", "chat_template", "sampling"],
     ["cache", "tokenizer", "prompts"],
-    ["kernels", "text"],
+    ["kernels", "matching", "text"],
     ["attention"],
     ["model"],
     ["quantization", "steps"],
