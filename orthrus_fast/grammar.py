@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.options import GRAMMARS, listed
 
-MAX_SOURCE = 1_000_000  # characters: what longer ones take has no bound worth waiting for
+MAX_SOURCE = 250_000  # characters; llguidance takes about 400 bytes for each
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,17 @@ on its tokens alone, so a mask is the same in every mode, width and slot.
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orthrus_fast.errors import RequestError, UnsupportedError, one_line
+from orthrus_fast.errors import RequestError, UnsupportedError, one_line, shown
 from orthrus_fast.grammar import Grammar
 from orthrus_fast.tokenizer import Tokenizer
 
@@ -19,6 +24,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_CACHED = 64  # compiled grammars, some hundred kB each
+PATIENCE = 5.0  # seconds that compiling one may take
+MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 class Block(NamedTuple):
@@ -105,24 +114,33 @@ def first_forbidden(mask: bytes) -> int:
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer, in the caller's thread; keeps those used lately."""
+    """Compiles grammars for one tokenizer, while the caller waits; keeps those used lately."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, tuple(eos)
         self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "orthrus-grammar")  # a thread once one is compiled
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._of_library: LLTokenizer | None = None
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of a text.
 
-        Raises RequestError for a grammar that is damaged, not supported or too large, and
-        UnsupportedError where llguidance is not installed.
+        Raises RequestError for a grammar that is damaged, not supported, too large or too slow to
+        compile, and UnsupportedError where llguidance is not installed.
         """
         with self._lock:
             backend = self._compiled.get(grammar)
         if backend is None:
-            backend = self._compile(grammar)
+            check_multiples(grammar.source)
+            compiling = self._compiler.submit(self._compile, grammar)
+            try:
+                backend = compiling.result(PATIENCE)
+            except FutureTimeoutError:
+                compiling.cancel()
+                raise RequestError(
+                    f"grammar: {grammar.kind}: compiling takes more than {PATIENCE:g} seconds"
+                ) from None
         with self._lock:
             self._compiled[grammar] = backend
             self._compiled.move_to_end(grammar)
@@ -152,11 +170,34 @@ class Grammars:
         return backend
 
 
+def check_multiples(source: str) -> None:
+    """Refuse multiples that take a time and memory of their own kind, which nothing else bounds.
+
+    Several that hold for one number are as one of their least common multiple.
+    """
+    plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), source)
+    together = 1
+    for number in set(_MULTIPLE.findall(plain)):
+        try:
+            _, digits, exponent = Decimal(number).as_tuple()
+        except InvalidOperation:  # no number, which compiling says
+            continue
+        size = len(digits) + max(0, int(exponent))
+        value = int("".join(map(str, digits))) * 10 ** max(0, int(exponent)) if size < 9 else 0
+        together = math.lcm(together, value)
+        if not 0 < together <= MOST_MULTIPLE:
+            raise RequestError(
+                f"grammar: multipleOf: {shown(number)} is not supported, nor are several whose "
+                f"least common multiple is above {MOST_MULTIPLE}"
+            )
+
+
 def _library_source(grammar: Grammar, library: type[LLMatcher]) -> str:
     if grammar.kind == "json_object":
         return library.grammar_from_json_schema('{"type": "object"}')
     if grammar.kind == "json_schema":
-        return library.grammar_from_json_schema(grammar.source)
+        strict = None if grammar.source.strip() in ("true", "false") else {"lenient": False}
+        return library.grammar_from_json_schema(grammar.source, overrides=strict)  # type: ignore[arg-type]
     if grammar.kind == "regex":
         return library.grammar_from_regex(grammar.source)
     return library.grammar_from_lark(grammar.source)
@@ -170,7 +211,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
         self.tokens = [tokenizer.bytes_of(token) for token in range(vocab_size)]
-        special = tokenizer.special_ids()
+        special = {*tokenizer.special_ids(), *eos}  # of which none is text
         self.special_token_ids = sorted(one for one in special if one < vocab_size)
         self.eos_token_id = eos[0]
         self._encode = tokenizer.verbatim_encoder()

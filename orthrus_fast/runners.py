@@ -214,7 +214,7 @@ class EagerRunner:
             if drafting and width > 1:
                 self.draft(width, sampling)
             self._put(blocks, width)
-            report = self.verify(width, sampling, masked=bool(blocks))
+            report = self.verify(width, sampling, bool(blocks))
             self._mailbox.send(report, partial(_parse_cycle, sampling=sampling))
             for slot in blocks:
                 self.state.done[slot] = True
@@ -633,7 +633,7 @@ class _Mailbox:
     launch that reports nothing has an event alone.
     """
 
-    RING = 5  # the most that are unread is four: two cycles, and two drafts apart from theirs
+    RING = 3  # the most that are unread: a cycle, then a draft pass and the cycle after it
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
