@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MOST_CACHED = 64  # compiled grammars, some hundred kB each
+MOST_FORCED = 256  # characters that are encoded at once; a grammar may force a whole book
 PATIENCE = 5.0  # seconds that compiling one may take
 MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
@@ -217,7 +218,8 @@ class _Vocabulary:
         self._encode = tokenizer.verbatim_encoder()
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """The ids of the next bytes of what the grammar forces; of which the first few are used."""
+        return self._encode(text[:MOST_FORCED])
 
 
 def as_library_has_it(tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> LLTokenizer:
