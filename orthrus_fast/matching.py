@@ -27,6 +27,7 @@ MOST_CACHED = 64  # compiled grammars, some hundred kB each
 MOST_FORCED = 256  # characters that are encoded at once; a grammar may force a whole book
 PATIENCE = 5.0  # seconds that compiling one may take
 MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
+_WHITESPACE = r" |\r?\n[ \t]{0,40}"  # or a model may write nothing else to the end
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
@@ -194,11 +195,13 @@ def check_multiples(source: str) -> None:
 
 
 def _library_source(grammar: Grammar, library: type[LLMatcher]) -> str:
-    if grammar.kind == "json_object":
-        return library.grammar_from_json_schema('{"type": "object"}')
-    if grammar.kind == "json_schema":
-        strict = None if grammar.source.strip() in ("true", "false") else {"lenient": False}
-        return library.grammar_from_json_schema(grammar.source, overrides=strict)  # type: ignore[arg-type]
+    if grammar.kind.startswith("json"):
+        schema = grammar.source.strip() or '{"type": "object"}'
+        if schema == "false":
+            return library.grammar_from_json_schema(schema)
+        schema = "{}" if schema == "true" else schema
+        options: tuple[Any, Any] = {"whitespace_pattern": _WHITESPACE}, {"lenient": False}
+        return library.grammar_from_json_schema(schema, *options)
     if grammar.kind == "regex":
         return library.grammar_from_regex(grammar.source)
     return library.grammar_from_lark(grammar.source)

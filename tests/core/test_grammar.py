@@ -172,6 +172,20 @@ def test_a_mask_follows_from_the_tokens_before_it_alone(grammars: Grammars, name
         assert matcher.mask() == fresh.mask()
 
 
+def test_no_text_is_white_space_to_the_end(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    for text, is_json in (
+        ('[1, 2]', True), ("[\n  1,\n  2\n]", True), ("[ 1\r\n]", True), ("[1 ,2]", True),
+        ("[  1]", False), ("[\n\n1]", False), ("[\n" + 41 * " " + "1]", False), (" [1]", False),
+    ):  # fmt: skip
+        matcher = grammars.matcher(schema({"type": "array", "items": {"type": "integer"}}))
+        try:
+            matcher.consume(tokenizer.encode(text))
+        except RequestError:
+            assert not is_json, text
+        else:
+            assert is_json and allows(matcher.mask(), EOS), text
+
+
 def test_what_is_forced_is_drafted_without_proposals(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
