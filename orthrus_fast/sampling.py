@@ -30,7 +30,8 @@ class SamplingParams:
     threshold are all kept; None is off. ``seed`` (0 … 2**64 - 1) keys the noise; None draws one.
     Text ends before the first of the ``stop`` strings, one or a list. ``logprobs`` asks for each
     token's log-probability under the model itself, before temperature and filters. ``grammar`` says
-    which texts may be written: a token that it forbids is as if the vocabulary had none such.
+    which texts may be written: a token that it forbids is as if the vocabulary had none such, for
+    the filters and ``logprobs``, too.
     """
 
     temperature: float = 0.0
