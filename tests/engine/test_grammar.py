@@ -245,6 +245,60 @@ def test_ctrl_c_loses_nothing(
         assert told(stream.result) == alone.told([7], 40, params)
 
 
+@pytest.mark.parametrize("where", ["mask", "consume"])
+@pytest.mark.parametrize("n_before", [3, 12])
+@pytest.mark.parametrize("after", [False, True])
+def test_ctrl_c_within_a_matcher_loses_nothing(
+    tiny: Path,
+    alone: Alone,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    n_before: int,
+    after: bool,
+) -> None:
+    """It may have gone on along a draft, or may not have gone on along what was emitted."""
+    decoder, params = load(tiny, drafting=8), SETTINGS[0]
+    expected = alone.told([7], 40, params)
+    stream = decoder.stream([7], 40, params)
+    function, n_calls = getattr(Matcher, where), 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == n_before and not after:
+            raise KeyboardInterrupt
+        result = function(*arguments)
+        if n_calls == n_before:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Matcher, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in stream:
+            pass
+    for _ in stream:
+        pass
+    assert told(stream.result) == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_block_is_drafted_and_verified_once(tiny: Path, ahead: int) -> None:
+    decoder = load(tiny, drafting=8)
+    decoder.runner.lookahead = ahead  # type: ignore[misc]
+    calls: list[str] = []
+    for name in ("draft", "verify"):
+        function = getattr(decoder.runner, name)
+
+        def counted(*of: Any, name: str = name, function: Any = function) -> Any:
+            calls.append(name)
+            return function(*of)
+
+        setattr(decoder.runner, name, counted)
+    result = decoder.generate([1], 40, SETTINGS[1])
+    assert result.stats is not None
+    assert calls == ["draft", "verify"] * result.stats.cycles
+
+
 def test_unconstrained_launches_have_no_masks(tiny: Path) -> None:
     decoder = load(tiny, slots=2)
     decoder.generate([[1], [2]], 20)
