@@ -47,6 +47,12 @@ SCHEMAS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine refuses nothing here."""
+    monkeypatch.setattr(matching, "PATIENCE", 120.0)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_directory(embedded_checkpoint())

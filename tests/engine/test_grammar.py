@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from orthrus_fast import Decoder, Grammar, SamplingParams, Stream
+from orthrus_fast import Decoder, Grammar, SamplingParams, Stream, matching
 from orthrus_fast.errors import RequestError
 from orthrus_fast.matching import Matcher
 from tests.checkpoints import write_checkpoint
@@ -45,6 +45,12 @@ SETTINGS = tuple(
     for grammar in GRAMMARS
     for temperature, seed, logprobs in ((0.0, None, False), (1.5, 3, False), (0.9, 4, True))
 )
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine refuses nothing here."""
+    monkeypatch.setattr(matching, "PATIENCE", 120.0)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +178,18 @@ def test_a_budget_ends_a_text_early(tiny: Path) -> None:
     decoder = load(tiny)
     result = decoder.generate([1], 5, SamplingParams(grammar=GRAMMARS[0]))
     assert result.finish_reason == "length" and len(result.tokens) == 5
+
+
+@pytest.mark.slow
+def test_compiled_modes_give_the_same(tiny: Path) -> None:
+    decoder = load(tiny, runner="compiled", slots=2)
+    settings = [SETTINGS[2], SETTINGS[4], SETTINGS[0], SamplingParams()]
+    prompts = [[1], [2], [3], [4]]
+    ar, diffusion = (
+        [told(one) for one in decoder.generate(prompts, 50, settings, mode)]
+        for mode in ("ar", "diffusion")
+    )
+    assert ar == diffusion
 
 
 # Faults
