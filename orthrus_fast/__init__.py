@@ -13,17 +13,29 @@ from orthrus_fast import errors
 
 if TYPE_CHECKING:
     from orthrus_fast.decoder import Decoder, Stream
+    from orthrus_fast.grammar import Grammar
     from orthrus_fast.loading import load
     from orthrus_fast.results import Chunk, Generation, Stats
     from orthrus_fast.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Chunk", "Decoder", "Generation", "SamplingParams", "Stats", "Stream", "errors", "load"]
+__all__ = [
+    "Chunk",
+    "Decoder",
+    "Generation",
+    "Grammar",
+    "SamplingParams",
+    "Stats",
+    "Stream",
+    "errors",
+    "load",
+]
 
 _MODULES = {
     "Chunk": "results",
     "Decoder": "decoder",
     "Generation": "results",
+    "Grammar": "grammar",
     "SamplingParams": "sampling",
     "Stats": "results",
     "Stream": "decoder",

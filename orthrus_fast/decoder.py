@@ -24,7 +24,9 @@ from orthrus_fast.checkpoint import Checkpoint
 from orthrus_fast.engine.engine import Engine
 from orthrus_fast.engine.request import Request, Update
 from orthrus_fast.errors import OrthrusError, PromptError, RequestError, UnsupportedError
+from orthrus_fast.grammar import Grammar
 from orthrus_fast.invariance import Invariance
+from orthrus_fast.matching import Grammars, Matcher
 from orthrus_fast.options import MAX_NEW_TOKENS, MODES, listed
 from orthrus_fast.results import Chunk, Generation
 from orthrus_fast.runners import EagerRunner
@@ -67,6 +69,10 @@ class Decoder:
         self.configuration = dict(configuration)
         self.startup = dict(startup)
         self.invariance = invariance
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            of_model = self.config.vocab_size, self.config.eos_token_ids
+            self._grammars = Grammars(tokenizer, *of_model)
         self._ids = itertools.count()
         self._inboxes: dict[int, deque[Update]] = {}
         self._turn = threading.Condition()
@@ -328,8 +334,20 @@ class Decoder:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.max_seq_len - len(ids)))
         detokenizer = None if self.tokenizer is None else self.tokenizer.detokenizer()
         answer = Answer(len(ids), params, detokenizer)
-        request_id = self._queue(ids, max_new_tokens, params, drafting, inbox, reuse_key)
+        matcher = None if params.grammar is None else self._matcher(params.grammar)
+        how = (max_new_tokens, params, drafting, inbox, reuse_key)
+        request_id = self._queue(ids, *how, matcher=matcher)
         return Stream(self, request_id, answer, inbox)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, in this thread, for requests that come. Raises as ``stream`` does."""
+        self._matcher(grammar)
+
+    def _matcher(self, grammar: Grammar) -> Matcher:
+        """A grammar compiled, here in the caller's thread. Raises RequestError."""
+        if self._grammars is None:
+            raise RequestError(f"sampling: a grammar needs a tokenizer; {self.name} has none")
+        return self._grammars.matcher(grammar)
 
     def _queue(
         self,
@@ -340,13 +358,15 @@ class Decoder:
         inbox: deque[Update],
         reuse_key: str = "",
         keep_logits: bool = False,
+        matcher: Matcher | None = None,
     ) -> int:
         """The id of a new request, whose updates go to ``inbox`` until it is dropped."""
         request_id = next(self._ids)
         how = (max_new_tokens, params, drafting)
+        more: dict[str, Any] = {"keep_logits": keep_logits, "matcher": matcher}
         self._inboxes[request_id] = inbox
         try:
-            self.engine.submit(Request(request_id, ids, *how, reuse_key, keep_logits))
+            self.engine.submit(Request(request_id, ids, *how, reuse_key, **more))
         except OrthrusError:
             del self._inboxes[request_id]
             raise

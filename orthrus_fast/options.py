@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MODES = ("diffusion", "ar")
+GRAMMARS = ("json_object", "json_schema", "regex", "lark")
 RUNNERS = ("eager", "compiled", "graph")
 ATTENTION_BACKENDS = ("sdpa", "triton", "flash")  # each is a module of orthrus_fast.attention
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

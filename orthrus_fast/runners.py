@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,7 @@ from orthrus_fast.errors import RequestError, UnsupportedError, one_line
 from orthrus_fast.kernels.interface import Kernels, Sample
 from orthrus_fast.kernels.plain import PlainProducts
 from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.matching import Block
 from orthrus_fast.model import Layer, PassPositions, Stack, Transformer
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
 from orthrus_fast.sampling import SamplingParams
@@ -40,6 +41,7 @@ CALLS_TO_RECORD = 3  # of a function in torch's own CUDA graphs: warm-up, record
 _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole process
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
+_Kind = tuple[int, bool]  # of graphs: the width, and whether they sample
 _Parse = Callable[[Any], "list[SlotOutput]"]  # of a report as lists
 
 
@@ -76,9 +78,10 @@ class EagerRunner:
         self._accept_and_commit = steps.accept_and_commit
         self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
+        self._masks: Tensor | None = None  # [B, K, ceil(V / 32)] int32, once any text has a grammar
 
-    def prepare(self, width: int, sampling: bool = False) -> None:
-        """Make ready for blocks of ``width`` rows; no slot moves."""
+    def prepare(self, width: int, sampling: bool = False, masked: bool = False) -> None:
+        """Make ready for blocks of ``width`` rows, ``masked`` ones by grammars; no slot moves."""
 
     def prepare_prefill(self) -> None:
         """Make ready for prompts in passes of a few widths, where those are faster."""
@@ -107,6 +110,8 @@ class EagerRunner:
         ``drafting``: whether the slot is to use proposals, in launches that draft.
         """
         self.state.settings.put(slot, params or SamplingParams())
+        if self._masks is not None:
+            self._masks[slot] = -1
         steps.open_slot(self.state, slot, self.ids(prompt), n_cached, max_length, drafting)
 
     @torch.inference_mode()
@@ -125,14 +130,25 @@ class EagerRunner:
         self._mailbox.send(None, lambda _: [])
 
     @torch.inference_mode()
-    def start(self, slot: int, begin: int, end: int, width: int, params: SamplingParams) -> Tensor:
+    def start(
+        self,
+        slot: int,
+        begin: int,
+        end: int,
+        width: int,
+        params: SamplingParams,
+        mask: bytes | None = None,
+    ) -> Tensor:
         """Launch the last pass over a prompt and its first new token -> the token's logits [V].
 
-        From then on cycles move the slot.
+        From then on cycles move the slot; one with a ``mask`` of that token, those alone that bring
+        a block of its.
         """
         hidden = self._prefill(slot, begin, end, width)
         with full_precision_matmul(self.device):
             logits = self.model.greedy(hidden[0, end - 1 - begin], return_logits=True)[1]
+            if mask is not None:
+                logits = steps.constrain(logits, self._bits([mask])[0])[1]
             sample = self._sample(params.temperature > 0)
             first = steps.first_token(self.state, slot, logits, end, sample)
             steps.start_sequence(self.state, slot, end, first, self.eos)
@@ -141,6 +157,8 @@ class EagerRunner:
                 bits = self.passes.kernels.logprobs(logits, first).view(torch.int32)
                 report.append(bits.long())
         self._mailbox.send(torch.stack(report), _parse_first)
+        if mask is not None:
+            self.state.done[slot] = True
         return logits
 
     def _prefill(self, slot: int, begin: int, end: int, width: int) -> Tensor:
@@ -160,12 +178,14 @@ class EagerRunner:
         return self.prefilling(tokens, *where, self.cache, self.model.verifier)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def resume(self, slot: int, tokens: list[int]) -> None:
+    def resume(self, slot: int, tokens: list[int], masked: bool = False) -> None:
         """Let cycles go on after ``tokens``, all but the last of which ``slot`` has in its cache.
 
-        The slot has been opened for their prompt.
+        The slot has been opened for their prompt. A ``masked`` one waits for a block of its own.
         """
         steps.start_sequence(self.state, slot, len(tokens) - 1, self.ids(tokens)[-1], self.eos)
+        if masked:
+            self.state.done[slot] = True
 
     @torch.inference_mode()
     def close(self, slot: int) -> None:
@@ -178,16 +198,60 @@ class EagerRunner:
         return len(self._mailbox)
 
     @torch.inference_mode()
-    def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
+    def launch(
+        self,
+        drafting: bool,
+        width: int,
+        sampling: bool = False,
+        blocks: Mapping[int, Block] | None = None,
+    ) -> None:
         """Draft, if ``drafting``, then verify, accept and commit, for all slots at once.
 
-        Blocks have ``width`` rows. A slot that ``open`` gave no ``drafting`` emits one token.
+        Blocks have ``width`` rows. A slot that ``open`` gave no ``drafting`` emits one token. Slots
+        under a grammar move only with ``blocks`` of their own, drafts and masks.
         """
+        blocks = blocks or {}
         with full_precision_matmul(self.device):
             if drafting and width > 1:
                 self.draft(width, sampling)
-            report = self.verify(width, sampling)
+            self._put(blocks, width)
+            report = self.verify(width, sampling, bool(blocks))
             self._mailbox.send(report, partial(_parse_cycle, sampling=sampling))
+            for slot in blocks:
+                self.state.done[slot] = True
+
+    @torch.inference_mode()
+    def propose(self, width: int, sampling: bool = False) -> None:
+        """Launch a draft pass of blocks of ``width``, which reports each slot's proposals."""
+        with full_precision_matmul(self.device):
+            self.draft(width, sampling)
+            self._mailbox.send(self.state.proposals[:, : width - 1], _parse_proposals)
+
+    def _put(self, blocks: Mapping[int, Block], width: int) -> None:
+        """Give slots their blocks, and let them move."""
+        for slot, block in blocks.items():
+            drafts = self.ids(block.drafts_for(width))
+            self.state.proposals[slot, : width - 1] = drafts
+            self._allocated_masks()[slot, : len(block.masks)] = self._bits(block.masks)
+            self.state.done[slot] = False
+
+    def _bits(self, masks: list[bytes]) -> Tensor:
+        """Masks [n, ceil(V / 32)] int32 on the device; nothing waits for the copy."""
+        bits = torch.frombuffer(bytearray().join(masks), dtype=torch.int32)
+        bits = bits.view(len(masks), -1)[:, : self._mask_words].contiguous()
+        bits = bits.pin_memory() if self.device.type == "cuda" else bits
+        return bits.to(self.device, non_blocking=True)
+
+    @property
+    def _mask_words(self) -> int:
+        return -(-self.model.config.vocab_size // 32)
+
+    def _allocated_masks(self) -> Tensor:
+        if self._masks is None:
+            n_slots, n_proposals = self.state.proposals.shape
+            shape = n_slots, n_proposals + 1, self._mask_words
+            self._masks = torch.full(shape, -1, dtype=torch.int32, device=self.device)
+        return self._masks
 
     @property
     def has_arrived(self) -> bool:
@@ -214,15 +278,18 @@ class EagerRunner:
         tokens = partial(self._sample_block, sample=sample) if sample else None
         steps.draft(self.passes, self.cache, self.state, mask, width, tokens)
 
-    def verify(self, width: int, sampling: bool = False) -> Tensor:
+    def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         """One verify pass and what follows it -> ``steps.accept_and_commit``'s report."""
         block = steps.make_block(self.state, width)
         greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
+        logits = self.logits
+        if masked:
+            greedy, logits = steps.constrain(logits, self._allocated_masks()[:, :width])
         return self._accept_and_commit(
             self.state,
             block,
             greedy,
-            self.logits,
+            logits,
             self.eos,
             self._sample(sampling),
             self.passes.kernels.logprobs,
@@ -241,6 +308,11 @@ def _parse_cycle(report: list[list[int]], sampling: bool) -> list[SlotOutput]:
         logprobs = _floats(row[width + 3 :][:n_new])
         outputs.append(SlotOutput(row[:n_new], n_accepted, bool(done), logprobs))
     return outputs
+
+
+def _parse_proposals(report: list[list[int]]) -> list[SlotOutput]:
+    """Proposals, a row for each slot."""
+    return [SlotOutput(row, None, False, []) for row in report]
 
 
 def _parse_first(report: list[int]) -> list[SlotOutput]:
@@ -296,10 +368,10 @@ class CompiledRunner(EagerRunner):
         return call
 
     @torch.inference_mode()
-    def prepare(self, width: int, sampling: bool = False) -> None:
+    def prepare(self, width: int, sampling: bool = False, masked: bool = False) -> None:
         """Compile what blocks of ``width`` rows need. Raises UnsupportedError where that fails.
 
-        No slot moves: requests may be on their way.
+        No slot moves: requests may be on their way. Masks are applied by what is not compiled.
         """
         # Blocks of one row have no draft; torch's own graphs are recorded for each size.
         kind = (width if self._per_width else min(width, 2), sampling)
@@ -378,9 +450,20 @@ class CompiledRunner(EagerRunner):
         return self.model.has_draft_view and width > 1
 
     @torch.inference_mode()
-    def launch(self, drafting: bool, width: int, sampling: bool = False) -> None:
+    def launch(
+        self,
+        drafting: bool,
+        width: int,
+        sampling: bool = False,
+        blocks: Mapping[int, Block] | None = None,
+    ) -> None:
         with compiler_limits():  # torch compiles anew where its global settings have changed
-            super().launch(drafting, width, sampling)
+            super().launch(drafting, width, sampling, blocks)
+
+    @torch.inference_mode()
+    def propose(self, width: int, sampling: bool = False) -> None:
+        with compiler_limits():
+            super().propose(width, sampling)
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
         with compiler_limits():
@@ -390,9 +473,9 @@ class CompiledRunner(EagerRunner):
         self._begin_pass()
         super().draft(width, sampling)
 
-    def verify(self, width: int, sampling: bool = False) -> Tensor:
+    def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         self._begin_pass()
-        return super().verify(width, sampling)
+        return super().verify(width, sampling, masked)
 
     def _begin_pass(self) -> None:
         """Torch's own graphs may reuse the memory of the last pass, but not of this one."""
@@ -422,10 +505,9 @@ class GraphRunner(CompiledRunner):
         super().__init__(model, state, cache, kernels)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream | None = None
-        self._draft_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._verify_graphs: dict[
-            tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]
-        ] = {}
+        self._draft_graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
+        self._verify_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._masked_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         self._prefill_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._prefill_inputs = (  # tokens, start, slot: of every prefill graph
             torch.zeros(1, steps.PREFILL_CHUNK, dtype=torch.int64, device=self.device),
@@ -442,18 +524,20 @@ class GraphRunner(CompiledRunner):
         return True  # the libraries, too, choose kernels by width, and load them at the first call
 
     @torch.inference_mode()
-    def prepare(self, width: int, sampling: bool = False) -> None:
+    def prepare(self, width: int, sampling: bool = False, masked: bool = False) -> None:
         """Compile and capture for blocks of ``width`` rows."""
-        key = (width, sampling)
-        if key in self._verify_graphs:  # what is captured last
+        key, graphs = (width, sampling), self._masked_graphs if masked else self._verify_graphs
+        if key in graphs:  # what is captured last
             return
         super().prepare(width, sampling)
+        if masked:
+            self._allocated_masks()  # outside the graphs, which share it
         _log.info("capturing CUDA graphs for blocks of %d", width)
         with self._timed("capture"), full_precision_matmul(self.device), self._nothing_moves():
-            if self._drafts_at(width):
+            if self._drafts_at(width) and key not in self._draft_graphs:
                 self._draft_graphs[key], _ = self._capture(lambda: EagerRunner.draft(self, *key))
-            graph, report = self._capture(lambda: EagerRunner.verify(self, *key))
-            self._verify_graphs[key] = graph, report, self.logits
+            graph, report = self._capture(lambda: EagerRunner.verify(self, *key, masked))
+            graphs[key] = graph, report, self.logits
 
     @torch.inference_mode()
     def prepare_prefill(self) -> None:
@@ -512,8 +596,9 @@ class GraphRunner(CompiledRunner):
     def draft(self, width: int, sampling: bool = False) -> None:
         self._draft_graphs[width, sampling].replay()
 
-    def verify(self, width: int, sampling: bool = False) -> Tensor:
-        graph, report, self.logits = self._verify_graphs[width, sampling]
+    def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
+        graphs = self._masked_graphs if masked else self._verify_graphs
+        graph, report, self.logits = graphs[width, sampling]
         graph.replay()
         return report
 
@@ -549,7 +634,7 @@ class _Mailbox:
     launch that reports nothing has an event alone.
     """
 
-    RING = 3  # the most that are unread is two
+    RING = 3  # the most that are unread: a cycle, then a draft pass and the cycle after it
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.errors import RequestError
+from orthrus_fast.grammar import Grammar
 
 NO_TOKEN = -1  # what a row gives whose logits are not finite
 _MAX_TEMPERATURE = 1e30  # temperature times noise stays finite in float32
@@ -28,7 +29,9 @@ class SamplingParams:
     those, reaches p; ``min_p`` those at least that fraction as probable as the best. Ties at a
     threshold are all kept; None is off. ``seed`` (0 … 2**64 - 1) keys the noise; None draws one.
     Text ends before the first of the ``stop`` strings, one or a list. ``logprobs`` asks for each
-    token's log-probability under the model itself, before temperature and filters.
+    token's log-probability under the model itself, before temperature and filters. ``grammar`` says
+    which texts may be written: a token that it forbids is as if the vocabulary had none such, for
+    the filters and ``logprobs``, too.
     """
 
     temperature: float = 0.0
@@ -38,6 +41,7 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] = ()  # kept as a tuple
     logprobs: bool = False
+    grammar: Grammar | None = None
     _of_checkpoint: tuple[str, ...] = field(default=(), repr=False)  # fields yet to be resolved
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class SamplingParams:
             self._refuse("stop", "a string or a list of strings, none of them empty")
         if not isinstance(self.logprobs, bool):
             self._refuse("logprobs", "True or False")
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            self._refuse("grammar", "None or a Grammar")
 
     @property
     def samples(self) -> bool:

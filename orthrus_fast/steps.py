@@ -8,6 +8,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -183,6 +184,17 @@ def verify(
     """
     hidden = model(block, state.length, state.slots, cache, model.verifier)
     return model.greedy(hidden, return_logits=True)
+
+
+def constrain(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [..., V] -> greedy ids [...] and logits [..., V], -inf where masks have a bit of 0.
+
+    ``masks`` [..., ceil(V / 32)] int32: a bit for each token, the lowest first.
+    """
+    bit = torch.arange(32, dtype=torch.int32, device=masks.device)
+    allowed = ((masks[..., None] >> bit) & 1).bool().flatten(-2)[..., : logits.shape[-1]]
+    logits = logits.masked_fill(~allowed, -math.inf)
+    return choose(logits), logits
 
 
 def accept_and_commit(

@@ -6,6 +6,7 @@ Every file read here belongs to a checkpoint that nobody vouches for.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,21 @@ class Tokenizer:
 
     def detokenizer(self, skip_special: bool = True) -> Detokenizer:
         return Detokenizer(lambda token: self.bytes_of(token, skip_special))
+
+    def special_ids(self) -> list[int]:
+        """The ids that are no text."""
+        added = self._backend.get_added_tokens_decoder()
+        return [index for index, token in added.items() if token.special]
+
+    def verbatim_encoder(self) -> Callable[[str], list[int]]:
+        """A function that gives the ids of a text whose bytes, decoded, are the text's own.
+
+        Nothing is normalized, and names of special tokens are text like any other.
+        """
+        fields = json.loads(self._backend.to_str()) | {"normalizer": None, "post_processor": None}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(fields))
+        backend.encode_special_tokens = True
+        return lambda text: list(backend.encode(text, add_special_tokens=False).ids)
 
     def bytes_of(self, token: int, skip_special: bool = True) -> bytes:
         """The bytes behind one id, exactly as the library's ByteLevel decoder makes them."""

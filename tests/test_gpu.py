@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import orthrus_fast
-from orthrus_fast import SamplingParams, invariance
+from orthrus_fast import Grammar, SamplingParams, invariance
 from orthrus_fast.attention import Backend, find_backend
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.checkpoint import weight_bytes
@@ -192,8 +192,8 @@ class Recorder:
         self.logits: list[list[Tensor]] = [[] for _ in range(decoder.slots)]
         verify = self.runner.verify
 
-        def recording(width: int, sampling: bool = False) -> Tensor:
-            report = verify(width, sampling)
+        def recording(width: int, *how: bool) -> Tensor:
+            report = verify(width, *how)
             for slot, n_new in enumerate(report[:, width].tolist()):
                 self.logits[slot].append(self.runner.logits[slot, :n_new].clone())
             return report
@@ -268,6 +268,22 @@ def test_sampled_bf16_is_equal_to_the_bit_in_both_modes(slots: int, temperature:
     assert isinstance(decoder.runner, GraphRunner)
     assert set(decoder.runner._draft_graphs) == {(16, False), (16, True)}
     assert set(decoder.runner._verify_graphs) == {(1, False), (1, True), (16, False), (16, True)}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_grammars_texts_are_equal_to_the_bit_in_both_modes(
+    slots: int, temperature: float
+) -> None:
+    """One of the texts has none."""
+    decoder = load(MODEL, slots=slots)
+    grammars = [Grammar("json_object"), Grammar("regex", "(twenty|ten)( words)+[.]"), None]
+    settings = [SamplingParams(temperature, seed=i, grammar=grammars[i % 3]) for i in range(slots)]
+    both_modes(decoder, PROMPTS[:slots], 100, settings)
+    assert isinstance(decoder.runner, GraphRunner)
+    sampling = temperature > 0
+    assert {(1, sampling), (16, sampling)} <= set(decoder.runner._masked_graphs)
+    assert decoder.runner.in_flight == 0
 
 
 # One row, one result: a runner driven by hand, and texts

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # and import from each other, too.
 FLOORS = [
     ["errors", "options"],
-    ["files", "results"],
+    ["files", "grammar", "results"],
     ["config", "hub", "chat_template", "sampling"],
     ["cache", "tokenizer", "prompts"],
-    ["kernels", "text"],
+    ["kernels", "matching", "text"],
     ["attention"],
     ["model"],
     ["quantization", "steps"],
@@ -39,8 +39,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 8950,
-    "engine": 750,
+    "the core": 9150,
+    "engine": 850,
     "tuning": 280,
     "bench": 1750,
     "server": 1400,  # without its page

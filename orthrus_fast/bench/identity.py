@@ -92,9 +92,9 @@ def record(
     n_prompt = torch.zeros_like(state.length)
     n_prompt[: len(prompts)] = n_prompt.new_tensor([len(prompt) for prompt in prompts])
 
-    def verify(width: int, sampling: bool = False) -> Tensor:
+    def verify(width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         at = (state.length - n_prompt)[:, None] + offset[:width]
-        report = type(runner).verify(runner, width, sampling)
+        report = type(runner).verify(runner, width, sampling, masked)
         logits[state.slots[:, None], at] = runner.logits
         return report
 

@@ -324,6 +324,8 @@ def add_sampling_flags(group: Group) -> None:
     min_p = "sample among the tokens at least P times as likely as the most likely one"
     add("--min-p", type=float, metavar="P", help=min_p)
     add("--seed", type=int, metavar="S", help="seed of the noise; the same gives the same text")
+    schema = "write JSON that this JSON Schema allows; 'any': any JSON object"
+    add("--json-schema", metavar="FILE", help=schema)
     add("--stop", action="append", metavar="TEXT", help="end the text before TEXT; may be repeated")
 
 

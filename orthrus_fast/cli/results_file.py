@@ -75,7 +75,8 @@ def make_header(
 
 def sampling_settings(params: SamplingParams) -> dict[str, Any]:
     """Of the flags, as they stand in a header. The seed stands apart: a run may draw it."""
-    return {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    settings = {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    return settings | ({"grammar": asdict(params.grammar)} if params.grammar else {})
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

@@ -12,7 +12,7 @@ from orthrus_fast.errors import RequestError, TemplateError
 from orthrus_fast.options import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
-    from orthrus_fast import Decoder, Generation, SamplingParams
+    from orthrus_fast import Decoder, Generation, Grammar, SamplingParams
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
@@ -144,10 +144,25 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
     from orthrus_fast import SamplingParams
 
     given = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    if args.json_schema is not None:
+        given["grammar"] = read_schema(args.json_schema)
     given |= instead
     if args.sampling == "checkpoint":
         return SamplingParams.from_checkpoint(**given)
     return SamplingParams(**given)
+
+
+def read_schema(name: str) -> Grammar:
+    """Return the grammar of a JSON Schema in a file, or of any JSON object for "any"."""
+    from orthrus_fast.grammar import MAX_SOURCE, Grammar
+
+    if name == "any":
+        return Grammar("json_object")
+    try:
+        with open(name, encoding="utf-8") as file:
+            return Grammar("json_schema", file.read(MAX_SOURCE + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--json-schema: {error}") from None
 
 
 def resolved(decoder: Decoder, params: SamplingParams) -> SamplingParams:

@@ -19,7 +19,8 @@ from orthrus_fast import steps
 from orthrus_fast.engine.request import Request, Update
 from orthrus_fast.engine.scheduler import Admission, Scheduler, Sequence
 from orthrus_fast.engine.width import Times, WidthPolicy
-from orthrus_fast.errors import PromptError, QueueFullError, one_line
+from orthrus_fast.errors import PromptError, QueueFullError, RequestError, one_line
+from orthrus_fast.matching import Block, Matcher
 from orthrus_fast.runners import EagerRunner, SlotOutput
 from orthrus_fast.sampling import NO_TOKEN
 
@@ -45,9 +46,10 @@ class _Launch:
     owners: tuple[Sequence, ...]
     width: int  # of a cycle's blocks, or of a pass over a prompt
     is_cycle: bool
-    drafts: bool
+    drafts: bool  # without a cycle: a draft pass alone, whose proposals the owners wait for
     began: float
     logits: Tensor | None = None
+    is_usual: bool = True  # takes as long as others of its kind and width
 
 
 class Engine:
@@ -125,7 +127,7 @@ class Engine:
                 self._take_in()
                 launched = self._launch()
                 n_ahead = self.runner.lookahead if launched else 0
-                if len(self._in_flight) > n_ahead:
+                while len(self._in_flight) > n_ahead:
                     self._read()
                 self._unsettled = False
             except Exception as error:
@@ -196,7 +198,8 @@ class Engine:
         where, logits = (sequence.slot, begin, end, width), None
         is_last = end == len(request.prompt)
         if is_last:
-            logits = self.runner.start(*where, request.sampling)
+            mask = None if request.matcher is None else request.matcher.mask()
+            logits = self.runner.start(*where, request.sampling, mask)
             logits = logits.clone() if request.keep_logits else None
         else:
             self.runner.prefill(*where)
@@ -212,18 +215,64 @@ class Engine:
         return self._chunk_times.widest_within(self.limits.max_gap - self._cycle_seconds)
 
     def _cycle(self, sequences: tuple[Sequence, ...]) -> None:
-        """Launch a cycle."""
+        """Launch a cycle.
+
+        A sequence under a grammar takes part in every second one: its proposals come from one,
+        then the host makes masks of them while that one verifies the others' blocks.
+        """
         self._at_work = sequences
-        drafting = [s.acceptance for s in sequences if s.acceptance is not None]
-        width = self.policy.choose(drafting, len(sequences) - len(drafting))
+        choosing = [s for s in sequences if s.block is None]
+        drafting = [s.acceptance for s in choosing if s.acceptance is not None]
+        width = self.policy.choose(drafting, len(choosing) - len(drafting))
         drafts = width > 1
-        width = width if drafts else self.ar_width
-        sampling = any(s.request.sampling.samples for s in sequences)
+        asking = tuple(s for s in choosing if drafts and s.is_masked and s.acceptance is not None)
+        ready = tuple(s for s in sequences if s not in asking)
+        for sequence in ready:
+            if sequence.is_masked and sequence.block is None:
+                self._mask(sequence, [], 1)
+        ready = tuple(s for s in ready if self.scheduler.owns(s))
+        blocks = {s.slot: s.block for s in ready if s.block is not None}
+        widths = [width if drafts else self.ar_width, *(block.width for block in blocks.values())]
+        self._launch_cycle(asking, ready, blocks, drafts, max(widths))
+
+    def _launch_cycle(
+        self,
+        asking: tuple[Sequence, ...],
+        ready: tuple[Sequence, ...],
+        blocks: dict[int, Block],
+        drafts: bool,
+        width: int,
+    ) -> None:
+        """Launch a draft pass, if any, whose proposals ``asking`` get, and a cycle of ``ready``."""
+        sampling = any(s.request.sampling.samples for s in (*asking, *ready))
         self.runner.prepare(width, sampling)
-        began = time.perf_counter()
-        self.runner.launch(drafts, width, sampling)
-        self.scheduler.cycled(sequences)
-        self._in_flight.append(_Launch(sequences, width, True, drafts, began))
+        if blocks:
+            self.runner.prepare(width, sampling, masked=True)
+        began, is_usual = time.perf_counter(), not (asking or blocks)
+        if asking:
+            self.runner.propose(width, sampling)
+            self._in_flight.append(_Launch(asking, width, False, True, began, is_usual=False))
+            for sequence in asking:
+                sequence.is_drafted = True
+        if ready:
+            self.runner.launch(drafts and not asking, width, sampling, blocks)
+            self._in_flight.append(_Launch(ready, width, True, drafts, began, is_usual=is_usual))
+        self.scheduler.cycled(ready)
+
+    def _mask(self, sequence: Sequence, proposals: list[int], width: int) -> None:
+        """Make a sequence's next block; end it where its grammar has taken too many steps."""
+        assert sequence.request.matcher is not None
+        sequence.is_drafted = False
+        try:
+            sequence.block = sequence.request.matcher.block(proposals, width)
+        except RequestError as error:
+            self._end(sequence, str(error))
+
+    def _end(self, sequence: Sequence, error: str) -> None:
+        """End a sequence from the host's side."""
+        self.scheduler.end(sequence)
+        self.runner.close(sequence.slot)
+        self._updates.append(Update(sequence.request.id, [], finish_reason="error", error=error))
 
     def _read(self) -> None:
         """Wait for the oldest launch, and tell its sequences what came of it."""
@@ -233,13 +282,16 @@ class Engine:
         outputs = self.runner.read()
         self._in_flight.popleft()
         now = time.perf_counter()
-        if was_awaited:
+        if was_awaited and launch.is_usual:
             self._timed(launch, now - max(launch.began, self._last_read))
         self._last_read = now
         for sequence in launch.owners:
             if self.scheduler.owns(sequence):
-                output = outputs[sequence.slot if launch.is_cycle else 0]
-                self._tell(sequence, output, launch)
+                output = outputs[sequence.slot if launch.is_cycle or launch.drafts else 0]
+                if launch.drafts and not launch.is_cycle:
+                    self._mask(sequence, output.tokens, launch.width)
+                else:
+                    self._tell(sequence, output, launch)
 
     def _timed(self, launch: _Launch, seconds: float) -> None:
         """A launch took so long, the device having had nothing else to do meanwhile."""
@@ -255,8 +307,11 @@ class Engine:
         overflow = tokens[-1:] == [NO_TOKEN]
         tokens = tokens[:-1] if overflow else tokens
         sequence.n_unread -= 1
-        if launch.drafts and sequence.acceptance is not None and not output.done:
-            self.policy.saw(sequence.acceptance, output.n_accepted or 0, launch.width - 1)
+        width = launch.width if sequence.block is None else sequence.block.width
+        has_drafts = launch.drafts or sequence.block is not None
+        if has_drafts and sequence.acceptance is not None and not output.done:
+            self.policy.saw(sequence.acceptance, output.n_accepted or 0, width - 1)
+        sequence.block = None
         reason = None
         if output.done:
             eos = self.runner.model.config.eos_token_ids
@@ -279,6 +334,14 @@ class Engine:
         self._updates.append(update)
         if output.done:
             self.scheduler.end(sequence)
+        elif request.matcher is not None:
+            self._advance(sequence, request.matcher, tokens)
+
+    def _advance(self, sequence: Sequence, matcher: Matcher, tokens: list[int]) -> None:
+        try:
+            matcher.consume(tokens)
+        except RequestError as error:
+            self._end(sequence, str(error))
 
     def _overflow(self) -> str:
         dtype = str(self.runner.model.embed_tokens.weight.dtype).removeprefix("torch.")
@@ -299,8 +362,10 @@ class Engine:
             self.scheduler.rewind(sequence)
             request, text = sequence.request, sequence.request.prompt + sequence.tokens
             self._open(request, slot.index, text, len(slot.rows))
+            if request.matcher is not None:
+                request.matcher.restart(sequence.tokens)
             if sequence.tokens:
-                self.runner.resume(slot.index, text)
+                self.runner.resume(slot.index, text, sequence.is_masked)
 
     def _fail(self, error: Exception) -> None:
         """End the requests that an error of the device concerns; what their slots hold is lost."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from orthrus_fast.matching import Matcher
     from orthrus_fast.sampling import SamplingParams
 
 
@@ -22,6 +23,7 @@ class Request:
     drafting: bool  # False: mode ar
     reuse_key: str = ""  # cached rows are shared among requests of one key alone
     keep_logits: bool = False  # whether the first update brings the logits of its token
+    matcher: Matcher | None = None  # of ``sampling.grammar``, at the beginning; no other has it
 
     @property
     def max_length(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from orthrus_fast.engine.request import Request
 from orthrus_fast.engine.width import Acceptance
+from orthrus_fast.matching import Block
 
 WORTH_A_COPY = 32  # rows: with fewer, a copy takes about as long as computing them
 
@@ -30,15 +31,26 @@ class Sequence:
     acceptance: Acceptance | None  # of its drafts; None: mode ar
     tokens: list[int] = field(default_factory=list)  # new ones, as far as they have been read
     n_unread: int = 0  # launches that give it a token at least, and have not been read
+    is_drafted: bool = False  # a draft for its next block is under way; only under a grammar
+    block: Block | None = None  # its next one, or the one under way; only under a grammar
 
     @property
     def is_prefilling(self) -> bool:
         return self.n_prefilled < len(self.request.prompt)
 
     @property
+    def is_masked(self) -> bool:
+        """Whether it has a grammar."""
+        return self.request.matcher is not None
+
+    @property
     def may_go_on(self) -> bool:
-        """Whether there is room for a token after those of the launches under way."""
-        return len(self.tokens) + self.n_unread < self.request.max_new_tokens
+        """Whether there is room for a token after those of the launches under way.
+
+        Under a grammar a block's masks have to be made of what was read.
+        """
+        waits = self.is_masked and (self.n_unread > 0 or self.is_drafted)
+        return not waits and len(self.tokens) + self.n_unread < self.request.max_new_tokens
 
 
 @dataclass
@@ -188,6 +200,7 @@ class Scheduler:
     def rewind(self, sequence: Sequence) -> None:
         """Forget the launches that have not been read, which are lost."""
         sequence.n_unread, prompt = 0, sequence.request.prompt
+        sequence.is_drafted, sequence.block = False, None
         if not sequence.tokens:  # the first one comes with the prompt's last pass
             sequence.n_prefilled = min(sequence.n_prefilled, len(prompt) - 1)
         text = prompt[: sequence.n_prefilled] + sequence.tokens[:-1]

@@ -165,6 +165,8 @@ class Service:
         model, fingerprint = self._settings.model, self._settings.fingerprint
         n_prompt = sum(len(task.ids) for task in tasks[:: body.n])
         answer = Answer(kind, model, fingerprint, choices, n_prompt)
+        if (grammar := tasks[0].sampling.grammar) is not None:  # here, or the worker would
+            await asyncio.to_thread(self._decoder.compile_grammar, grammar)
         job = await self.worker.submit(tasks, request.scope["orthrus_key"])
         if body.stream:
             return EventStream(events(job, answer, body.with_usage), job)

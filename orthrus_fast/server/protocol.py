@@ -19,6 +19,7 @@ from orthrus_fast.errors import (
     one_line,
     shown,
 )
+from orthrus_fast.grammar import Grammar
 from orthrus_fast.sampling import SamplingParams
 
 # Fields that change nothing here, and values that ask for nothing: clients send them unasked.
@@ -125,6 +126,7 @@ class GenerationBody(_Body):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    response_format: dict[str, Any] | None = None
     mode: Literal["diffusion", "ar"] | None = None
 
     @model_validator(mode="after")
@@ -140,7 +142,9 @@ class GenerationBody(_Body):
         """The settings of a text: what the request leaves open is the checkpoint's."""
         given = {name: getattr(self, name) for name in _SETTINGS}
         given = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams.from_checkpoint(**given, seed=seed, logprobs=logprobs)
+        grammar = Grammar.from_response_format(self.response_format)
+        own = {"seed": seed, "logprobs": logprobs, "grammar": grammar}
+        return SamplingParams.from_checkpoint(**given, **own)
 
     @property
     def with_usage(self) -> bool:

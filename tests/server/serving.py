@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from tests.engine.solo import load
 TEMPLATE = Path(__file__).resolve().parents[1] / "fixtures" / "chat" / "qwen3.jinja"
 
 
-def write_chatting(directory: Path) -> Path:
-    """A checkpoint of random weights with Qwen3's template; its texts end at their limit."""
+def write_chatting(directory: Path, eos: Sequence[int] = ()) -> Path:
+    """A checkpoint of random weights with Qwen3's template; without ``eos`` no text ends early."""
     sizes = {"max_position_embeddings": 2048}
-    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=[], **sizes)
+    write_checkpoint(directory, seed=3, tokenizer=True, eos_token_id=list(eos), **sizes)
     (directory / "chat_template.jinja").write_text(TEMPLATE.read_text())
     return directory
 

@@ -256,7 +256,13 @@ def test_models(client: openai.OpenAI) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty", "not served"),
         ({"frequency_penalty": -1}, "frequency_penalty", "not served"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not served"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not served"),
+        (
+            {"response_format": {"type": "xml"}},
+            None,
+            "response_format: type 'xml' is not supported",
+        ),
+        ({"response_format": {"type": "json_schema"}}, None, "not an object with a schema"),
+        ({"response_format": {"type": "regex", "regex": "("}}, None, "needs an end-of-sequence id"),
         ({"top_logprobs": 2, "logprobs": True}, "top_logprobs", "0"),
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice", "'auto' or 'none'"),
         ({"temperature": -1}, None, "temperature"),
@@ -287,6 +293,47 @@ def test_what_is_not_served_is_refused_by_name(
 def test_what_asks_for_nothing_is_let_through(client: openai.OpenAI) -> None:
     chat(client, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, user="me", n=1)
     chat(client, parallel_tool_calls=True, response_format={"type": "text"}, store=False)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ada", "grace"]}, "born": {"enum": [1815, 1906]}},
+    "required": ["name", "born"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A client of a model whose texts may end."""
+    checkpoint = write_chatting(tmp_path_factory.mktemp("ending") / "model", eos=[256])
+    with serving(load(checkpoint, slots=3)) as running:
+        yield running.client()
+
+
+def test_a_grammar_that_is_damaged_is_refused(ending: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="grammar: regex"):
+        chat(ending, response_format={"type": "regex", "regex": "("})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_is_as_its_response_format_says(ending: openai.OpenAI, seed: int) -> None:
+    """Streamed or not, in both modes the same text."""
+    client = ending
+    format = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    how = {"response_format": format, "temperature": 1.5, "seed": seed}
+    how |= {"max_completion_tokens": 200}
+    texts = set()
+    for mode in ("diffusion", "ar"):
+        whole = chat(client, **how, extra_body={"mode": mode})
+        texts.add(whole.choices[0].message.content)
+        assert whole.choices[0].finish_reason == "stop"
+    stream = chat(client, **how, stream=True)
+    texts.add("".join(part.choices[0].delta.content or "" for part in stream if part.choices))
+    [text] = texts
+    person = json.loads(text)
+    assert person.keys() == {"name", "born"}
+    assert person["name"] in ("ada", "grace") and person["born"] in (1815, 1906)
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

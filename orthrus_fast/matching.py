@@ -1,0 +1,235 @@
+"""Grammars at work: which tokens may follow a text, as bit masks over the vocabulary.
+
+llguidance does the parsing (https://github.com/guidance-ai/llguidance). Where a text stands depends
+on its tokens alone, so a mask is the same in every mode, width and slot.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orthrus_fast.errors import RequestError, UnsupportedError, one_line, shown
+from orthrus_fast.grammar import Grammar
+from orthrus_fast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_CACHED = 64  # compiled grammars, some hundred kB each
+MOST_FORCED = 256  # characters that are encoded at once; a grammar may force a whole book
+PATIENCE = 5.0  # seconds that compiling one may take
+MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
+_WHITESPACE = r" |\r?\n[ \t]{0,40}"  # or a model may write nothing else to the end
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+
+
+class Block(NamedTuple):
+    """What verification may put after a text: drafts, masks of the rows that they lead to."""
+
+    drafts: list[int]
+    masks: list[bytes]  # one more than drafts, of 32-bit words
+    width: int  # rows for which drafts were looked for
+
+    def drafts_for(self, width: int) -> list[int]:
+        """Drafts for a block of ``width``, at least as many as rows here.
+
+        The one after the last here is forbidden, so that no row without a mask is reached.
+        """
+        rest = width - 1 - len(self.drafts)
+        return self.drafts + ([first_forbidden(self.masks[-1])] * rest if rest else [])
+
+
+class Matcher:
+    """Where one text stands in its grammar.
+
+    A method raises RequestError once the grammar has taken more steps than llguidance allows.
+    """
+
+    def __init__(self, backend: LLMatcher, eos: Sequence[int]) -> None:
+        self._backend = backend
+        self._eos = frozenset(eos)
+
+    def mask(self) -> bytes:
+        """Which tokens may come next, a bit each, the lowest first; padded to 32-bit words."""
+        mask = self._backend.compute_bitmask()
+        self._check()
+        return mask
+
+    def consume(self, tokens: Sequence[int]) -> None:
+        """Go on after ``tokens``, which the masks have allowed."""
+        self._backend.consume_tokens(list(tokens))
+        self._check()
+
+    def restart(self, tokens: Sequence[int]) -> None:
+        """Go back to the beginning, and on after ``tokens``."""
+        self._backend.reset()
+        self.consume(tokens)
+
+    def block(self, proposals: Sequence[int], width: int) -> Block:
+        """The masks and drafts of a block of ``width``; the text stays where it is.
+
+        Drafts are the proposals up to the first that the grammar forbids; where it leaves no
+        choice, its only token stands instead.
+        """
+        drafts: list[int] = []
+        masks = [self.mask()]
+        while len(masks) < width:
+            token = self._next_draft(masks[-1], proposals[len(drafts) :])
+            if token is None or not self._backend.try_consume_tokens([token]):
+                break
+            drafts.append(token)
+            masks.append(self.mask())
+        self._backend.rollback(len(drafts))
+        return Block(drafts, masks, width)
+
+    def _next_draft(self, mask: bytes, proposals: Sequence[int]) -> int | None:
+        """The next draft before an end of the text: a proposal, or the only token allowed."""
+        if not (proposals and allows(mask, proposals[0])):
+            proposals = self._backend.compute_ff_tokens()
+        if not proposals or proposals[0] in self._eos:
+            return None
+        return proposals[0]
+
+    def _check(self) -> None:
+        if self._backend.is_error():
+            raise RequestError(f"grammar: {one_line(self._backend.get_error())}")
+
+
+def allows(mask: bytes, token: int) -> bool:
+    """Whether a mask has the bit of a token."""
+    return bool(mask[token >> 3] >> (token & 7) & 1)
+
+
+def first_forbidden(mask: bytes) -> int:
+    """The lowest id that a mask forbids; there is one: no grammar knows of every special token."""
+    index = next(i for i, byte in enumerate(mask) if byte != 0xFF)
+    return 8 * index + next(bit for bit in range(8) if not mask[index] >> bit & 1)
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, while the caller waits; keeps those used lately."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, tuple(eos)
+        self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "orthrus-grammar")  # a thread once one is compiled
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._of_library: LLTokenizer | None = None
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher at the beginning of a text.
+
+        Raises RequestError for a grammar that is damaged, not supported, too large or too slow to
+        compile, and UnsupportedError where llguidance is not installed.
+        """
+        if not self._eos:
+            raise RequestError("grammar: needs an end-of-sequence id, and the checkpoint has none")
+        with self._lock:
+            backend = self._compiled.get(grammar)
+        if backend is None:
+            check_multiples(grammar.source)
+            compiling = self._compiler.submit(self._compile, grammar)
+            try:
+                backend = compiling.result(PATIENCE)
+            except FutureTimeoutError:
+                compiling.cancel()
+                raise RequestError(
+                    f"grammar: {grammar.kind}: compiling takes more than {PATIENCE:g} seconds"
+                ) from None
+        with self._lock:
+            self._compiled[grammar] = backend
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > MOST_CACHED:
+                self._compiled.popitem(last=False)
+            return Matcher(backend.deep_copy(), self._eos)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError:
+            raise UnsupportedError(
+                "grammar: needs llguidance; pip install 'orthrus-fast[grammar]'"
+            ) from None
+        with self._lock:
+            if self._of_library is None:
+                self._of_library = as_library_has_it(self._tokenizer, self._vocab_size, self._eos)
+        try:
+            source = _library_source(grammar, LLMatcher)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"grammar: {grammar.kind}: {one_line(str(error))}") from None
+        limits = LLParserLimits(verbose_errors=False)  # its own are bounds of time and memory, too
+        backend = LLMatcher(self._of_library, source, log_level=0, limits=limits)
+        if backend.is_error():
+            raise RequestError(f"grammar: {grammar.kind}: {one_line(backend.get_error())}")
+        Matcher(backend, self._eos).mask()
+        return backend
+
+
+def check_multiples(source: str) -> None:
+    """Refuse multiples that take a time and memory of their own kind, which nothing else bounds.
+
+    Several that hold for one number are as one of their least common multiple.
+    """
+    plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), source)
+    together = 1
+    for number in set(_MULTIPLE.findall(plain)):
+        try:
+            _, digits, exponent = Decimal(number).as_tuple()
+        except InvalidOperation:  # no number, which compiling says
+            continue
+        size = len(digits) + max(0, int(exponent))
+        value = int("".join(map(str, digits))) * 10 ** max(0, int(exponent)) if size < 9 else 0
+        together = math.lcm(together, value)
+        if not 0 < together <= MOST_MULTIPLE:
+            raise RequestError(
+                f"grammar: multipleOf: {shown(number)} is not supported, nor are several whose "
+                f"least common multiple is above {MOST_MULTIPLE}"
+            )
+
+
+def _library_source(grammar: Grammar, library: type[LLMatcher]) -> str:
+    if grammar.kind.startswith("json"):
+        schema = grammar.source.strip() or '{"type": "object"}'
+        if schema == "false":
+            return library.grammar_from_json_schema(schema)
+        schema = "{}" if schema == "true" else schema
+        options: tuple[Any, Any] = {"whitespace_pattern": _WHITESPACE}, {"lenient": False}
+        return library.grammar_from_json_schema(schema, *options)
+    if grammar.kind == "regex":
+        return library.grammar_from_regex(grammar.source)
+    return library.grammar_from_lark(grammar.source)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer, with the names that it asks by."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
+        self.tokens = [tokenizer.bytes_of(token, skip_special=False) for token in range(vocab_size)]
+        special = {*tokenizer.special_ids(), *eos}  # of which none is text
+        self.special_token_ids = sorted(one for one in special if one < vocab_size)
+        self.eos_token_id = eos[0]
+        self._encode = tokenizer.verbatim_encoder()
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of the next bytes of what the grammar forces; of which the first few are used."""
+        return self._encode(text[:MOST_FORCED])
+
+
+def as_library_has_it(tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> LLTokenizer:
+    """The tokenizer for llguidance: ids of an entry that is special, or of none, match no text."""
+    from llguidance import LLTokenizer
+
+    wrapped: Any = _Vocabulary(tokenizer, vocab_size, eos)
+    return LLTokenizer(wrapped, n_vocab=vocab_size, eos_token=list(eos))
