@@ -165,7 +165,8 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 SETTINGS_ELSEWHERE = (  # of other programs, which change a text there
     "repetition_penalty presence_penalty frequency_penalty logit_bias typical_p num_beams n tools "
-    "best_of do_sample max_length ignore_eos enable_thinking system"
+    "best_of do_sample max_length ignore_eos enable_thinking system response_format json_schema "
+    "grammar"
 ).split()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import orthrus_fast
-from orthrus_fast import SamplingParams
+from orthrus_fast import Grammar, SamplingParams
 from orthrus_fast import prompts as prompts_file
 from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.cli import batch, results_file
@@ -825,13 +825,16 @@ def settings_fingerprint(checkpoint: Path, configuration: dict[str, Any], **chan
 
 @pytest.mark.parametrize("name", [*OTHER_FLAGS, *SAMPLING])
 def test_a_run_with_another_flag_has_another_fingerprint(raw: Path, name: str) -> None:
-    value = (OTHER_FLAGS | OTHER_VALUES | {"stop": ("end",)})[name]
+    value = (OTHER_FLAGS | OTHER_VALUES | {"stop": ("end",), "grammar": Grammar("json_object")})[
+        name
+    ]
     counts = settings_fingerprint(raw, {}, **{name: value}) != settings_fingerprint(raw, {})
     assert counts == (name != "seed")  # which the header has beside it
 
 
 def test_a_line_may_have_every_setting_of_sampling() -> None:
-    assert set(SAMPLING) <= set(prompts_file.FIELDS)
+    """But for a grammar, which is of the whole run."""
+    assert set(SAMPLING) - set(prompts_file.FIELDS) == {"grammar"}
 
 
 def test_a_decoder_of_another_configuration_has_another_fingerprint(raw: Path) -> None:
