@@ -279,7 +279,12 @@ def write_checkpoint(place: Workplace) -> None:
 def measure(place: Workplace) -> None:
     torch.set_num_threads(1)  # more do not speed up a model this small, and wait for a busy core
     decoder = orthrus_fast.load(
-        place.model, place.device, dtype="float32", slots=place.slots, runner=place.runner
+        place.model,
+        place.device,
+        dtype="float32",
+        slots=place.slots,
+        runner=place.runner,
+        drafting=place.recipe.shape.block_size,
     )
     tokenizer = place.tokenizer()
     net = export.read_checkpoint(place.model, place.recipe.shape).to(place.device)

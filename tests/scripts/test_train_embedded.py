@@ -362,7 +362,7 @@ def saved(tmp_path: Path) -> tuple[net.OrthrusLM, Decoder]:
     model.round_weights()
     model.start_draft_from_ar()  # drafts that are right sometimes
     export.write_checkpoint(model, tokenizer, tmp_path)
-    return model, orthrus_fast.load(tmp_path, device="cpu")
+    return model, orthrus_fast.load(tmp_path, device="cpu", drafting=8)
 
 
 def test_batched_and_package_decoding_agree(saved: tuple[net.OrthrusLM, Decoder]) -> None:
