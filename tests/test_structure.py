@@ -43,7 +43,7 @@ LIMITS = {
     "engine": 850,
     "tuning": 280,
     "bench": 1750,
-    "server": 1400,  # without its page
+    "server": 1410,  # without its page
     "model.py": 400,
     "benchmarks/report.py": 630,
 }
