@@ -231,9 +231,7 @@ def launch(
     n_tiles = triton.cdiv(n_columns, columns)
     n_left = 1 if tiles.joined else n_partials
     partials = empty_partials(x, n_columns if argmax != "ids" else 0, n_left)
-    tile_max = x.new_empty(n_rows if argmax else 0, n_tiles, dtype=torch.float32)
-    tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
-    ids = x.new_empty(x.shape[:-1] if argmax else (0,), dtype=torch.int64)
+    tile_max, tile_argmax, ids = empty_argmax(x, n_tiles if argmax else 0)
     region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
     operands = ((x.view(n_rows, n_inner), tiles.block_m), (weight, columns))
     start: Any = _product_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_left]
@@ -255,6 +253,16 @@ def launch(
 def _operand(rows: Tensor, n_rows: int, n_columns: int, descriptor: bool) -> Any:
     """What a kernel loads tiles of ``rows`` by."""
     return TensorDescriptor.from_tensor(rows, [n_rows, n_columns]) if descriptor else rows
+
+
+def empty_argmax(x: Tensor, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the argmax of rows x [..., K]: values and places [n_rows, n_tiles], ids [...].
+
+    Empty where there are no tiles, because nobody asks for it.
+    """
+    ids = x.new_empty(x.shape[:-1] if n_tiles else (0,), dtype=torch.int64)
+    tile_max = x.new_empty(ids.numel(), n_tiles, dtype=torch.float32)
+    return tile_max, torch.empty_like(tile_max, dtype=torch.int32), ids
 
 
 def join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:

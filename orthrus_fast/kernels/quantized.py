@@ -21,6 +21,7 @@ from orthrus_fast.kernels.interface import Weight
 from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release, wait
 from orthrus_fast.kernels.products import (
     PREFETCH_LIMIT,
+    empty_argmax,
     empty_partials,
     greatest,
     join_argmax,
@@ -200,9 +201,7 @@ def launch(
     n_partials, overlap = math.ceil(n_inner / split), overlaps(x.device)
     n_tiles = triton.cdiv(n_columns, tiles.block_n // n_halves)
     partials = empty_partials(x, 0 if end == "ids" else n_columns, n_partials)
-    tile_max = scale.new_empty(n_rows if argmax else 0, n_tiles)
-    tile_argmax = torch.empty_like(tile_max, dtype=torch.int32)
-    ids = tile_argmax.new_empty(x.shape[:-1] if argmax else (0,), dtype=torch.int64)
+    tile_max, tile_argmax, ids = empty_argmax(x, n_tiles if argmax else 0)
     region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
     start: Any = _quantized_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_partials]
     start(

@@ -56,6 +56,23 @@ def skip_without_one_row(directory: Path) -> None:
         pytest.skip(f"this CPU's rows depend on more than their tokens: {decoder.invariance}")
 
 
+def interrupt(owner: Any, name: str, nth: int, after: bool) -> None:
+    """Have the ``nth`` call of a method raise KeyboardInterrupt, before or after its work."""
+    function, n_calls = getattr(owner, name), 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == nth and not after:
+            raise KeyboardInterrupt
+        result = function(*arguments)
+        if n_calls == nth:
+            raise KeyboardInterrupt
+        return result
+
+    setattr(owner, name, interrupted)
+
+
 class Solo:
     """Runs each request alone, in mode ar, in a decoder's one slot, without reuse; once each."""
 

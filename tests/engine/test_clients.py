@@ -16,21 +16,9 @@ from orthrus_fast import SamplingParams
 from orthrus_fast.engine.request import Request
 from orthrus_fast.errors import PromptError, QueueFullError, RequestError
 from orthrus_fast.tokenizer import Detokenizer
-from tests.engine.solo import Solo, check_rows, load, skip_without_one_row, write_tiny
+from tests.engine.solo import Solo, check_rows, interrupt, load
 
 LONG = [(7 * i) % 250 for i in range(300)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny(tmp_path_factory.mktemp("tiny") / "model")
-    skip_without_one_row(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def solo(tiny: Path) -> Solo:
-    return Solo(load(tiny, prefix_reuse=False))
 
 
 def alone(solo: Solo, prompt: list[int], budget: int = 20) -> list[int]:
@@ -220,19 +208,7 @@ def test_ctrl_c_in_one_call_harms_no_other(
     decoder.engine._longest_chunk = lambda: 40  # type: ignore[method-assign]
     other, waiting = decoder.stream(LONG[:100], 40), decoder.stream([3, 4], 20)
     next(other), next(other)
-    function, n_calls = getattr(decoder.runner, where), 0
-
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 3 and not after:
-            raise KeyboardInterrupt
-        result = function(*arguments)
-        if n_calls == 3:
-            raise KeyboardInterrupt
-        return result
-
-    setattr(decoder.runner, where, interrupted)
+    interrupt(decoder.runner, where, 3, after)
     with pytest.raises(KeyboardInterrupt):
         for extra in (LONG[:130], LONG[50:200], [5]):
             decoder.generate(extra, 20)

@@ -26,22 +26,8 @@ from tests.engine.solo import (
     check_rows,
     load,
     random_prompt,
-    skip_without_one_row,
     unpredictable,
-    write_tiny,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = write_tiny(tmp_path_factory.mktemp("tiny") / "model")
-    skip_without_one_row(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def solo(tiny: Path) -> Solo:
-    return Solo(load(tiny, prefix_reuse=False))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -15,7 +15,7 @@ from orthrus_fast.errors import RequestError
 from orthrus_fast.matching import Matcher
 from tests.checkpoints import write_checkpoint
 from tests.embedded import MODEL
-from tests.engine.solo import load, skip_without_one_row, unpredictable
+from tests.engine.solo import interrupt, load, skip_without_one_row, unpredictable
 
 RECORDS = {
     "type": "array",
@@ -240,19 +240,7 @@ def test_ctrl_c_loses_nothing(
     decoder = load(tiny, slots=2, drafting=8)
     decoder.runner.lookahead = ahead  # type: ignore[misc]
     streams = [decoder.stream([7], 40, params) for params in (SETTINGS[0], SETTINGS[1])]
-    function, n_calls = getattr(decoder.runner, where), 0
-
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 2 and not after:
-            raise KeyboardInterrupt
-        result = function(*arguments)
-        if n_calls == 2:
-            raise KeyboardInterrupt
-        return result
-
-    setattr(decoder.runner, where, interrupted)
+    interrupt(decoder.runner, where, 2, after)
     with pytest.raises(KeyboardInterrupt):
         for stream in streams:
             for _ in stream:
