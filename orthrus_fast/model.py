@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from orthrus_fast.cache import KVCache
 from orthrus_fast.config import ModelConfig, RopeConfig
-from orthrus_fast.kernels.interface import Kernels, k_split
+from orthrus_fast.kernels.interface import Kernels, Weight, k_split
 from orthrus_fast.kernels.plain import wide_dtype
 
 Named = Callable[[], dict[str, Tensor]]  # tensors by their names in a checkpoint
@@ -54,6 +54,7 @@ class Linear(nn.Module):
         self.register_parameter("group_scale", None)
         self.n_inputs, self.split = n_inputs, k_split(n_outputs, n_inputs)
         self.format = ""
+        self.whole: Weight | None = None
 
 
 class RMSNorm(nn.Module):

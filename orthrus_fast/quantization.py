@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from orthrus_fast.kernels.formats import quantize, quantized_split
+from orthrus_fast.kernels.formats import Stored, quantize, quantized_split
 from orthrus_fast.model import Linear, Transformer
 
 
@@ -37,11 +37,13 @@ class Formats:
         Its weights, just loaded, are freed where no view reads them any more.
         """
         done: dict[tuple[Linear, str], Linear] = {}
-        for owner, name, of_drafter in _places(model, part):
+        places = list(_places(model, part))
+        is_kept = self.verifier == "checkpoint" and not all(place[2] for place in places)
+        for owner, name, of_drafter in places:
             module = getattr(owner, name)
             format = self.drafter if of_drafter else self.verifier
             if format != "checkpoint":
-                setattr(owner, name, _swapped(module, format, done))
+                setattr(owner, name, _swapped(module, format, done, is_kept))
 
 
 CHECKPOINT = Formats()  # nothing is quantized
@@ -87,17 +89,25 @@ def _places(model: Transformer, part: nn.Module) -> Iterator[tuple[nn.Module, st
                     yield layer, name, stack is model.drafter
 
 
-def _swapped(module: nn.Module, format: str, done: dict[tuple[Linear, str], Linear]) -> nn.Module:
-    """A copy whose Linears are quantized; or, of a Linear, itself. What is ``done`` is shared."""
+def _swapped(
+    module: nn.Module, format: str, done: dict[tuple[Linear, str], Linear], is_kept: bool
+) -> nn.Module:
+    """A copy whose Linears are quantized; or, of a Linear, itself. What is ``done`` is shared.
+
+    ``is_kept``: the other view multiplies with the weights as they are.
+    """
     if isinstance(module, Linear):
         if (module, format) not in done:
             done[module, format] = _quantized(module, format)
+            if is_kept:
+                whole = Stored(module.weight, n_inputs=module.n_inputs, split=module.split)
+                done[module, format].whole = whole
         return done[module, format]
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            setattr(copied, name, _swapped(child, format, done))
+            setattr(copied, name, _swapped(child, format, done, is_kept))
     return copied
 
 

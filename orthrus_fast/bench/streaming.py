@@ -9,6 +9,7 @@ from torch.nn import functional
 from orthrus_fast.bench.clocks import time_steps
 from orthrus_fast.bench.common import Result
 from orthrus_fast.bench.session import Session
+from orthrus_fast.kernels.custom import fitting
 from orthrus_fast.model import Stack
 
 STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes that one timing reads; far more than caches hold
@@ -67,10 +68,13 @@ def read_rates(session: Session) -> dict[str, float]:
 
 def bytes_read(session: Session, stack: Stack, context: int) -> Result:
     """Return the bytes of weights and of K and V that one pass of ``stack`` has to read."""
-    model, n_rows = session.runner.model, session.decoder.slots * (context + session.width)
-    n_elements = n_rows * session.decoder.config.cache_elements_per_token
+    model, n_rows = session.runner.model, session.decoder.slots * session.width
+    n_positions = session.decoder.slots * context + n_rows
+    n_elements = n_positions * session.decoder.config.cache_elements_per_token
     cache = n_elements * model.embed_tokens.weight.dtype.itemsize
-    weights = sum(weight.nbytes for linear in stack.linears() for weight in linear.parameters())
+    read = [fitting(linear, n_rows) for linear in stack.linears()]
+    tensors = [t for weight in read for t in (weight.weight, weight.scale, weight.group_scale)]
+    weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     return {"weights_bytes": weights, "cache_bytes": cache}
 
 

@@ -12,16 +12,25 @@ from orthrus_fast.kernels.formats import Stored
 from orthrus_fast.kernels.interface import Weight
 from orthrus_fast.kernels.products import empty_partials
 
+MOST_ROWS = 128  # of x for which fewer bits are faster: each tile of rows unpacks them anew
+
+
+def fitting(weight: Weight, n_rows: int) -> Weight:
+    """The weight to multiply so many rows with: itself, or what it was before it had fewer bits."""
+    return weight if weight.whole is None or n_rows <= MOST_ROWS else weight.whole
+
 
 class CustomProducts:
     """``interface.Products`` by these kernels."""
 
     def partials(self, x: Tensor, weight: Weight) -> Tensor:
+        weight = fitting(weight, x.numel() // weight.n_inputs)
         if weight.format:
             return quantized.product(x, weight)
         return products.product(x, weight.weight, weight.split)
 
     def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
+        weight = fitting(weight, x.numel() // weight.n_inputs)
         if weight.format:
             return quantized.swiglu(x, weight, prefetch)
         return products.swiglu_product(x, weight.weight, prefetch)
@@ -29,6 +38,7 @@ class CustomProducts:
     def lm_head_argmax(
         self, x: Tensor, weight: Weight, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
+        weight = fitting(weight, x.numel() // weight.n_inputs)
         if weight.format:
             return quantized.lm_head_argmax(x, weight, return_logits)
         return products.lm_head_argmax(x, weight.weight, return_logits)

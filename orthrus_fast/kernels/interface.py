@@ -22,6 +22,7 @@ class Weight(Protocol):
     As it stands where ``format`` is empty. Else ``weight`` has fewer bits, which ``formats`` lays
     out, ``scale`` [N] a float32 for each row and ``group_scale`` a small number for each group of
     columns, where the format has groups. ``split`` columns of K are summed at once (``k_split``).
+    ``whole`` is the weight before it had fewer bits, where somebody else keeps that anyway.
     """
 
     @property
@@ -36,6 +37,8 @@ class Weight(Protocol):
     def split(self) -> int: ...
     @property
     def format(self) -> str: ...
+    @property
+    def whole(self) -> Weight | None: ...
 
 
 class Attend(Protocol):

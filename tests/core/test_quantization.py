@@ -154,6 +154,14 @@ def test_a_drafter_has_weights_of_its_own_beside_an_untouched_verifier(
         assert torch.equal(dequantize(ours, torch.float32), expected)
     assert (model.verifier.lm_head.weight is model.embed_tokens.weight) == tied
     assert model.drafter is not None and model.drafter.norm is model.verifier.norm
+    # What the verifier multiplies with anyway is there for blocks of many rows.
+    attention = {id(one) for layer in model.drafter.layers for one in layer.linears()[:2]}
+    for ours, theirs in zip(both["drafter"], both["verifier"], strict=True):
+        if id(ours) in attention:
+            assert ours.whole is None
+        else:
+            assert ours.whole is not None and ours.whole.weight is theirs.weight
+            assert (ours.whole.split, ours.whole.format) == (theirs.split, "")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -168,7 +176,8 @@ def test_quantized_views_share_what_the_checkpoint_shares(
         assert ours.mlp.down.weight is theirs.mlp.down.weight
         assert ours.attention.o.weight is not theirs.attention.o.weight
     assert model.verifier.lm_head.weight is model.drafter.lm_head.weight
-    assert {linear.format for of in linears_of(model).values() for linear in of} == {format}
+    linears = [linear for of in linears_of(model).values() for linear in of]
+    assert {(linear.format, linear.whole) for linear in linears} == {(format, None)}
     assert model.embed_tokens.format == "" and model.embed_tokens.weight.dtype == torch.float32
 
 

@@ -33,7 +33,7 @@ pytest.importorskip("triton", reason="needs triton (the test extra has it on Lin
 
 from orthrus_fast import tuning
 from orthrus_fast.kernels import overlap, products, quantized, tiles
-from orthrus_fast.kernels.custom import CustomProducts
+from orthrus_fast.kernels.custom import MOST_ROWS, CustomProducts
 from orthrus_fast.kernels.tiles import Tiles
 from orthrus_fast.tuning import Shape
 
@@ -194,6 +194,21 @@ def test_leading_dimensions_stay(interpreting: None, format: str) -> None:
     ids, logits = custom.lm_head_argmax(x.view(2, 3, 200), weight, True)
     assert ids.shape == (2, 3) and logits.shape == (2, 3, 70)
     assert torch.equal(ids.flatten(), custom.lm_head_argmax(x, weight, False)[0])
+
+
+def test_many_rows_are_multiplied_with_the_weight_as_it_was(interpreting: None) -> None:
+    x, plain_weight = make_operands(MOST_ROWS + 1, 64, 320, torch.float32)
+    whole = Stored(plain_weight, n_inputs=320, split=320)
+    few = stored(plain_weight, "int4")
+    few.whole = whole
+    ours = CustomProducts()
+    for multiply in (
+        lambda x, weight: plain.sum_partials(ours.partials(x, weight), torch.float32),
+        lambda x, weight: ours.swiglu(x, weight),
+        lambda x, weight: ours.lm_head_argmax(x, weight, True)[1],
+    ):
+        assert torch.equal(multiply(x, few), multiply(x, whole))
+        assert not torch.equal(multiply(x[1:], few), multiply(x[1:], whole))
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
