@@ -43,6 +43,7 @@ SOME_ROWS = (
     (256, 64, 64, 4),
     (128, 64, 64, 4),
     (128, 64, 128, 4),
+    (128, 128, 128, 4),
     (64, 128, 64, 4),
 )
 SHARED_KIB = (50, 74, 112, 122, 165, 220)  # four programs on a multiprocessor, down to one
@@ -103,9 +104,10 @@ def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
     blocks = MANY_ROWS if shape.n_rows > 4 * FEW else (*MANY_ROWS, *SOME_ROWS)
     descriptors = (False, True) if shape.k % 8 == 0 else (False,)  # which want 16 bytes aligned
     for (block_m, block_n, block_k, num_warps), joined, by in product(blocks, joins, descriptors):
-        depth = min(shared // ((block_m + block_n) * block_k * 2), 4)
-        if depth >= 2:
-            yield Tiles(block_m, block_n, block_k, joined, by, num_warps, depth)
+        most = shared // ((block_m + block_n) * block_k * 2)
+        for depth in {min(most, 4), min(most, 6)}:
+            if depth >= 2:
+                yield Tiles(block_m, block_n, block_k, joined, by, num_warps, depth)
 
 
 def quantized_candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
