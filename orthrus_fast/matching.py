@@ -74,16 +74,16 @@ class Matcher:
         self._backend.reset()
         self.consume(tokens)
 
-    def block(self, proposals: Sequence[int], width: int) -> Block:
+    def block(self, proposals: Sequence[int], width: int, forced: bool = True) -> Block:
         """The masks and drafts of a block of ``width``; the text stays where it is.
 
         Drafts are the proposals up to the first that the grammar forbids; where it leaves no
-        choice, its only token stands instead.
+        choice, its only token stands instead, if ``forced``.
         """
         drafts: list[int] = []
         masks = [self.mask()]
         while len(masks) < width:
-            token = self._next_draft(masks[-1], proposals[len(drafts) :])
+            token = self._next_draft(masks[-1], proposals[len(drafts) :], forced)
             if token is None or not self._backend.try_consume_tokens([token]):
                 break
             drafts.append(token)
@@ -91,10 +91,10 @@ class Matcher:
         self._backend.rollback(len(drafts))
         return Block(drafts, masks, width)
 
-    def _next_draft(self, mask: bytes, proposals: Sequence[int]) -> int | None:
+    def _next_draft(self, mask: bytes, proposals: Sequence[int], forced: bool) -> int | None:
         """The next draft before an end of the text: a proposal, or the only token allowed."""
         if not (proposals and allows(mask, proposals[0])):
-            proposals = self._backend.compute_ff_tokens()
+            proposals = self._backend.compute_ff_tokens() if forced else []
         if not proposals or proposals[0] in self._eos:
             return None
         return proposals[0]

@@ -42,6 +42,7 @@ _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
 _Kind = tuple[int, bool]  # of graphs: the width, and whether they sample
+_Scored = tuple[Tensor, Tensor]  # a block and its greedy ids
 _Parse = Callable[[Any], "list[SlotOutput]"]  # of a report as lists
 
 
@@ -204,28 +205,55 @@ class EagerRunner:
         width: int,
         sampling: bool = False,
         blocks: Mapping[int, Block] | None = None,
+        is_ahead: bool = False,
     ) -> None:
         """Draft, if ``drafting``, then verify, accept and commit, for all slots at once.
 
         Blocks have ``width`` rows. A slot that ``open`` gave no ``drafting`` emits one token. Slots
-        under a grammar move only with ``blocks`` of their own, drafts and masks.
+        under a grammar move only with ``blocks`` of their own, drafts and masks. Where ``propose``
+        has verified what the drafts are part of, ``is_ahead``, only the slots of ``blocks`` move.
         """
         blocks = blocks or {}
+        parse = partial(_parse_cycle, sampling=sampling)
         with full_precision_matmul(self.device):
             if drafting and width > 1:
                 self.draft(width, sampling)
+            if is_ahead:
+                with self._nothing_moves():
+                    self._put(blocks, width)
+                    self._mailbox.send(self.judge(width, sampling), parse)
+                return
             self._put(blocks, width)
-            report = self.verify(width, sampling, bool(blocks))
-            self._mailbox.send(report, partial(_parse_cycle, sampling=sampling))
+            self._mailbox.send(self.verify(width, sampling, bool(blocks)), parse)
             for slot in blocks:
                 self.state.done[slot] = True
 
     @torch.inference_mode()
-    def propose(self, width: int, sampling: bool = False) -> None:
-        """Launch a draft pass of blocks of ``width``, which reports each slot's proposals."""
+    def propose(
+        self, width: int, sampling: bool = False, drafting: bool = True, ahead: bool = False
+    ) -> None:
+        """Launch a draft pass of blocks of ``width``, which reports each slot's proposals.
+
+        ``ahead``: then the verify pass over them, which a launch with masks is to follow, before
+        any other cycle. Without ``drafting`` that is all.
+        """
+        n_proposals = width - 1 if drafting else 0
         with full_precision_matmul(self.device):
-            self.draft(width, sampling)
-            self._mailbox.send(self.state.proposals[:, : width - 1], _parse_proposals)
+            if drafting:
+                self.draft(width, sampling)
+            self._mailbox.send(self.state.proposals[:, :n_proposals], _parse_proposals)
+            if ahead:
+                self.score(width)
+
+    @contextlib.contextmanager
+    def _nothing_moves(self) -> Iterator[None]:
+        """Every slot is done within, but for what is started there."""
+        done = self.state.done.clone()
+        self.state.done.fill_(True)
+        try:
+            yield
+        finally:
+            self.state.done.copy_(done)
 
     def _put(self, blocks: Mapping[int, Block], width: int) -> None:
         """Give slots their blocks, and let them move."""
@@ -280,11 +308,23 @@ class EagerRunner:
 
     def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         """One verify pass and what follows it -> ``steps.accept_and_commit``'s report."""
+        block, greedy = EagerRunner.score(self, width)  # and no replay of a graph's
+        if masked:
+            return EagerRunner.judge(self, width, sampling)
+        return self._accept(block, greedy, self.logits, sampling)
+
+    def score(self, width: int) -> tuple[Tensor, Tensor]:
+        """A verify pass alone, which leaves ``logits`` -> its block and greedy ids, [B, T] each."""
         block = steps.make_block(self.state, width)
         greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
-        logits = self.logits
-        if masked:
-            greedy, logits = steps.constrain(logits, self._allocated_masks()[:, :width])
+        return block, greedy
+
+    def judge(self, width: int, sampling: bool = False) -> Tensor:
+        """What follows ``score`` under grammars -> ``steps.accept_and_commit``'s report."""
+        greedy, logits = steps.constrain(self.logits, self._allocated_masks()[:, :width])
+        return self._accept(steps.make_block(self.state, width), greedy, logits, sampling)
+
+    def _accept(self, block: Tensor, greedy: Tensor, logits: Tensor, sampling: bool) -> Tensor:
         return self._accept_and_commit(
             self.state,
             block,
@@ -387,16 +427,6 @@ class CompiledRunner(EagerRunner):
             self._warm_up(width, sampling)
         self._prepared.add(kind)
 
-    @contextlib.contextmanager
-    def _nothing_moves(self) -> Iterator[None]:
-        """Every slot is done within, so that passes write scratch rows alone."""
-        done = self.state.done.clone()
-        self.state.done.fill_(True)
-        try:
-            yield
-        finally:
-            self.state.done.copy_(done)
-
     @property
     def _per_width(self) -> bool:
         """Whether each width needs to be warmed up."""
@@ -456,14 +486,17 @@ class CompiledRunner(EagerRunner):
         width: int,
         sampling: bool = False,
         blocks: Mapping[int, Block] | None = None,
+        is_ahead: bool = False,
     ) -> None:
         with compiler_limits():  # torch compiles anew where its global settings have changed
-            super().launch(drafting, width, sampling, blocks)
+            super().launch(drafting, width, sampling, blocks, is_ahead)
 
     @torch.inference_mode()
-    def propose(self, width: int, sampling: bool = False) -> None:
+    def propose(
+        self, width: int, sampling: bool = False, drafting: bool = True, ahead: bool = False
+    ) -> None:
         with compiler_limits():
-            super().propose(width, sampling)
+            super().propose(width, sampling, drafting, ahead)
 
     def prefill_chunk(self, tokens: Tensor, start: int, slot: int) -> Tensor:
         with compiler_limits():
@@ -507,7 +540,8 @@ class GraphRunner(CompiledRunner):
         self._stream: torch.cuda.Stream | None = None
         self._draft_graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
         self._verify_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._masked_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._score_graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Scored, Tensor]] = {}
+        self._judge_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._prefill_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._prefill_inputs = (  # tokens, start, slot: of every prefill graph
             torch.zeros(1, steps.PREFILL_CHUNK, dtype=torch.int64, device=self.device),
@@ -526,18 +560,29 @@ class GraphRunner(CompiledRunner):
     @torch.inference_mode()
     def prepare(self, width: int, sampling: bool = False, masked: bool = False) -> None:
         """Compile and capture for blocks of ``width`` rows."""
-        key, graphs = (width, sampling), self._masked_graphs if masked else self._verify_graphs
-        if key in graphs:  # what is captured last
+        key = width, sampling
+        if key in (self._judge_graphs if masked else self._verify_graphs):  # captured last
             return
         super().prepare(width, sampling)
-        if masked:
-            self._allocated_masks()  # outside the graphs, which share it
         _log.info("capturing CUDA graphs for blocks of %d", width)
         with self._timed("capture"), full_precision_matmul(self.device), self._nothing_moves():
             if self._drafts_at(width) and key not in self._draft_graphs:
                 self._draft_graphs[key], _ = self._capture(lambda: EagerRunner.draft(self, *key))
-            graph, report = self._capture(lambda: EagerRunner.verify(self, *key, masked))
-            graphs[key] = graph, report, self.logits
+            if masked:
+                self._capture_masked(width, sampling)
+                return
+            graph, report = self._capture(lambda: EagerRunner.verify(self, *key))
+            self._verify_graphs[key] = graph, report, self.logits
+
+    def _capture_masked(self, width: int, sampling: bool) -> None:
+        """A pass and, apart from it, what follows once there are masks."""
+        self._allocated_masks()  # outside the graphs, which share it
+        if width not in self._score_graphs:
+            graph, of_rows = self._capture(lambda: EagerRunner.score(self, width))
+            self._score_graphs[width] = graph, of_rows, self.logits
+        self.logits = self._score_graphs[width][-1]
+        judge = partial(EagerRunner.judge, self, width, sampling)
+        self._judge_graphs[width, sampling] = self._capture(judge)
 
     @torch.inference_mode()
     def prepare_prefill(self) -> None:
@@ -597,8 +642,20 @@ class GraphRunner(CompiledRunner):
         self._draft_graphs[width, sampling].replay()
 
     def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
-        graphs = self._masked_graphs if masked else self._verify_graphs
-        graph, report, self.logits = graphs[width, sampling]
+        if masked:
+            self.score(width)
+            return self.judge(width, sampling)
+        graph, report, self.logits = self._verify_graphs[width, sampling]
+        graph.replay()
+        return report
+
+    def score(self, width: int) -> tuple[Tensor, Tensor]:
+        graph, of_rows, self.logits = self._score_graphs[width]
+        graph.replay()
+        return of_rows
+
+    def judge(self, width: int, sampling: bool = False) -> Tensor:
+        graph, report = self._judge_graphs[width, sampling]
         graph.replay()
         return report
 

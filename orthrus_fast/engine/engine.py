@@ -46,7 +46,7 @@ class _Launch:
     owners: tuple[Sequence, ...]
     width: int  # of a cycle's blocks, or of a pass over a prompt
     is_cycle: bool
-    drafts: bool  # without a cycle: a draft pass alone, whose proposals the owners wait for
+    drafts: bool  # without a cycle: proposals, which the owners wait for to make their masks
     began: float
     logits: Tensor | None = None
     is_usual: bool = True  # takes as long as others of its kind and width
@@ -84,6 +84,7 @@ class Engine:
         self._updates: list[Update] = []
         self._cycle_seconds = 0.0  # of the newest one
         self._last_read = 0.0
+        self._ahead: _Launch | None = None  # a verify pass whose rows wait for their masks
         self._at_work: tuple[Sequence, ...] = ()  # whom an error concerns
         self._unsettled = False  # a step was left half-way
         self._lock = threading.Lock()  # of one step
@@ -167,11 +168,13 @@ class Engine:
         """Launch the next piece of work, if there is any."""
         if (admission := self.scheduler.plan()) is not None:
             self._admit(admission)
-        work = self.scheduler.next()
+        work = self.scheduler.next(looks_ahead=self.runner.lookahead > 0)
         if work.prompt is not None:
             self._prefill(work.prompt)
+        elif work.cycle and self._ahead is not None:
+            self._judge(self._ahead)
         elif work.cycle:
-            self._cycle(work.cycle)
+            self._cycle(work.cycle, work.ahead)
         return work.prompt is not None or bool(work.cycle)
 
     def _admit(self, admission: Admission) -> None:
@@ -214,26 +217,29 @@ class Engine:
             return steps.PREFILL_CHUNK
         return self._chunk_times.widest_within(self.limits.max_gap - self._cycle_seconds)
 
-    def _cycle(self, sequences: tuple[Sequence, ...]) -> None:
+    def _cycle(self, sequences: tuple[Sequence, ...], ahead: bool) -> None:
         """Launch a cycle.
 
         A sequence under a grammar takes part in every second one: its proposals come from one,
-        then the host makes masks of them while that one verifies the others' blocks.
+        then the host makes masks of them while that one verifies the others' blocks. Where there
+        are no others, ``ahead``, that one verifies its own proposals, and ``_judge`` follows.
         """
         self._at_work = sequences
-        choosing = [s for s in sequences if s.block is None]
+        choosing = [s for s in sequences if not s.has_masks]
         drafting = [s.acceptance for s in choosing if s.acceptance is not None]
         width = self.policy.choose(drafting, len(choosing) - len(drafting))
         drafts = width > 1
-        asking = tuple(s for s in choosing if drafts and s.is_masked and s.acceptance is not None)
+        asking = tuple(
+            s for s in choosing if s.is_masked and (ahead or (drafts and s.acceptance is not None))
+        )
         ready = tuple(s for s in sequences if s not in asking)
         for sequence in ready:
-            if sequence.is_masked and sequence.block is None:
+            if sequence.is_masked and not sequence.has_masks:
                 self._mask(sequence, [], 1)
         ready = tuple(s for s in ready if self.scheduler.owns(s))
         blocks = {s.slot: s.block for s in ready if s.block is not None}
         widths = [width if drafts else self.ar_width, *(block.width for block in blocks.values())]
-        self._launch_cycle(asking, ready, blocks, drafts, max(widths))
+        self._launch_cycle(asking, ready, blocks, drafts, max(widths), ahead)
 
     def _launch_cycle(
         self,
@@ -242,16 +248,19 @@ class Engine:
         blocks: dict[int, Block],
         drafts: bool,
         width: int,
+        ahead: bool,
     ) -> None:
-        """Launch a draft pass, if any, whose proposals ``asking`` get, and a cycle of ``ready``."""
-        sampling = any(s.request.sampling.samples for s in (*asking, *ready))
+        """Launch what gives ``asking`` their proposals, and a cycle of ``ready``."""
+        sampling = _samples((*asking, *ready))
         self.runner.prepare(width, sampling)
-        if blocks:
+        if blocks or ahead:
             self.runner.prepare(width, sampling, masked=True)
         began, is_usual = time.perf_counter(), not (asking or blocks)
         if asking:
-            self.runner.propose(width, sampling)
-            self._in_flight.append(_Launch(asking, width, False, True, began, is_usual=False))
+            self.runner.propose(width, sampling, drafts, ahead)
+            launch = _Launch(asking, width, False, True, began, is_usual=False)
+            self._in_flight.append(launch)
+            self._ahead = launch if ahead else None
             for sequence in asking:
                 sequence.is_drafted = True
         if ready:
@@ -259,12 +268,29 @@ class Engine:
             self._in_flight.append(_Launch(ready, width, True, drafts, began, is_usual=is_usual))
         self.scheduler.cycled(ready)
 
-    def _mask(self, sequence: Sequence, proposals: list[int], width: int) -> None:
+    def _judge(self, ahead: _Launch) -> None:
+        """Launch what ends the cycle of a pass that has verified proposals: masks, then accept.
+
+        Where somebody else may go on before the proposals have come, that pass was in vain.
+        """
+        self._at_work, self._ahead = ahead.owners, None
+        judged = tuple(s for s in ahead.owners if self.scheduler.owns(s) and s.has_masks)
+        blocks = {s.slot: s.block for s in judged if s.block is not None}
+        if blocks:
+            began, sampling = time.perf_counter(), _samples(ahead.owners)
+            self.runner.launch(False, ahead.width, sampling, blocks, is_ahead=True)
+            launch = _Launch(judged, ahead.width, True, False, began, is_usual=False)
+            self._in_flight.append(launch)
+            self.scheduler.cycled(judged)
+
+    def _mask(
+        self, sequence: Sequence, proposals: list[int], width: int, forced: bool = True
+    ) -> None:
         """Make a sequence's next block; end it where its grammar has taken too many steps."""
         assert sequence.request.matcher is not None
         sequence.is_drafted = False
         try:
-            sequence.block = sequence.request.matcher.block(proposals, width)
+            sequence.block = sequence.request.matcher.block(proposals, width, forced)
         except RequestError as error:
             self._end(sequence, str(error))
 
@@ -289,7 +315,8 @@ class Engine:
             if self.scheduler.owns(sequence):
                 output = outputs[sequence.slot if launch.is_cycle or launch.drafts else 0]
                 if launch.drafts and not launch.is_cycle:
-                    self._mask(sequence, output.tokens, launch.width)
+                    forced = launch is not self._ahead  # whose pass has its drafts already
+                    self._mask(sequence, output.tokens, launch.width, forced)
                 else:
                     self._tell(sequence, output, launch)
 
@@ -354,6 +381,7 @@ class Engine:
         self._at_work = tuple(self.scheduler.sequences)
         self.runner.drain()
         self._in_flight.clear()
+        self._ahead = None
         for slot in self.scheduler.slots:
             sequence = slot.sequence
             if sequence is None:
@@ -381,3 +409,7 @@ class Engine:
             requests = [waiting.popleft()]
         for request in requests:
             self._updates.append(Update(request.id, [], finish_reason="error", error=text))
+
+
+def _samples(sequences: tuple[Sequence, ...]) -> bool:
+    return any(sequence.request.sampling.samples for sequence in sequences)

@@ -31,7 +31,7 @@ class Sequence:
     acceptance: Acceptance | None  # of its drafts; None: mode ar
     tokens: list[int] = field(default_factory=list)  # new ones, as far as they have been read
     n_unread: int = 0  # launches that give it a token at least, and have not been read
-    is_drafted: bool = False  # a draft for its next block is under way; only under a grammar
+    is_drafted: bool = False  # proposals for its next block are under way; only under a grammar
     block: Block | None = None  # its next one, or the one under way; only under a grammar
 
     @property
@@ -44,12 +44,17 @@ class Sequence:
         return self.request.matcher is not None
 
     @property
-    def may_go_on(self) -> bool:
+    def has_masks(self) -> bool:
+        """Whether its next block is ready, masks and all."""
+        return self.block is not None and self.n_unread == 0
+
+    def may_go_on(self, ahead: bool) -> bool:
         """Whether there is room for a token after those of the launches under way.
 
-        Under a grammar a block's masks have to be made of what was read.
+        Under a grammar a block's masks have to be made of what was read; ``ahead``: its pass may
+        come before them.
         """
-        waits = self.is_masked and (self.n_unread > 0 or self.is_drafted)
+        waits = self.is_masked and (self.is_drafted or (self.n_unread > 0 and not ahead))
         return not waits and len(self.tokens) + self.n_unread < self.request.max_new_tokens
 
 
@@ -84,6 +89,7 @@ class Work:
 
     prompt: Sequence | None = None
     cycle: tuple[Sequence, ...] = ()
+    ahead: bool = False  # nobody else would wait for the masks of the cycle
 
 
 class Scheduler:
@@ -151,12 +157,17 @@ class Scheduler:
         for slot in slots:
             slot.used = self._clock
 
-    def next(self) -> Work:
-        """The next launch; passes over prompts and cycles take turns. Empty: there is none."""
-        cycle = tuple(s for s in self.sequences if not s.is_prefilling and s.may_go_on)
+    def next(self, looks_ahead: bool = False) -> Work:
+        """The next launch; passes over prompts and cycles take turns. Empty: there is none.
+
+        ``looks_ahead``: a pass may come before its masks, where all others would wait for theirs.
+        """
+        decoding = [s for s in self.sequences if not s.is_prefilling]
+        ahead = looks_ahead and all(s.is_masked and not s.has_masks for s in decoding)
+        cycle = tuple(s for s in decoding if s.may_go_on(ahead))
         prompt = next((s for s in self.sequences if s.is_prefilling), None)
         if prompt is None or (cycle and self._cycle_is_next and self.takes_turns):
-            return Work(cycle=cycle)
+            return Work(cycle=cycle, ahead=ahead)
         return Work(prompt=prompt)
 
     def prefilled(self, sequence: Sequence, end: int) -> None:

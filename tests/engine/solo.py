@@ -60,12 +60,12 @@ def interrupt(owner: Any, name: str, nth: int, after: bool) -> None:
     """Have the ``nth`` call of a method raise KeyboardInterrupt, before or after its work."""
     function, n_calls = getattr(owner, name), 0
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **named: Any) -> Any:
         nonlocal n_calls
         n_calls += 1
         if n_calls == nth and not after:
             raise KeyboardInterrupt
-        result = function(*arguments)
+        result = function(*arguments, **named)
         if n_calls == nth:
             raise KeyboardInterrupt
         return result

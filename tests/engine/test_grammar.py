@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -231,21 +232,27 @@ def test_a_grammar_needs_a_tokenizer(tmp_path: Path) -> None:
         decoder.generate([1], 5, SamplingParams(grammar=Grammar("json_object")))
 
 
-@pytest.mark.parametrize("where", ["launch", "propose", "verify", "start", "read", "open"])
-@pytest.mark.parametrize("ahead", [0, 1])
+CALLS = ["launch", "propose", "verify", "start", "read", "open"]
+
+
+@pytest.mark.parametrize(
+    "where, ahead", [*product(CALLS, (0, 1)), ("score", 1), ("judge", 1), ("draft", 1)]
+)
 @pytest.mark.parametrize("after", [False, True])
 def test_ctrl_c_loses_nothing(
     tiny: Path, alone: Alone, where: str, ahead: int, after: bool
 ) -> None:
     decoder = load(tiny, slots=2, drafting=8)
     decoder.runner.lookahead = ahead  # type: ignore[misc]
-    streams = [decoder.stream([7], 40, params) for params in (SETTINGS[0], SETTINGS[1])]
+    # Beside a text without a grammar the verify pass waits for the masks.
+    settings = (SETTINGS[0], SamplingParams() if where == "verify" else SETTINGS[1])
+    streams = [decoder.stream([7], 40, params) for params in settings]
     interrupt(decoder.runner, where, 2, after)
     with pytest.raises(KeyboardInterrupt):
         for stream in streams:
             for _ in stream:
                 pass
-    for stream, params in zip(streams, SETTINGS, strict=False):
+    for stream, params in zip(streams, settings, strict=True):
         for _ in stream:
             pass
         assert told(stream.result) == alone.told([7], 40, params)
@@ -292,7 +299,7 @@ def test_a_block_is_drafted_and_verified_once(tiny: Path, ahead: int) -> None:
     decoder = load(tiny, drafting=8)
     decoder.runner.lookahead = ahead  # type: ignore[misc]
     calls: list[str] = []
-    for name in ("draft", "verify"):
+    for name in ("draft", "verify", "score", "judge"):
         function = getattr(decoder.runner, name)
 
         def counted(*of: Any, name: str = name, function: Any = function) -> Any:
@@ -302,7 +309,36 @@ def test_a_block_is_drafted_and_verified_once(tiny: Path, ahead: int) -> None:
         setattr(decoder.runner, name, counted)
     result = decoder.generate([1], 40, SETTINGS[1])
     assert result.stats is not None
-    assert calls == ["draft", "verify"] * result.stats.cycles
+    once = ["draft", "score", "judge"] if ahead else ["draft", "verify"]
+    n_calls = len(once) * result.stats.cycles
+    # What was drafted ahead of the end is of no use.
+    assert calls[:n_calls] == once * result.stats.cycles and calls[n_calls:] in ([], once[:2])
+
+
+@pytest.mark.parametrize("n_before", range(4))
+@pytest.mark.parametrize("others", [[None], [1], [None, 0], [1, None]])
+def test_neighbours_come_and_go_while_a_pass_waits_for_masks(
+    tiny: Path, alone: Alone, n_before: int, others: list[int | None]
+) -> None:
+    """Some have a grammar, some none: each goes on in a pass of its own kind, or waits."""
+    decoder = load(tiny, slots=3, drafting=8)
+    decoder.runner.lookahead = 1  # type: ignore[misc]
+    asked = [([7], 40, SETTINGS[1])]
+    streams = [decoder.stream(*asked[0])]
+    for _ in range(n_before):
+        next(streams[0])
+    for budget in (2, 3, 9):
+        for n, other in enumerate(others):
+            params = SamplingParams() if other is None else SETTINGS[other]
+            asked.append(([n, 5], budget + 2 * n, params))
+            streams.append(decoder.stream(*asked[-1]))
+        for stream in streams[-len(others) :]:
+            for _ in stream:
+                pass
+    for stream, of in zip(streams, asked, strict=True):
+        for _ in stream:
+            pass
+        assert told(stream.result) == alone.told(*of)
 
 
 def test_unconstrained_launches_have_no_masks(tiny: Path) -> None:
