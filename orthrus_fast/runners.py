@@ -42,7 +42,6 @@ _TORCH_FLAGS = threading.RLock()  # guards what torch itself keeps for the whole
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
 _Kind = tuple[int, bool]  # of graphs: the width, and whether they sample
-_Scored = tuple[Tensor, Tensor]  # a block and its greedy ids
 _Parse = Callable[[Any], "list[SlotOutput]"]  # of a report as lists
 
 
@@ -308,16 +307,16 @@ class EagerRunner:
 
     def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         """One verify pass and what follows it -> ``steps.accept_and_commit``'s report."""
-        block, greedy = EagerRunner.score(self, width)  # and no replay of a graph's
-        if masked:
-            return EagerRunner.judge(self, width, sampling)
-        return self._accept(block, greedy, self.logits, sampling)
-
-    def score(self, width: int) -> tuple[Tensor, Tensor]:
-        """A verify pass alone, which leaves ``logits`` -> its block and greedy ids, [B, T] each."""
         block = steps.make_block(self.state, width)
         greedy, self.logits = steps.verify(self.passes, self.cache, self.state, block)
-        return block, greedy
+        if masked:
+            return EagerRunner.judge(self, width, sampling)  # and no replay of a graph's
+        return self._accept(block, greedy, self.logits, sampling)
+
+    def score(self, width: int) -> None:
+        """A verify pass alone: it leaves ``logits``."""
+        block = steps.make_block(self.state, width)
+        self.logits = steps.verify(self.passes, self.cache, self.state, block)[1]
 
     def judge(self, width: int, sampling: bool = False) -> Tensor:
         """What follows ``score`` under grammars -> ``steps.accept_and_commit``'s report."""
@@ -540,7 +539,7 @@ class GraphRunner(CompiledRunner):
         self._stream: torch.cuda.Stream | None = None
         self._draft_graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
         self._verify_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self._score_graphs: dict[int, tuple[torch.cuda.CUDAGraph, _Scored, Tensor]] = {}
+        self._score_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._judge_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._prefill_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._prefill_inputs = (  # tokens, start, slot: of every prefill graph
@@ -578,9 +577,9 @@ class GraphRunner(CompiledRunner):
         """A pass and, apart from it, what follows once there are masks."""
         self._allocated_masks()  # outside the graphs, which share it
         if width not in self._score_graphs:
-            graph, of_rows = self._capture(lambda: EagerRunner.score(self, width))
-            self._score_graphs[width] = graph, of_rows, self.logits
-        self.logits = self._score_graphs[width][-1]
+            graph, _ = self._capture(partial(EagerRunner.score, self, width))
+            self._score_graphs[width] = graph, self.logits
+        _, self.logits = self._score_graphs[width]
         judge = partial(EagerRunner.judge, self, width, sampling)
         self._judge_graphs[width, sampling] = self._capture(judge)
 
@@ -643,16 +642,15 @@ class GraphRunner(CompiledRunner):
 
     def verify(self, width: int, sampling: bool = False, masked: bool = False) -> Tensor:
         if masked:
-            self.score(width)
-            return self.judge(width, sampling)
+            GraphRunner.score(self, width)
+            return GraphRunner.judge(self, width, sampling)
         graph, report, self.logits = self._verify_graphs[width, sampling]
         graph.replay()
         return report
 
-    def score(self, width: int) -> tuple[Tensor, Tensor]:
-        graph, of_rows, self.logits = self._score_graphs[width]
+    def score(self, width: int) -> None:
+        graph, self.logits = self._score_graphs[width]
         graph.replay()
-        return of_rows
 
     def judge(self, width: int, sampling: bool = False) -> Tensor:
         graph, report = self._judge_graphs[width, sampling]

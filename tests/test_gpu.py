@@ -190,15 +190,17 @@ class Recorder:
     def __init__(self, decoder: Decoder) -> None:
         self.runner = decoder.runner
         self.logits: list[list[Tensor]] = [[] for _ in range(decoder.slots)]
-        verify = self.runner.verify
+        for name in ("verify", "judge"):  # what ends a cycle
+            setattr(self.runner, name, self._recording(getattr(self.runner, name)))
 
+    def _recording(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def recording(width: int, *how: bool) -> Tensor:
-            report = verify(width, *how)
+            report = step(width, *how)
             for slot, n_new in enumerate(report[:, width].tolist()):
                 self.logits[slot].append(self.runner.logits[slot, :n_new].clone())
             return report
 
-        self.runner.verify = recording  # type: ignore[method-assign]
+        return recording
 
     def take(self) -> list[Tensor]:
         """Per slot: logits by position, then the committed rows of every layer."""
@@ -222,7 +224,7 @@ def both_modes(
     for mode in ("ar", "diffusion"):
         results[mode] = decoder.generate(prompts, n_tokens, sampling, mode=mode)
         taken[mode] = recorder.take()
-    del decoder.runner.verify  # the class's again
+    del decoder.runner.verify, decoder.runner.judge  # the class's again
     tokens = {mode: [result.tokens for result in results[mode]] for mode in results}
     assert tokens["ar"] == tokens["diffusion"]
     assert all(torch.equal(a, b) for a, b in zip(taken["ar"], taken["diffusion"], strict=True))
@@ -282,7 +284,7 @@ def test_a_grammars_texts_are_equal_to_the_bit_in_both_modes(
     both_modes(decoder, PROMPTS[:slots], 100, settings)
     assert isinstance(decoder.runner, GraphRunner)
     sampling = temperature > 0
-    assert {(1, sampling), (16, sampling)} <= set(decoder.runner._masked_graphs)
+    assert {(1, sampling), (16, sampling)} <= set(decoder.runner._judge_graphs)
     assert decoder.runner.in_flight == 0
 
 
