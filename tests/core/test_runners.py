@@ -1146,6 +1146,34 @@ def test_the_graph_runner_replays_what_it_captured(
     assert drafts == [graph.n_replays for graph in runner._draft_graphs.values()]  # AR never drafts
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_graphs_of_passes_and_of_what_follows_under_grammars(
+    tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    """Apart where one text decodes alone; beside a text without a grammar one after the other."""
+    stand_in(monkeypatch, stand_in_capture)
+    monkeypatch.setattr(runners.GraphRunner, "lookahead", ahead)
+    send = runners._Mailbox.send  # a graph writes its next report over the last one
+    copy = lambda box, report, parse: send(box, None if report is None else report.clone(), parse)  # noqa: E731
+    monkeypatch.setattr(runners._Mailbox, "send", copy)
+    directory = write_checkpoint(tmp_path / "model", seed=3, tokenizer=True)
+    eager, decoder = (load(directory, slots=2, prefix_reuse=False) for _ in range(2))
+    runner = decoder.engine.runner = graph_runner_of(decoder)
+    for width in (1, 8):
+        runner.prepare(width)
+    grammar = orthrus_fast.Grammar("json_object")
+    params = [orthrus_fast.SamplingParams(t, seed=5, grammar=grammar) for t in (0.0, 1.5)]
+    for mode in ("ar", "diffusion"):
+        for settings in ([params[0], None], [params[1], params[1]]):
+            prompts = PROMPTS[:2]
+            expected = eager.generate(prompts, 30, settings, mode)
+            got = decoder.generate(prompts, 30, settings, mode)
+            assert [r.error for r in got] == [None, None]
+            assert [r.tokens for r in got] == [r.tokens for r in expected]
+    assert set(runner._judge_graphs) == set(product((1, 8), (False, True)))
+    assert set(runner._score_graphs) == {1, 8}
+
+
 def test_prompts_are_prefilled_by_graphs_of_a_few_widths(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
