@@ -250,6 +250,22 @@ def prefill(part: Result) -> Iterator[Row]:
         yield {"prompt": str(at["prompt_tokens"]), "ms": spread(at["ms"])}
 
 
+def engine(file: ResultFile) -> tuple[str, Row]:
+    """Return a column of times in ms: of a prompt beside another request, and of a next turn."""
+    part, row = file.parts["engine"], Row()
+    for at in part["at"]:
+        prompt = f"{at['prompt_tokens']} tokens"
+        row[f"{prompt}: first token, alone"] = spread(at["first_token_ms"])
+        row[f"{prompt}: first token, beside a text being written"] = spread(
+            at["first_token_beside_ms"]
+        )
+        row[f"{prompt}: that text's gaps between cycles, before"] = spread(at["gap_before_ms"])
+        row[f"{prompt}: its longest gap meanwhile"] = spread(at["longest_gap_ms"])
+    turn = part["next_turn"]
+    said = f"{turn['new']} tokens after {turn['history']}, {turn['reused']} reused: first token"
+    return file.label, {**row, said: spread(turn["first_token_ms"])}
+
+
 def modes(part: Result) -> Iterator[Row]:
     for of in part["combinations"]:
         head = {"combination": combination(of), "slots": str(of["slots"])}
@@ -392,6 +408,7 @@ TABLES: dict[str, tuple[str, Join]] = {  # the part that a file must have; the t
     "acceptance": ("acceptance", as_columns(acceptance)),
     "positions": ("acceptance", as_rows("acceptance", positions, 1, as_filed=True)),
     "prefill": ("prefill", as_rows("prefill", prefill, 1)),
+    "engine": ("engine", as_columns(engine, "ms")),
     "peers": ("peers", as_rows("peers", peers, 2, as_filed=True)),
     "first-token": ("peers", as_rows("peers", first_token, 2, as_filed=True)),
     "serving": ("serving", as_rows("serving", serving, 1, as_filed=True)),

@@ -45,7 +45,7 @@ LIMITS = {
     "bench": 1750,
     "server": 1410,  # without its page
     "model.py": 400,
-    "benchmarks/report.py": 630,
+    "benchmarks/report.py": 645,
 }
 
 

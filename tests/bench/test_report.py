@@ -17,7 +17,7 @@ from orthrus_fast.bench.flags import PARTS
 from tests.bench.runs import EMBEDDED, TINY, run
 
 H100 = REPOSITORY / report.RESULTS / "h100"
-ABSENT = ("prefill", "serving")  # no file of the H100 has these
+ABSENT = ("prefill", "serving", "engine")  # no file of the H100 has these
 PAGE = "".join(
     [f"<!-- table: {name} card -->\n<!-- end -->\n" for name in report.TABLES if name not in ABSENT]
     + [f"<!-- picture: {name} card -->\n<!-- end -->\n" for name in report.PICTURES]
@@ -269,3 +269,14 @@ def test_what_the_benchmark_writes_the_report_reads(tmp_path: Path) -> None:
     assert {"": "tokens/cycle, token-weighted", "embedded, 3 slots": f"{found:.2f}"} in rows(
         "acceptance", own
     )
+
+
+def test_gaps_and_first_tokens_stand_by_the_prompts_length() -> None:
+    path = REPOSITORY / report.RESULTS / "h100-drafters" / "8B-int4.json"
+    one = json.loads(path.read_text(encoding="utf-8"))
+    gap, turn = one["parts"]["engine"]["at"][-1]["longest_gap_ms"], "32 tokens after 4096"
+    gap.update(median=43.0, p10=43.0, p90=43.0)
+    one["parts"]["engine"]["next_turn"]["reused"] = 7
+    found = {row["ms"]: row["8B, int4 drafter"] for row in rows("engine", one)}
+    assert found["8192 tokens: its longest gap meanwhile"].startswith("43.0 ")
+    assert f"{turn}, 7 reused: first token" in found and len(found) == 9
