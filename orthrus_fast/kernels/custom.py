@@ -24,13 +24,13 @@ class CustomProducts:
     """``interface.Products`` by these kernels."""
 
     def partials(self, x: Tensor, weight: Weight) -> Tensor:
-        weight = fitting(weight, x.numel() // weight.n_inputs)
+        weight = fitting(weight, x.numel() // x.shape[-1])
         if weight.format:
             return quantized.product(x, weight)
         return products.product(x, weight.weight, weight.split)
 
     def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
-        weight = fitting(weight, x.numel() // weight.n_inputs)
+        weight = fitting(weight, x.numel() // x.shape[-1])
         if weight.format:
             return quantized.swiglu(x, weight, prefetch)
         return products.swiglu_product(x, weight.weight, prefetch)
@@ -38,7 +38,7 @@ class CustomProducts:
     def lm_head_argmax(
         self, x: Tensor, weight: Weight, return_logits: bool
     ) -> tuple[Tensor, Tensor]:
-        weight = fitting(weight, x.numel() // weight.n_inputs)
+        weight = fitting(weight, x.numel() // x.shape[-1])
         if weight.format:
             return quantized.lm_head_argmax(x, weight, return_logits)
         return products.lm_head_argmax(x, weight.weight, return_logits)
