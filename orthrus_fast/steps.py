@@ -191,8 +191,9 @@ def constrain(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
     ``masks`` [..., ceil(V / 32)] int32: a bit for each token, the lowest first.
     """
-    bit = torch.arange(32, dtype=torch.int32, device=masks.device)
-    allowed = ((masks[..., None] >> bit) & 1).bool().flatten(-2)[..., : logits.shape[-1]]
+    bit = torch.arange(8, dtype=torch.uint8, device=masks.device)  # a byte for each, and not four
+    allowed = (masks.view(torch.uint8)[..., None] >> bit) & 1
+    allowed = allowed.flatten(-2)[..., : logits.shape[-1]].bool()
     logits = logits.masked_fill(~allowed, -math.inf)
     return choose(logits), logits
 
