@@ -112,9 +112,11 @@ def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
 
 def quantized_candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
     """The same of weights in fewer bits, of which a step is a group of words."""
-    heights = {1: (16,), 16: (16,)}.get(shape.n_rows, (min(shape.n_rows, 128),))
-    for block_m, (block_n, num_warps) in product(heights, ((64, 4), (128, 4), (128, 8))):
-        stage = (block_n + block_m * PLACES[shape.format]) * GROUP * 2
+    places = PLACES[shape.format]
+    most = 128 if 2 * (64 + 128 * places) * GROUP * 2 <= shared else 64
+    block_m = max(16, min(shape.n_rows, most))
+    for block_n, num_warps in ((64, 4), (128, 4), (128, 8)):
+        stage = (block_n + block_m * places) * GROUP * 2
         for depth in {min(limit * 1024 // stage, 8) for limit in (50, 74, 112, 130, 165, 220)}:
             if depth >= 2 and depth * stage <= shared:
                 yield Tiles(block_m, block_n, GROUP, False, False, num_warps, depth)

@@ -197,8 +197,7 @@ def test_candidates_fit_the_chip(shared: int) -> None:
     small = tuning.product_shapes(build_on_meta(EMBEDDED))
     for shape in (*SHAPES, *odd, *small):
         tried = list(tuning.candidates(shape, shared))
-        assert len(set(tried)) == len(tried)
-        assert tried or shape.format  # small chips have defaults alone for many rows and int4
+        assert tried and len(set(tried)) == len(tried)
         for one in tried:
             places = PLACES.get(shape.format, 1)  # words of the weight have so many
             stage = (one.block_m * places + one.block_n) * one.block_k * 2
