@@ -387,6 +387,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_flags(args)
         if args.dtype is not None and args.dtypes is not None:
             raise RequestError("--dtype does not go with --dtypes")
+        if args.weights != "checkpoint":
+            raise RequestError(f"--weights {args.weights}: others have the checkpoint's own alone")
         show(compare(args, Report("python benchmarks/peers.py", parser, args)))
         return 0
     except OrthrusError as error:

@@ -144,6 +144,7 @@ def test_a_pass_that_gives_several_tokens_is_counted_whole() -> None:
         (["--dtype", "float32", "--dtypes", "bfloat16"], "--dtype does not go with --dtypes"),
         (["--shape", "tiny", "--device", "cpu", "--dtypes", "float32,int3"], "--dtypes: not of"),
         (["--json", "/nowhere/r.json"], "no such directory"),
+        (["--shape", "tiny", "--weights", "int4"], "--weights int4: others have"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(
