@@ -30,7 +30,7 @@ FLOORS = [
     ["engine", "invariance"],
     ["answer"],
     ["decoder"],
-    ["loading", "tuning"],
+    ["fingerprint", "loading", "tuning"],
     ["bench", "server"],
     ["cli"],
     ["__main__"],

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orthrus_fast.cli.flags import build_serve_parser, spelled
 from orthrus_fast.cli.session import load_decoder, say_loading
 from orthrus_fast.cli.terminal import printable, write_output
 from orthrus_fast.errors import RequestError
-from orthrus_fast.options import ONE_ROW
-
-if TYPE_CHECKING:
-    from orthrus_fast import Decoder
-
-KEY_VARIABLE = "ORTHRUS_API_KEY"
-FREE = ("slots", "max_seq_len", "block_size")  # what no text depends on, with one row, one result
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -31,9 +19,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     args = build_serve_parser(prog).parse_args(arguments)
     check_server_flags(args)
     say_loading(args)
-    from orthrus_fast.server.access import Access
+    from orthrus_fast.fingerprint import fingerprint
+    from orthrus_fast.server.access import Access, read_keys
     from orthrus_fast.server.app import ServerSettings, create_app
     from orthrus_fast.server.listening import make_server
+    from orthrus_fast.server.protocol import served_name
 
     access = Access(args.host, read_keys(args.api_key_file), tuple(args.allowed_host))
     allow_connections()
@@ -82,42 +72,3 @@ def allow_connections() -> None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def read_keys(file: str | None) -> tuple[str, ...]:
-    """Return the keys that open the server: those of a file, or that of the environment."""
-    if file is None:
-        return tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8"
-        raise RequestError(f"--api-key-file {file}: {why}") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise RequestError(f"--api-key-file {file}: no key in it")
-    return keys
-
-
-def served_name(checkpoint: str | None) -> str:
-    """Return what clients call a checkpoint: no path of this machine."""
-    if checkpoint is None:
-        return "embedded"
-    return Path(checkpoint).resolve().name if os.path.exists(checkpoint) else checkpoint
-
-
-def fingerprint(decoder: Decoder) -> str:
-    """Return a short hash of what a text depends on beside the request.
-
-    That is the weights, their dtype, the kind of chip and the libraries' versions; where the
-    decoder promises less than one row, one result, also the slots and sizes.
-    """
-    from orthrus_fast.cli.results_file import settings_of, weights_digest
-
-    assert decoder.checkpoint is not None
-    settings = settings_of(decoder.configuration)
-    if settings["promise"] == ONE_ROW:
-        settings = {name: value for name, value in settings.items() if name not in FREE}
-    what = [weights_digest(decoder.checkpoint), settings]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    return f"fp_{digest[:12]}"
