@@ -13,9 +13,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
+import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import ray
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import Metric
@@ -48,6 +52,7 @@ from orthrus_fast.server.protocol import HTTPError, served_name
 ATTEMPTS = 4  # replicas that may die under one request
 BEGINNING = 512  # characters or ids of a raw prompt that say which conversation it is
 STATUS_SECONDS = 5  # that replicas may take to say how they are
+STORE_BYTES = 100 * 2**20  # of Ray's memory for large objects, of which there are none
 MANY = 100_000  # requests at a front, which wait there for a replica
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string")
@@ -75,7 +80,6 @@ class Arguments(BaseModel):
     allowed_hosts: list[str] = []
     api_key_file: str | None = None
 
-    @property
     def access(self) -> Access:
         """Who may ask. Raises RequestError for a host that others reach, without keys."""
         return Access(self.host, read_keys(self.api_key_file), tuple(self.allowed_hosts))
@@ -264,8 +268,9 @@ class Ingress:
     """The front as a deployment, behind Ray's proxies."""
 
     def __init__(self, arguments: Arguments, replicas: DeploymentHandle[Any]) -> None:
-        self._is_open = not arguments.access.keys
-        self._front = create_front(replicas, arguments.access)
+        access = arguments.access()
+        self._is_open = not access.keys
+        self._front = create_front(replicas, access)
 
     async def __call__(self, request: Request) -> Response:
         """The response to a request.
@@ -313,6 +318,41 @@ def build(args: dict[str, Any]) -> serve.Application:
         arguments = Arguments.model_validate(args)
     except ValidationError as invalid:
         raise RequestError(one_line(f"args: {invalid}")) from None
+    arguments.access()  # what is wrong with it is known before anything starts
     options: dict[str, Any] = {"max_ongoing_requests": MANY, "logging_config": QUIET}
     ingress = serve.deployment(ray_actor_options={"num_cpus": 0}, **options)
     return ingress(Ingress).bind(arguments, replicas_of(arguments))
+
+
+@contextmanager
+def local_replicas(
+    arguments: Arguments, n_replicas: int, on_gpus: bool
+) -> Iterator[DeploymentHandle[Any]]:
+    """Replicas in a cluster of this machine's own, which ends with the block.
+
+    Each has a GPU, or its share of the cores. Raises RequestError where they do not start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    n_cores = os.cpu_count() or 1
+    each: dict[str, Any] = (
+        {"num_gpus": 1} if on_gpus else {"num_cpus": max(1, n_cores // n_replicas)}
+    )
+    ray.init(
+        address="local",
+        num_cpus=max(n_cores, n_replicas),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        object_store_memory=STORE_BYTES,
+    )
+    try:
+        if on_gpus and (found := ray.cluster_resources().get("GPU", 0)) < n_replicas:
+            raise RequestError(f"{n_replicas} replicas need as many GPUs; there are {found:.0f}")
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        app = replicas_of(arguments, num_replicas=n_replicas, ray_actor_options=each)
+        try:
+            yield serve.run(app, name="orthrus", route_prefix=None)
+        finally:
+            serve.shutdown()
+    finally:
+        ray.shutdown()

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
+from orthrus_fast.errors import RequestError
 from orthrus_fast.fingerprint import fingerprint
 from orthrus_fast.server.access import read_keys
 from orthrus_fast.server.protocol import served_name
-from orthrus_fast.errors import RequestError
 from tests.cli.test_generate import ROOT, assert_refused, run
 from tests.engine.solo import load
 from tests.server.serving import write_chatting

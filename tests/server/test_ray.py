@@ -1,0 +1,345 @@
+"""Replicas under Ray Serve: the same texts, who gets which request, and replicas that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from orthrus_fast import Decoder, SamplingParams, load
+from orthrus_fast.cli.serve import OF_RAY
+from orthrus_fast.errors import RequestError
+from orthrus_fast.fingerprint import fingerprint
+from orthrus_fast.server.metrics import merged
+from tests.server.serving import Access, Served, serving_app, until
+
+os.environ.update(OF_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))  # which Ray reads on import
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
+
+from ray import serve  # noqa: E402
+from ray.exceptions import ActorDiedError  # noqa: E402
+
+from orthrus_fast.server import ray as replicas  # noqa: E402
+
+TABLES = [f"Convert to JSON:\n\nname,age\nAnn,{age}\nBob,{90 - age}" for age in range(31, 47)]
+
+ARGUMENTS = replicas.Arguments(slots=4, load={"device": "cpu"}, model="embedded")
+
+
+def chat(table: str, **settings: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": table}], "max_tokens": 64, "temperature": 0.8}
+    return {**body, "seed": len(table), **settings}
+
+
+# Without a cluster
+
+
+def test_requests_of_a_conversation_begin_alike() -> None:
+    system, first = {"role": "system", "content": "s"}, {"role": "user", "content": "a"}
+    more = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+    def beginning(**body: Any) -> str:
+        return replicas.what_is_asked(json.dumps(body).encode())[0]
+
+    one = beginning(messages=[system, first])
+    assert one and one == beginning(messages=[system, first, *more], stream=True, seed=3)
+    assert one != beginning(messages=[first]) and one != beginning(messages=[system, more[1]])
+    assert beginning(prompt="x" * 600) == beginning(prompt="x" * 700) != beginning(prompt="x")
+    assert beginning(prompt=[1, 2]) and beginning(messages=[system]) and not beginning()
+    assert replicas.what_is_asked(b'{"system_fingerprint": "fp_1"}') == ("", "fp_1")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b'{"messages": 3}', b'{"messages": [3]}', b"[" * 9999, b"\xff"]
+)
+def test_a_body_that_is_no_request_has_no_beginning(body: bytes) -> None:
+    assert replicas.what_is_asked(body) == ("", None)
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, asked: str | None, ring: str, queues: str) -> list[str]:
+    """Names of replicas, in the order in which they are asked; a name's letter is its chip's."""
+    of = {
+        name: SimpleNamespace(
+            replica_id=name, routing_stats={} if name[0] == "?" else {"fingerprint": name[0]}
+        )
+        for name in ring.split()
+    }
+
+    async def ranks(*_: Any) -> list[list[Any]]:
+        return [[one] for one in of.values()]
+
+    monkeypatch.setattr(replicas.ConsistentHashRouter, "choose_replicas", ranks)
+    router: Any = replicas.ConversationRouter.__new__(replicas.ConversationRouter)
+    lengths = dict(zip(of, map(int, queues.split()), strict=True))
+    router._replica_queue_len_cache, router._busy_at = lengths, 4
+    request: Any = SimpleNamespace(args=[{}, b"", asked])
+    groups = asyncio.run(router.choose_replicas(list(of.values()), request))
+    return [",".join(one.replica_id for one in group) for group in groups if group]
+
+
+def test_the_router_goes_round_the_ring_past_who_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, None, "a1 a2 b1", "0 0 0") == ["a1", "a2", "b1"]
+    assert chosen(monkeypatch, None, "a1 a2 b1", "4 3 0") == ["a2", "b1", "a1"]
+    assert chosen(monkeypatch, None, "a1 a2 b1", "4 5 0") == ["b1", "a1,a2"]
+    assert chosen(monkeypatch, None, "a1 a2", "9 9") == ["a1,a2"]
+
+
+def test_the_router_knows_kinds_of_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, "b", "a1 b1 a2 b2", "0 0 0 0") == ["b1", "b2"]
+    assert chosen(monkeypatch, "b", "a1 b1 a2 b2", "0 9 0 9") == ["b1,b2"]
+    assert chosen(monkeypatch, "b", "a1 ?1", "0 0") == ["?1"]  # one that has not said yet
+    assert chosen(monkeypatch, "c", "a1 b1", "0 0") == ["a1", "b1"]  # which refuses it by name
+
+
+def test_a_replica_that_dies_ends_a_stream_with_an_error() -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"two"
+        raise ActorDiedError
+
+    async def all_of_it() -> list[bytes]:
+        return [part async for part in replicas.rest(b"one", parts())]
+
+    one, two, end = asyncio.run(all_of_it())
+    assert (one, two) == (b"one", b"two")
+    told = json.loads(end.removeprefix(b"data: "))["error"]
+    assert told["type"] == "server_error" and "died" in told["message"]
+
+
+def test_metrics_are_merged_by_replica() -> None:
+    def counted(n: int) -> list[Any]:
+        registry = CollectorRegistry()
+        Counter("orthrus_things", "Things", ["kind"], registry=registry).labels("x").inc(n)
+        return list(registry.collect())
+
+    text = merged([("one", counted(1)), ("two", counted(2))]).decode()
+    assert 'orthrus_things_total{kind="x",replica="one"} 1.0' in text
+    assert 'orthrus_things_total{kind="x",replica="two"} 2.0' in text
+    assert text.count("# TYPE orthrus_things_total ") == 1
+
+
+def test_arguments_of_a_config_file_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="slot_s"):
+        replicas.build({"slot_s": 3})
+    monkeypatch.delenv("ORTHRUS_API_KEY", raising=False)
+    with pytest.raises(RequestError, match="ORTHRUS_API_KEY"):
+        replicas.build({"host": "0.0.0.0"})
+
+
+@pytest.mark.parametrize("host, passes", [("127.0.0.1", True), ("192.0.2.7", False)])
+def test_without_a_key_other_machines_are_refused(host: str, passes: bool) -> None:
+    nothing: Any = SimpleNamespace()
+    ingress = replicas.Ingress(replicas.Arguments(), nothing)
+    request: Any = SimpleNamespace(client=SimpleNamespace(host=host))
+    response = asyncio.run(ingress(request))
+    assert isinstance(response, replicas.Passed) == passes
+    assert passes or response.status_code == 403
+
+
+# Under real Ray
+
+
+@pytest.fixture(scope="module")
+def alone() -> Decoder:
+    return load(device="cpu", prefix_reuse=False)
+
+
+@pytest.fixture(scope="module")
+def handle() -> Iterator[Any]:
+    with replicas.local_replicas(ARGUMENTS, 2, on_gpus=False) as handle:
+        yield handle
+
+
+@pytest.fixture
+def served(handle: Any) -> Iterator[Served]:
+    with serving_app(replicas.create_front(handle, Access())) as served:
+        until(lambda: n_replicas(served) == 2, 60)
+        yield served
+
+
+def n_replicas(served: Served) -> int:
+    return int(httpx.get(f"{served.url}/health", timeout=30).json()["replicas"])
+
+
+def text_of(decoder: Decoder, body: dict[str, Any]) -> str:
+    params = SamplingParams(0.8, seed=body["seed"])
+    return decoder.generate(body["messages"], body["max_tokens"], params).text
+
+
+def ask(served: Served, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+    response = served.post("/v1/chat/completions", body, headers=headers)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def by_replica(served: Served, name: str) -> list[float]:
+    """The values of a metric, one for each replica and what else its labels tell apart."""
+    return [value for key, value in served.metrics().items() if key.startswith(name + "{")]
+
+
+@pytest.mark.slow
+def test_texts_are_those_of_a_single_server(served: Served, alone: Decoder) -> None:
+    bodies = [chat(table, seed=n) for n, table in enumerate(TABLES)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda body: ask(served, body), bodies))
+    assert {one["system_fingerprint"] for one in answers} == {fingerprint(alone)}
+    texts = [one["choices"][0]["message"]["content"] for one in answers]
+    assert texts == [text_of(alone, body) for body in bodies]
+    decoded = by_replica(served, "orthrus_tokens_total")
+    assert len(decoded) == 2 and min(decoded) > 0
+    streamed = served.client().chat.completions.create(
+        model="embedded", stream=True, **{k: v for k, v in bodies[0].items()}
+    )
+    assert "".join(one.choices[0].delta.content or "" for one in streamed) == texts[0]
+
+
+@pytest.mark.slow
+def test_the_next_turn_finds_its_rows_cached(served: Served) -> None:
+    for table in TABLES[:6]:
+        body = chat(table, temperature=0)
+        first = ask(served, body)
+        message = first["choices"][0]["message"]
+        more = [message, {"role": "user", "content": "Convert to JSON:\n\nname\nEve"}]
+        body["messages"] += more
+        second = ask(served, body)["usage"]
+        kept = first["usage"]["total_tokens"] - 4
+        assert second["prompt_tokens_details"]["cached_tokens"] >= kept
+
+
+@pytest.mark.slow
+def test_a_fingerprint_may_be_asked_for(served: Served, alone: Decoder) -> None:
+    body = chat(TABLES[0])
+    known = fingerprint(alone)
+    assert ask(served, {**body, "system_fingerprint": known})["system_fingerprint"] == known
+    response = served.post("/v1/chat/completions", {**body, "system_fingerprint": "fp_other"})
+    assert response.status_code == 404 and "'fp_other' is not served here" in response.text
+
+
+@pytest.mark.slow
+def test_the_front_guards_and_answers_as_a_single_server(handle: Any) -> None:
+    key = "a-key-of-some-length"
+    with serving_app(replicas.create_front(handle, Access(keys=(key,)))) as served:
+        path = "/v1/chat/completions"
+        assert served.post(path, chat(TABLES[0])).status_code == 401
+        bearer = {"Authorization": f"Bearer {key}"}
+        assert served.post(path, chat(TABLES[0]), headers=bearer).status_code == 200
+        refused = served.post(path, {"beams": 3}, headers=bearer)
+        assert refused.status_code == 400 and "messages" in refused.text
+        text = {**bearer, "Content-Type": "text/plain"}
+        assert httpx.post(served.url + path, content=b"x", headers=text).status_code == 415
+        assert httpx.get(served.url, headers={"Host": "example.org"}).status_code == 403
+        assert httpx.get(f"{served.url}/nothing", headers=bearer).status_code == 404
+        page = httpx.get(served.url)
+        assert "<!doctype html>" in page.text and "content-security-policy" in page.headers
+        assert page.headers.get_list("x-content-type-options") == ["nosniff"]
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_ends_its_text(served: Served) -> None:
+    body = chat(TABLES[0], max_tokens=900, temperature=5, seed=1, mode="ar", stream=True)
+    url = f"{served.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        next(response.iter_lines())
+        until(lambda: sum(by_replica(served, "orthrus_running")) == 1)
+    until(lambda: sum(by_replica(served, "orthrus_running")) == 0)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={**body, "stream": False}, timeout=0.5)
+    until(lambda: sum(by_replica(served, "orthrus_running")) == 0)
+
+
+class Load:
+    """Clients that ask one request after another until the block ends."""
+
+    def __init__(self, served: Served, n_clients: int) -> None:
+        self.answers: list[tuple[dict[str, Any], str, bool]] = []  # body, text, whole
+        self._served, self._n_clients, self._over = served, n_clients, False
+        self._pool = ThreadPoolExecutor(n_clients)
+
+    def __enter__(self) -> Load:
+        self._clients = [self._pool.submit(self._ask_on, i) for i in range(self._n_clients)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        for client in self._clients:
+            client.result()
+
+    def _ask_on(self, client: int) -> None:
+        number = client
+        while not self._over:
+            number += self._n_clients
+            table = TABLES[number % len(TABLES)]
+            body = chat(table, seed=number, max_tokens=96, stream=client % 2 == 0)
+            self.answers.append((body, *(self._stream if body["stream"] else self._whole)(body)))
+
+    def _whole(self, body: dict[str, Any]) -> tuple[str, bool]:
+        return ask(self._served, body)["choices"][0]["message"]["content"], True
+
+    def _stream(self, body: dict[str, Any]) -> tuple[str, bool]:
+        """A text as far as it came, and whether that is all of it, or an error ended it."""
+        url = f"{self._served.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            assert response.status_code == 200
+            lines = [line[6:] for line in response.iter_lines() if line]
+        *events, last = lines
+        parsed = [json.loads(one) for one in events]
+        choices = [one["choices"][0] for one in parsed]
+        assert len({one["id"] for one in parsed}) == 1  # of one answer
+        assert [one["delta"].get("role") for one in choices].count("assistant") == 1
+        if last != "[DONE]":
+            assert json.loads(last)["error"]["type"] == "server_error"
+        return "".join(one["delta"].get("content", "") for one in choices), last == "[DONE]"
+
+
+def check(answers: list[tuple[dict[str, Any], str, bool]], alone: Decoder) -> None:
+    """Texts are whole and the right ones, or begin as these do."""
+    for body, text, whole in answers:
+        expected = text_of(alone, body)
+        assert text == expected if whole else expected.startswith(text)
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_killed_under_load(served: Served, alone: Decoder) -> None:
+    """What had sent nothing is asked again elsewhere, what had streamed ends with an error."""
+    with Load(served, 12) as load:
+        until(lambda: len(load.answers) > 12, 60)
+        [victim, _] = [one for one in replica_names() if "#Replica#" in one]
+        ray.kill(ray.get_actor(victim, namespace="serve"))
+        n_before = len(load.answers)
+        until(lambda: n_replicas(served) == 2 and victim not in replica_names(), 60)
+        until(lambda: len(load.answers) > n_before + 24, 60)
+    broken = [body for body, _, whole in load.answers if not whole]
+    assert broken and all(body["stream"] for body in broken) and len(broken) <= 6
+    check(load.answers, alone)
+    assert sum(by_replica(served, "orthrus_running")) == 0
+
+
+def replica_names() -> list[str]:
+    names = ray.util.list_named_actors(all_namespaces=True)
+    return [one["name"] for one in names if one["name"].startswith("SERVE_REPLICA")]
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_while_serving(served: Served, alone: Decoder) -> None:
+    def scale(n: int) -> None:
+        each = {"num_cpus": 1}
+        app = replicas.replicas_of(ARGUMENTS, num_replicas=n, ray_actor_options=each)
+        serve.run(app, name="orthrus", route_prefix=None)
+        until(lambda: n_replicas(served) == n, 60)
+        n_before = len(load.answers)
+        until(lambda: len(load.answers) > n_before + 12, 60)
+
+    with Load(served, 6) as load:
+        for n in (1, 2):
+            scale(n)
+    assert all(whole for _, _, whole in load.answers)
+    check(load.answers, alone)
