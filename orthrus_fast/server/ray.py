@@ -58,7 +58,7 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string")
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
-Head = tuple[int, list[tuple[bytes, bytes]]]  # status and headers
+Begun = tuple[int, list[tuple[bytes, bytes]], bytes]  # status, headers, first part of the body
 Parts = Any  # DeploymentResponseGenerator, whose methods have no types
 
 
@@ -99,11 +99,8 @@ class Replica:
 
     async def answer(
         self, scope: Scope, body: bytes, asked: str | None
-    ) -> AsyncIterator[Head | bytes]:
-        """Yield a response's status and headers, and then its body in parts.
-
-        ``asked``, the fingerprint, is for the router.
-        """
+    ) -> AsyncIterator[Begun | bytes]:
+        """Yield a response's beginning, then its body in parts; ``asked`` is for the router."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         received: Iterator[Message] = iter([{"type": "http.request", "body": body}])
 
@@ -115,12 +112,13 @@ class Replica:
         answering = asyncio.create_task(self._app(scope, receive, sent.put))
         answering.add_done_callback(lambda _: sent.put_nowait(None))
         try:
-            while (message := await sent.get()) is not None:
-                if message["type"] == "http.response.start":
-                    self._service.answered(scope["path"], message["status"])
-                    yield message["status"], message["headers"]
-                elif message.get("body"):
-                    yield message["body"]
+            if (start := await sent.get()) is None:
+                raise RuntimeError("the application gave no response")
+            self._service.answered(scope["path"], start["status"])
+            bodies = together(sent)
+            yield start["status"], start["headers"], await anext(bodies, b"")
+            async for part in bodies:
+                yield part
         finally:
             answering.cancel()
 
@@ -187,7 +185,7 @@ class Front:
         for _ in range(ATTEMPTS):
             parts: Parts = replicas.answer.remote(scope, body, asked)
             try:
-                (status, headers), part = await unless_gone(request, begun(parts))
+                status, headers, part = await unless_gone(request, anext(parts))
             except RayActorError:
                 continue  # nothing was sent: another replica may answer
             except BackPressureError:
@@ -239,9 +237,15 @@ def what_is_asked(body: bytes) -> tuple[str, str | None]:
     return json.dumps(first) if first else "", fingerprint
 
 
-async def begun(parts: Parts) -> tuple[Head, bytes]:
-    """Status, headers and the first part of a response's body: before them nothing is sent."""
-    return await anext(parts), await anext(parts, b"")
+async def together(sent: asyncio.Queue[Message | None]) -> AsyncIterator[bytes]:
+    """The parts of a body, as one where they have come at once, until None comes."""
+    messages: list[Message | None] = []
+    while None not in messages:
+        messages = [await sent.get()]
+        while not sent.empty():
+            messages.append(sent.get_nowait())
+        if body := b"".join(one.get("body", b"") for one in messages if one is not None):
+            yield body
 
 
 async def rest(part: bytes, parts: Parts) -> AsyncIterator[bytes]:

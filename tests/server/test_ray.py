@@ -248,7 +248,8 @@ def test_a_client_that_leaves_ends_its_text(served: Served) -> None:
     body = chat(TABLES[0], max_tokens=900, temperature=5, seed=1, mode="ar", stream=True)
     url = f"{served.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # which ends the stream when nobody has it any more
+        next(lines)
         until(lambda: sum(by_replica(served, "orthrus_running")) == 1)
     until(lambda: sum(by_replica(served, "orthrus_running")) == 0)
     with pytest.raises(httpx.ReadTimeout):
