@@ -89,7 +89,7 @@ def main() -> int:
         raise RequestError("--prompts-file: the prompts to decode")
     lines, asked = read_lines(args)
     with Results(args.output) as results:
-        ray.init(**({} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}))
+        ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         on_gpus = args.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         each = {"num_gpus": 1} if on_gpus else {"num_cpus": 1}

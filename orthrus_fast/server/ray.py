@@ -25,7 +25,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import Metric
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle
@@ -176,12 +176,13 @@ class Front:
     async def pass_on(self, request: Request) -> Response:
         """The response of the replica that has the conversation's beginning, or of another."""
         body = await read_body(request) if request.method == "POST" else b""
-        key = request.scope["orthrus_key"]
+        key = digest(request.scope["orthrus_key"])  # which itself stays here, as most headers do
         beginning, asked = what_is_asked(body)
-        session = hashlib.sha256(f"{key}\n{beginning}".encode()).hexdigest() if beginning else ""
+        session = digest(key + beginning) if beginning else ""
         replicas = self._replicas.options(session_id=session, stream=True)
         scope = {name: request.scope[name] for name in PASSED_ON}
-        scope |= {"headers": request.headers.raw, "orthrus_key": key}
+        kind = request.headers.get("content-type", "").encode("latin-1")
+        scope |= {"headers": [(b"content-type", kind)], "orthrus_key": key}
         for _ in range(ATTEMPTS):
             parts: Parts = replicas.answer.remote(scope, body, asked)
             try:
@@ -215,6 +216,11 @@ class Front:
             return await answers.results_async(timeout_s=STATUS_SECONDS, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
             return []
+
+
+def digest(text: str) -> str:
+    """A name of a text that does not tell it."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def what_is_asked(body: bytes) -> tuple[str, str | None]:
@@ -254,7 +260,7 @@ async def rest(part: bytes, parts: Parts) -> AsyncIterator[bytes]:
     try:
         async for part in parts:
             yield part
-    except RayActorError:
+    except RayError:
         message = "the replica that decoded this text died; ask again"
         yield event(error_object(500, message))
 
