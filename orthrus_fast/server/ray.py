@@ -360,9 +360,6 @@ def local_replicas(
             raise RequestError(f"{n_replicas} replicas need as many GPUs; there are {found:.0f}")
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         app = replicas_of(arguments, num_replicas=n_replicas, ray_actor_options=each)
-        try:
-            yield serve.run(app, name="orthrus", route_prefix=None)
-        finally:
-            serve.shutdown()
+        yield serve.run(app, name="orthrus", route_prefix=None)
     finally:
         ray.shutdown()

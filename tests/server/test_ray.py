@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import secrets
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +34,11 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.
 
 from ray import serve  # noqa: E402
 from ray.exceptions import ActorDiedError  # noqa: E402
+from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from orthrus_fast.server import ray as replicas  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = [f"Convert to JSON:\n\nname,age\nAnn,{age}\nBob,{90 - age}" for age in range(31, 47)]
 
 ARGUMENTS = replicas.Arguments(slots=4, load={"device": "cpu"}, model="embedded")
@@ -257,6 +266,26 @@ def test_a_client_that_leaves_ends_its_text(served: Served) -> None:
     until(lambda: sum(by_replica(served, "orthrus_running")) == 0)
 
 
+def stream(served: Served, body: dict[str, Any]) -> tuple[str, bool]:
+    """A text as far as it came, and whether that is all of it, or an error ended it."""
+    url = f"{served.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        assert response.status_code == 200
+        lines = [line[6:] for line in response.iter_lines() if line]
+    *events, last = lines
+    parsed = [json.loads(one) for one in events]
+    choices = [one["choices"][0] for one in parsed]
+    assert len({one["id"] for one in parsed}) == 1  # of one answer
+    assert [one["delta"].get("role") for one in choices].count("assistant") == 1
+    if last != "[DONE]":
+        assert json.loads(last)["error"]["type"] == "server_error"
+    return "".join(one["delta"].get("content", "") for one in choices), last == "[DONE]"
+
+
+def whole(served: Served, body: dict[str, Any]) -> tuple[str, bool]:
+    return ask(served, body)["choices"][0]["message"]["content"], True
+
+
 class Load:
     """Clients that ask one request after another until the block ends."""
 
@@ -280,32 +309,14 @@ class Load:
             number += self._n_clients
             table = TABLES[number % len(TABLES)]
             body = chat(table, seed=number, max_tokens=96, stream=client % 2 == 0)
-            self.answers.append((body, *(self._stream if body["stream"] else self._whole)(body)))
-
-    def _whole(self, body: dict[str, Any]) -> tuple[str, bool]:
-        return ask(self._served, body)["choices"][0]["message"]["content"], True
-
-    def _stream(self, body: dict[str, Any]) -> tuple[str, bool]:
-        """A text as far as it came, and whether that is all of it, or an error ended it."""
-        url = f"{self._served.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=body, timeout=60) as response:
-            assert response.status_code == 200
-            lines = [line[6:] for line in response.iter_lines() if line]
-        *events, last = lines
-        parsed = [json.loads(one) for one in events]
-        choices = [one["choices"][0] for one in parsed]
-        assert len({one["id"] for one in parsed}) == 1  # of one answer
-        assert [one["delta"].get("role") for one in choices].count("assistant") == 1
-        if last != "[DONE]":
-            assert json.loads(last)["error"]["type"] == "server_error"
-        return "".join(one["delta"].get("content", "") for one in choices), last == "[DONE]"
+            self.answers.append((body, *(stream if body["stream"] else whole)(self._served, body)))
 
 
 def check(answers: list[tuple[dict[str, Any], str, bool]], alone: Decoder) -> None:
     """Texts are whole and the right ones, or begin as these do."""
-    for body, text, whole in answers:
+    for body, text, is_whole in answers:
         expected = text_of(alone, body)
-        assert text == expected if whole else expected.startswith(text)
+        assert text == expected if is_whole else expected.startswith(text)
 
 
 @pytest.mark.slow
@@ -318,7 +329,7 @@ def test_a_replica_that_is_killed_under_load(served: Served, alone: Decoder) -> 
         n_before = len(load.answers)
         until(lambda: n_replicas(served) == 2 and victim not in replica_names(), 60)
         until(lambda: len(load.answers) > n_before + 24, 60)
-    broken = [body for body, _, whole in load.answers if not whole]
+    broken = [body for body, _, is_whole in load.answers if not is_whole]
     assert broken and all(body["stream"] for body in broken) and len(broken) <= 6
     check(load.answers, alone)
     assert sum(by_replica(served, "orthrus_running")) == 0
@@ -342,5 +353,110 @@ def test_replicas_come_and_go_while_serving(served: Served, alone: Decoder) -> N
     with Load(served, 6) as load:
         for n in (1, 2):
             scale(n)
-    assert all(whole for _, _, whole in load.answers)
+    assert all(is_whole for _, _, is_whole in load.answers)
     check(load.answers, alone)
+
+
+# Commands
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A program in the clone, which is ended with the block if it has not ended."""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["start_new_session"] = True
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, **pipes)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_the_command_serves_replicas_until_a_signal() -> None:
+    flags = ("--replicas", "2", "--device", "cpu", "--port", "0")
+    with started(sys.executable, "-m", "orthrus_fast", "serve", *flags) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r"at (http://\S+)/$", line.strip())
+        assert found is not None, line + process.stdout.read()
+        until(lambda: httpx.get(f"{found[1]}/health").json()["replicas"] == 2, 60)
+        response = httpx.post(f"{found[1]}/v1/chat/completions", json=chat(TABLES[0]), timeout=60)
+        assert response.status_code == 200
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and output in ("", "Ctrl-C ends the server\n")
+
+
+@pytest.mark.slow
+def test_the_config_file_runs_as_it_stands(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "replicas.yaml").read_text(encoding="utf-8")
+    port = free_port()
+    (tmp_path / "replicas.yaml").write_text(text.replace("port: 8000", f"port: {port}"))
+    url = f"http://127.0.0.1:{port}"
+    script = str(Path(sys.executable).with_name("serve"))
+    with started(script, "run", str(tmp_path / "replicas.yaml")):
+        until(lambda: answers(f"{url}/health"), 90)
+        served: Any = SimpleNamespace(url=url)
+        until(lambda: n_replicas(served) == 2, 60)
+        text, is_whole = stream(served, chat(TABLES[0], stream=True, temperature=0))
+        assert is_whole and json.loads(text)
+        assert httpx.get(url, headers={"Host": "example.org"}).status_code == 403
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_the_config_file_of_gpus_has_known_arguments(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    config = yaml.safe_load((ROOT / "docs" / "replicas-gpus.yaml").read_text(encoding="utf-8"))
+    schema = ServeDeploySchema.model_validate(config)
+    [application] = schema.applications
+    assert application.args["host"] == schema.http_options.host == "0.0.0.0"
+    assert {one.name for one in application.deployments} == {"Ingress", "Replica"}
+    (tmp_path / "keys").write_text("a-key-of-some-length\n")
+    replicas.build({**application.args, "api_key_file": str(tmp_path / "keys")})
+
+
+def results_of(path: Path) -> list[Any]:
+    """A results file without times, its results by their place among the prompts."""
+    header, *lines = (json.loads(line) for line in path.read_text(encoding="ascii").splitlines())
+    results = sorted(lines, key=lambda one: one["index"])
+    times = ("time_to_first_token", "seconds", "tokens_per_second", "reused_tokens")
+    for one in results:
+        one["stats"] = {k: v for k, v in one["stats"].items() if k not in times}
+    return [header, *results]
+
+
+@pytest.mark.slow
+def test_ray_data_writes_what_one_machine_writes(tmp_path: Path) -> None:
+    lines = (ROOT / "model" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:14]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    flags = ["--prompts-file", str(tmp_path / "prompts.jsonl"), "--device", "cpu", "--slots", "2"]
+    flags += ["--max-new-tokens", "24", "--temperature", "0.7", "--seed", "5"]
+
+    def run(module: str, output: str) -> list[Any]:
+        command = [sys.executable, "-m", module, *flags, "--output", str(tmp_path / output)]
+        command[3:3] = ["generate"] if module == "orthrus_fast" else []
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=variables, check=True, timeout=120)
+        return results_of(tmp_path / output)
+
+    expected = run("orthrus_fast", "one.jsonl")
+    assert run("scripts.batch_on_ray", "many.jsonl") == expected and len(expected) == 15
+    whole = (tmp_path / "many.jsonl").read_text(encoding="ascii")
+    cut = whole[: whole.index("\n", len(whole) // 2) + 20]  # as a run that is killed leaves it
+    (tmp_path / "many.jsonl").write_text(cut)
+    assert run("scripts.batch_on_ray", "many.jsonl") == expected
+    assert (tmp_path / "many.jsonl").read_text(encoding="ascii").startswith(cut[:-20])
