@@ -76,8 +76,9 @@ def several_replicas(args: argparse.Namespace, access: Access) -> Iterator[Guard
     from orthrus_fast.server.ray import Arguments, create_front, local_replicas
 
     on_gpus = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    here = args.checkpoint is not None and os.path.exists(args.checkpoint)
     settings = Arguments(
-        checkpoint=args.checkpoint,
+        checkpoint=os.path.abspath(args.checkpoint) if here else args.checkpoint,
         slots=args.slots,
         load=load_settings(args),
         model=args.served_model_name,
