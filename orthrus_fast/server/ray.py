@@ -53,6 +53,7 @@ ATTEMPTS = 4  # replicas that may die under one request
 BEGINNING = 512  # characters or ids of a raw prompt that say which conversation it is
 STATUS_SECONDS = 5  # that replicas may take to say how they are
 STORE_BYTES = 100 * 2**20  # of Ray's memory for large objects, of which there are none
+NAME = "orthrus"  # of the application
 MANY = 100_000  # requests at a front, which wait there for a replica
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string")
@@ -359,7 +360,14 @@ def local_replicas(
         if on_gpus and (found := ray.cluster_resources().get("GPU", 0)) < n_replicas:
             raise RequestError(f"{n_replicas} replicas need as many GPUs; there are {found:.0f}")
         serve.start(proxy_location="Disabled", logging_config=QUIET)
-        app = replicas_of(arguments, num_replicas=n_replicas, ray_actor_options=each)
-        yield serve.run(app, name="orthrus", route_prefix=None)
+        more: dict[str, Any] = {"ray_actor_options": each, "max_constructor_retry_count": 1}
+        app = replicas_of(arguments, num_replicas=n_replicas, **more)
+        try:
+            handle = serve.run(app, name=NAME, route_prefix=None)
+        except RuntimeError:
+            [replicas] = serve.status().applications[NAME].deployments.values()
+            said = one_line(replicas.message.strip().splitlines()[-1])
+            raise RequestError(f"the replicas do not start: {said}") from None
+        yield handle
     finally:
         ray.shutdown()

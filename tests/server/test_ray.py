@@ -344,7 +344,8 @@ def replica_names() -> list[str]:
 def test_replicas_come_and_go_while_serving(served: Served, alone: Decoder) -> None:
     def scale(n: int) -> None:
         each = {"num_cpus": 1}
-        app = replicas.replicas_of(ARGUMENTS, num_replicas=n, ray_actor_options=each)
+        more = {"ray_actor_options": each, "max_constructor_retry_count": 1}
+        app = replicas.replicas_of(ARGUMENTS, num_replicas=n, **more)
         serve.run(app, name="orthrus", route_prefix=None)
         until(lambda: n_replicas(served) == n, 60)
         n_before = len(load.answers)
@@ -396,6 +397,15 @@ def test_the_command_serves_replicas_until_a_signal() -> None:
 
 
 @pytest.mark.slow
+def test_replicas_that_do_not_start_say_why(tmp_path: Path) -> None:
+    flags = ("--replicas", "2", "--device", "cpu", "--port", "0", "--checkpoint", str(tmp_path))
+    with started(sys.executable, "-m", "orthrus_fast", "serve", *flags) as process:
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 2 and "config.json: file not found" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_the_config_file_runs_as_it_stands(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "replicas.yaml").read_text(encoding="utf-8")
     port = free_port()
@@ -441,7 +451,7 @@ def results_of(path: Path) -> list[Any]:
 
 @pytest.mark.slow
 def test_ray_data_writes_what_one_machine_writes(tmp_path: Path) -> None:
-    lines = (ROOT / "model" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:14]
+    lines = (ROOT / "model" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:9]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     flags = ["--prompts-file", str(tmp_path / "prompts.jsonl"), "--device", "cpu", "--slots", "2"]
     flags += ["--max-new-tokens", "24", "--temperature", "0.7", "--seed", "5"]
@@ -454,7 +464,7 @@ def test_ray_data_writes_what_one_machine_writes(tmp_path: Path) -> None:
         return results_of(tmp_path / output)
 
     expected = run("orthrus_fast", "one.jsonl")
-    assert run("scripts.batch_on_ray", "many.jsonl") == expected and len(expected) == 15
+    assert run("scripts.batch_on_ray", "many.jsonl") == expected and len(expected) == 10
     whole = (tmp_path / "many.jsonl").read_text(encoding="ascii")
     cut = whole[: whole.index("\n", len(whole) // 2) + 20]  # as a run that is killed leaves it
     (tmp_path / "many.jsonl").write_text(cut)
