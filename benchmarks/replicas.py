@@ -2,10 +2,10 @@
 
     python benchmarks/replicas.py --json result.json
 
-`orthrus serve` on a replica's share of the cores and `orthrus serve --replicas N` on all of them take
-the same requests in alternating rounds, from clients in another process; their texts must be equal.
-CPU seconds are those of a server and all its children, Ray's included: on a machine that is busy
-with other work they say more than requests a second.
+`orthrus serve` on a replica's share of the cores and `orthrus serve --replicas N` on all of them
+take the same requests in alternating rounds, from clients in another process; their texts must be
+equal. CPU seconds are those of a server and all its children, Ray's included: on a machine that is
+busy with other work they say more than requests a second.
 """
 
 from __future__ import annotations

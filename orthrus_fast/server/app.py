@@ -22,7 +22,7 @@ from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import OrthrusError, RequestError
 from orthrus_fast.options import MODES
 from orthrus_fast.server.access import Access, Guard, error_object, policy_of
-from orthrus_fast.server.answers import Answer, ChatChoice, Choice, TextChoice, event
+from orthrus_fast.server.answers import END, Answer, ChatChoice, Choice, TextChoice, event
 from orthrus_fast.server.metrics import Metrics
 from orthrus_fast.server.parsing import THOUGHT
 from orthrus_fast.server.protocol import (
@@ -288,7 +288,7 @@ async def events(job: Job, answer: Answer, with_usage: bool) -> AsyncIterator[by
         told = []
     if with_usage:
         yield event(answer.chunk([], usage=answer.usage()))
-    yield b"data: [DONE]\n\n"
+    yield END
 
 
 EVENTS = {

@@ -37,8 +37,9 @@ from orthrus_fast.errors import QueueFullError, RequestError, one_line
 from orthrus_fast.fingerprint import fingerprint
 from orthrus_fast.loading import load
 from orthrus_fast.server.access import Access, Guard, error_object, is_loopback, read_keys
-from orthrus_fast.server.answers import event
+from orthrus_fast.server.answers import END, event
 from orthrus_fast.server.app import (
+    EVENTS,
     Sending,
     ServerSettings,
     Service,
@@ -196,7 +197,8 @@ class Front:
                 parts.cancel()
                 raise
             named = {name.decode(): value.decode() for name, value in headers}
-            return Sending(rest(part, parts), parts.cancel, named, status)
+            is_stream = named.get("content-type") == EVENTS["content-type"]
+            return Sending(rest(part, parts, is_stream), parts.cancel, named, status)
         raise HTTPError(503, f"{ATTEMPTS} replicas died under this request; try again later")
 
     async def health(self) -> Response:
@@ -255,15 +257,19 @@ async def together(sent: asyncio.Queue[Message | None]) -> AsyncIterator[bytes]:
             yield body
 
 
-async def rest(part: bytes, parts: Parts) -> AsyncIterator[bytes]:
-    """A body whose first part is here; an event says so where the replica dies."""
+async def rest(part: bytes, parts: Parts, is_stream: bool) -> AsyncIterator[bytes]:
+    """A body whose first part is here; an event says so where the replica dies.
+
+    It may die when all has come and only this is unknown: all but streams come in one part.
+    """
     yield part
     try:
         async for part in parts:
             yield part
     except RayError:
-        message = "the replica that decoded this text died; ask again"
-        yield event(error_object(500, message))
+        if is_stream and not part.endswith(END):
+            message = "the replica that decoded this text died; ask again"
+            yield event(error_object(500, message))
 
 
 def create_front(replicas: DeploymentHandle[Any], access: Access) -> Guard:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,14 +111,17 @@ def test_the_router_knows_kinds_of_chips(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_replica_that_dies_ends_a_stream_with_an_error() -> None:
-    async def parts() -> AsyncIterator[bytes]:
-        yield b"two"
+    async def parts(second: bytes) -> AsyncIterator[bytes]:
+        yield second
         raise ActorDiedError
 
-    async def all_of_it() -> list[bytes]:
-        return [part async for part in replicas.rest(b"one", parts())]
+    async def all_of_it(second: bytes, is_stream: bool = True) -> list[bytes]:
+        return [part async for part in replicas.rest(b"one", parts(second), is_stream)]
 
-    one, two, end = asyncio.run(all_of_it())
+    whole = b"data: {}\n\ndata: [DONE]\n\n"  # it dies before it can say that this is all
+    assert asyncio.run(all_of_it(whole)) == [b"one", whole]
+    assert asyncio.run(all_of_it(b"two", is_stream=False)) == [b"one", b"two"]
+    one, two, end = asyncio.run(all_of_it(b"two"))
     assert (one, two) == (b"one", b"two")
     told = json.loads(end.removeprefix(b"data: "))["error"]
     assert told["type"] == "server_error" and "died" in told["message"]
@@ -234,6 +238,45 @@ def test_a_fingerprint_may_be_asked_for(served: Served, alone: Decoder) -> None:
 
 
 @pytest.mark.slow
+def test_a_cluster_may_have_several_kinds_of_chips(
+    handle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that say so each have a fingerprint of their own."""
+
+    class OfItsKind(replicas.Replica):
+        def __init__(self, arguments: replicas.Arguments) -> None:
+            super().__init__(arguments)
+            self._fingerprint = f"fp_{serve.get_replica_context().replica_id.unique_id}"
+            settings = replace(self._service._settings, fingerprint=self._fingerprint)
+            self._service._settings = settings
+
+    monkeypatch.setattr(replicas, "Replica", OfItsKind)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        app = replicas.replicas_of(ARGUMENTS, num_replicas=2, ray_actor_options={"num_cpus": 0})
+        several = serve.run(app, name="kinds", route_prefix=None)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    with serving_app(replicas.create_front(several, Access())) as served:
+        until(lambda: n_replicas(served) == 2, 60)
+        names = re.findall(
+            r'orthrus_running{replica="(\w+)"}', httpx.get(f"{served.url}/metrics").text
+        )
+        kinds = {f"fp_{name}" for name in names}
+        path, body = "/v1/chat/completions", chat(TABLES[0], max_tokens=4)
+        for kind in kinds:  # which the router hears of soon
+            asked = {**body, "system_fingerprint": kind}
+            until(lambda asked=asked: served.post(path, asked).status_code == 200)
+            for table in TABLES[:6]:
+                asked = {**chat(table, max_tokens=4), "system_fingerprint": kind}
+                assert ask(served, asked)["system_fingerprint"] == kind
+        assert {
+            ask(served, chat(table, max_tokens=4))["system_fingerprint"] for table in TABLES
+        } == kinds
+    serve.delete("kinds")
+
+
+@pytest.mark.slow
 def test_the_front_guards_and_answers_as_a_single_server(handle: Any) -> None:
     key = "a-key-of-some-length"
     with serving_app(replicas.create_front(handle, Access(keys=(key,)))) as served:
@@ -254,6 +297,11 @@ def test_the_front_guards_and_answers_as_a_single_server(handle: Any) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_leaves_ends_its_text(served: Served) -> None:
+    check_leaving(served)
+
+
+def check_leaving(served: Served) -> None:
+    """Clients that leave a stream, and before an answer."""
     body = chat(TABLES[0], max_tokens=900, temperature=5, seed=1, mode="ar", stream=True)
     url = f"{served.url}/v1/chat/completions"
     with httpx.stream("POST", url, json=body, timeout=60) as response:
@@ -389,9 +437,13 @@ def test_the_command_serves_replicas_until_a_signal() -> None:
         found = re.search(r"at (http://\S+)/$", line.strip())
         assert found is not None, line + process.stdout.read()
         until(lambda: httpx.get(f"{found[1]}/health").json()["replicas"] == 2, 60)
-        response = httpx.post(f"{found[1]}/v1/chat/completions", json=chat(TABLES[0]), timeout=60)
-        assert response.status_code == 200
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        body = chat(TABLES[0], max_tokens=200, temperature=5, seed=1, mode="ar", stream=True)
+        url = f"{found[1]}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            assert "data: [DONE]" in list(lines)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and output in ("", "Ctrl-C ends the server\n")
 
@@ -414,10 +466,12 @@ def test_the_config_file_runs_as_it_stands(tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name("serve"))
     with started(script, "run", str(tmp_path / "replicas.yaml")):
         until(lambda: answers(f"{url}/health"), 90)
-        served: Any = SimpleNamespace(url=url)
+        nothing: Any = None
+        served = Served(url, nothing)
         until(lambda: n_replicas(served) == 2, 60)
         text, is_whole = stream(served, chat(TABLES[0], stream=True, temperature=0))
         assert is_whole and json.loads(text)
+        check_leaving(served)
         assert httpx.get(url, headers={"Host": "example.org"}).status_code == 403
 
 
