@@ -16,6 +16,7 @@ import json
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -89,10 +90,19 @@ def serving(cores: set[int], n_threads: int, *flags: str) -> Iterator[Server]:
     found = re.search(r":(\d+)/$", process.stdout.readline().strip())
     assert found is not None, "the server did not start"
     try:
+        wait_for(int(found[1]))
         yield Server(process, int(found[1]))
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def wait_for(port: int) -> None:
+    """Return once a server takes connections, a moment after it says that it will."""
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.1)
 
 
 def cpu_seconds(root: int) -> dict[int, float]:
