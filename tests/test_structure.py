@@ -30,7 +30,7 @@ FLOORS = [
     ["engine", "invariance"],
     ["answer"],
     ["decoder"],
-    ["loading", "tuning"],
+    ["fingerprint", "loading", "tuning"],
     ["bench", "server"],
     ["cli"],
     ["__main__"],
@@ -39,11 +39,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 9250,
+    "the core": 9290,
     "engine": 850,
     "tuning": 280,
     "bench": 1750,
-    "server": 1410,  # without its page
+    "server": 1870,  # without its page
     "model.py": 400,
     "benchmarks/report.py": 645,
 }
@@ -171,7 +171,7 @@ def test_what_only_some_need_is_imported_where_it_is_used(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"]
+    "module", ["fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "ray"]
 )
 def test_what_the_server_needs_is_imported_by_the_server_alone(module: str) -> None:
     others = [

@@ -28,26 +28,55 @@ from orthrus_fast.sampling import SamplingParams
 
 def run_batch(args: argparse.Namespace) -> int:
     """Decode --prompts-file into --output, except the prompts whose results are there already."""
-    lines = read_prompts(args.prompts_file)
-    asked = parameters(lines, lambda own: sampling(args, **{"seed": None, **own}))
+    lines, asked = read_lines(args)
     with Results(args.output) as results:
         decoder = load_decoder(args)
-        check_template_flags(decoder, args)
-        unlimited = [line for line in lines if "max_new_tokens" not in line.settings]
-        if args.thinks and args.max_new_tokens is None and unlimited:
-            raise RequestError(
-                f"{unlimited[0].where}: --thinking needs --max-new-tokens with --prompts-file"
-            )
-        params = [resolved(decoder, one) for one in asked]
-        assert decoder.checkpoint is not None  # loaded from one
-        settings = batch_settings(args, resolved(decoder, sampling(args)))
-        header = make_header(decoder, decoder.checkpoint, lines, settings, args.seed)
-        drawing = any(one.temperature > 0 and one.seed is None for one in params)
-        seed = results.begin(header, lines, draw_seed=drawing)
-        params = seeded(params, seed)
-        todo = [line for line in lines if line.index not in results.done]
-        done = decode_lines(decoder, args, todo, [params[line.index] for line in todo])
+        header, params = plan(decoder, args, lines, asked)
+        todo, params, seed = begin(results, header, lines, params)
+        done = decode_lines(decoder, args, todo, params)
         return write_results(results, done, len(lines), seed)
+
+
+def read_lines(args: argparse.Namespace) -> tuple[list[PromptLine], list[SamplingParams]]:
+    """Return the lines of --prompts-file and what each asks for."""
+    lines = read_prompts(args.prompts_file)
+    return lines, parameters(lines, lambda own: sampling(args, **{"seed": None, **own}))
+
+
+def plan(
+    decoder: Decoder,
+    args: argparse.Namespace,
+    lines: Sequence[PromptLine],
+    asked: Sequence[SamplingParams],
+) -> tuple[dict[str, Any], list[SamplingParams]]:
+    """Return the header of the results and the settings of each line; settle the template's flags.
+
+    Raises RequestError for flags that the checkpoint does not go with.
+    """
+    check_template_flags(decoder, args)
+    unlimited = [line for line in lines if "max_new_tokens" not in line.settings]
+    if args.thinks and args.max_new_tokens is None and unlimited:
+        raise RequestError(
+            f"{unlimited[0].where}: --thinking needs --max-new-tokens with --prompts-file"
+        )
+    assert decoder.checkpoint is not None  # loaded from one
+    settings = batch_settings(args, resolved(decoder, sampling(args)))
+    header = make_header(decoder, decoder.checkpoint, lines, settings, args.seed)
+    return header, [resolved(decoder, one) for one in asked]
+
+
+def begin(
+    results: Results,
+    header: dict[str, Any],
+    lines: Sequence[PromptLine],
+    params: Sequence[SamplingParams],
+) -> tuple[list[PromptLine], list[SamplingParams], int | None]:
+    """Return the lines that have no result yet, their settings, and the run's seed."""
+    drawing = any(one.temperature > 0 and one.seed is None for one in params)
+    seed = results.begin(header, lines, draw_seed=drawing)
+    todo = [line for line in lines if line.index not in results.done]
+    every = seeded(params, seed)
+    return todo, [every[line.index] for line in todo], seed
 
 
 def batch_settings(args: argparse.Namespace, params: SamplingParams) -> dict[str, Any]:

@@ -56,6 +56,7 @@ NEAR = {  # flags of other tools, and of earlier versions, to what comes near th
     **dict.fromkeys(("system-prompt", "sys"), "--system"),
     **dict.fromkeys(("enable-thinking", "think", "reasoning"), "--thinking"),
     **dict.fromkeys(("api-key", "api-keys"), "--api-key-file, or ORTHRUS_API_KEY"),
+    **dict.fromkeys(("data-parallel-size", "dp", "num-replicas"), "--replicas"),
     "t": "--temperature T (threads: OMP_NUM_THREADS=N in the environment)",
     "do-sample": "--temperature T, which samples if above 0",
     "greedy": "nothing: it is the default",
@@ -176,6 +177,8 @@ def add_server_flags(group: Group) -> None:
     add("--served-model-name", metavar="NAME", help=name)
     waiting = "texts that wait for a slot at most (default: 256)"
     add("--max-waiting", type=int, default=256, metavar="N", help=waiting)
+    number = "decoders under Ray Serve, a GPU or a share of the cores each (default: no Ray)"
+    add("--replicas", type=int, metavar="N", help=number)
     drain = "seconds for what runs when the server is told to end (default: 10)"
     add("--drain-seconds", type=int, default=10, metavar="S", help=drain)
 

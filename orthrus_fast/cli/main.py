@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except ModuleNotFoundError as error:
         what = "'.[server]'" if error.name in OF_THE_SERVER else "."
+        what = "'.[ray]'" if error.name == "ray" else what
         return fail(f"{error.name} is not installed; run: pip install -e {what} in the repository")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

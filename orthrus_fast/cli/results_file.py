@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from orthrus_fast.checkpoint import Checkpoint
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
-from orthrus_fast.files import TEXT_FILES
+from orthrus_fast.fingerprint import settings_of, weights_digest
 from orthrus_fast.prompts import MAX_LINE_BYTES, PromptLine, as_shown
 from orthrus_fast.results import Generation
 from orthrus_fast.sampling import SamplingParams, is_integer
@@ -35,15 +35,7 @@ except ImportError:  # no such locks on this system
 FORMAT = 1
 HEADER_START = b'{"orthrus_fast_results": '
 SEED_BITS = 48  # of a drawn seed: with an index added it is exact in any reader's JSON numbers
-SAMPLES, SAMPLE_BYTES = 1024, 4096  # of a file of weights that is too large to be read whole
-WHOLE_BYTES = 2**26
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "stop", "logprobs")
-# Where the files lie and which of several equal devices runs them changes no text; nor do tiles,
-# who drafts, the width of a draft and cached rows.
-NOT_SETTINGS = (
-    *("checkpoint", "commit", "device", "tiles", "draft_weights", "weight_bytes"),
-    *("drafting", "prefix_reuse"),
-)
 
 
 # The fingerprint: what results must share to stand in one file.
@@ -77,43 +69,6 @@ def sampling_settings(params: SamplingParams) -> dict[str, Any]:
     """Of the flags, as they stand in a header. The seed stands apart: a run may draw it."""
     settings = {name: getattr(params, name) for name in SAMPLING_FIELDS}
     return settings | ({"grammar": asdict(params.grammar)} if params.grammar else {})
-
-
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over what a checkpoint makes of a prompt: its small files, and its weights in part.
-
-    config.json, the tokenizer's files and the template count whole. Reading all weights again
-    would take as long as loading them: of a file above 64 MiB its size, its header (names, types,
-    shapes) and 1024 evenly spaced pieces of 4 KiB count. Other training changes nearly every
-    weight and is noticed; a change of a few weights between the pieces is not.
-    """
-    digest = hashlib.sha256()
-    small = [checkpoint.directory / name for name in TEXT_FILES]
-    for path in [path for path in small if path.exists()]:
-        digest.update(f"{path.name}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    for path in sorted(set(checkpoint.tensor_files.values())):
-        digest.update(f"{path.name}\n{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
-            for part in _samples(file, path.stat().st_size):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def _samples(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """What of a safetensors file the digest covers."""
-    if size <= WHOLE_BYTES:
-        yield file.read()
-        return
-    length = file.read(8)  # a safetensors file begins with its header's length
-    yield length + file.read(min(int.from_bytes(length, "little"), size))
-    for i in range(SAMPLES):
-        file.seek((size - SAMPLE_BYTES) * i // (SAMPLES - 1))
-        yield file.read(SAMPLE_BYTES)
-
-
-def settings_of(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a decoder's configuration that a text may depend on."""
-    return {name: value for name, value in configuration.items() if name not in NOT_SETTINGS}
 
 
 def _digest(value: Any) -> str:

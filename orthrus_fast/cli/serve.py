@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
+import secrets
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from orthrus_fast.cli.flags import build_serve_parser, spelled
-from orthrus_fast.cli.session import load_decoder, say_loading
+from orthrus_fast.cli.session import load_decoder, load_settings, say_loading
 from orthrus_fast.cli.terminal import printable, write_output
 from orthrus_fast.errors import RequestError
-from orthrus_fast.options import ONE_ROW
 
 if TYPE_CHECKING:
-    from orthrus_fast import Decoder
+    from orthrus_fast.server.access import Access, Guard
 
-KEY_VARIABLE = "ORTHRUS_API_KEY"
-FREE = ("slots", "max_seq_len", "block_size")  # what no text depends on, with one row, one result
+OF_RAY = {
+    "RAY_AUTH_MODE": "token",  # without one a cluster runs whatever it is sent
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: Ray's own ports are on loopback
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes the decoders' time
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -31,33 +34,72 @@ def run(arguments: Sequence[str], prog: str) -> int:
     args = build_serve_parser(prog).parse_args(arguments)
     check_server_flags(args)
     say_loading(args)
-    from orthrus_fast.server.access import Access
-    from orthrus_fast.server.app import ServerSettings, create_app
+    from orthrus_fast.server.access import Access, read_keys
     from orthrus_fast.server.listening import make_server
+    from orthrus_fast.server.protocol import served_name
 
     access = Access(args.host, read_keys(args.api_key_file), tuple(args.allowed_host))
     allow_connections()
-    with bind(args.host, args.port) as listener:
-        decoder = load_decoder(args)
-        name = args.served_model_name or served_name(args.checkpoint)
-        settings = ServerSettings(name, fingerprint(decoder), access, args.mode, args.max_waiting)
-        server = make_server(create_app(decoder, settings), args.drain_seconds)
+    args.served_model_name = args.served_model_name or served_name(args.checkpoint)
+    application = one_decoder if args.replicas is None else several_replicas
+    with bind(args.host, args.port) as listener, application(args, access) as app:
+        server = make_server(app, args.drain_seconds)
         for number in (signal.SIGTERM, signal.SIGINT):  # which uvicorn raises again at its end
             signal.signal(number, server.handle_exit)
         host = f"[{args.host}]" if ":" in args.host else args.host
         where = f"http://{host}:{listener.getsockname()[1]}"
-        said = printable(name, True)
+        said = printable(args.served_model_name, True)
         write_output(f"serving {said!r} on {where}/v1, and a page to chat on at {where}/\n")
         print("Ctrl-C ends the server", file=sys.stderr, flush=True)
         server.run(sockets=[listener])
     return 0
 
 
+@contextmanager
+def one_decoder(args: argparse.Namespace, access: Access) -> Iterator[Guard]:
+    """The application over a decoder in this process."""
+    from orthrus_fast.fingerprint import fingerprint
+    from orthrus_fast.server.app import ServerSettings, create_app
+
+    decoder = load_decoder(args)
+    how = (fingerprint(decoder), access, args.mode, args.max_waiting)
+    yield create_app(decoder, ServerSettings(args.served_model_name, *how))
+
+
+@contextmanager
+def several_replicas(args: argparse.Namespace, access: Access) -> Iterator[Guard]:
+    """The application before decoders in processes that Ray starts."""
+    for name, value in OF_RAY.items():  # which it reads when it is imported
+        os.environ.setdefault(name, value)
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one to a file
+    import torch
+
+    from orthrus_fast.server.ray import Arguments, create_front, local_replicas
+
+    on_gpus = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    here = args.checkpoint is not None and os.path.exists(args.checkpoint)
+    settings = Arguments(
+        checkpoint=os.path.abspath(args.checkpoint) if here else args.checkpoint,
+        slots=args.slots,
+        load=load_settings(args),
+        model=args.served_model_name,
+        mode=args.mode,
+        max_waiting=args.max_waiting,
+    )
+    with local_replicas(settings, args.replicas, on_gpus) as replicas:
+        yield create_front(replicas, access)
+
+
 def check_server_flags(args: argparse.Namespace) -> None:
     """Refuse numbers that are out of range."""
-    for name, least in (("port", 0), ("max_waiting", 0), ("drain_seconds", 0)):
-        if getattr(args, name) < least or (name == "port" and args.port > 65535):
-            raise RequestError(f"{spelled(name, args)} {getattr(args, name)} is out of range")
+    for name, least in (("port", 0), ("max_waiting", 0), ("drain_seconds", 0), ("replicas", 1)):
+        value = getattr(args, name)
+        if value is not None and (value < least or (name == "port" and value > 65535)):
+            raise RequestError(f"{spelled(name, args)} {value} is out of range")
+    if args.replicas is not None and args.device not in (None, "cpu", "cuda"):
+        raise RequestError(
+            f"--device {args.device} does not go with --replicas: Ray gives out GPUs"
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -82,42 +124,3 @@ def allow_connections() -> None:
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def read_keys(file: str | None) -> tuple[str, ...]:
-    """Return the keys that open the server: those of a file, or that of the environment."""
-    if file is None:
-        return tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8"
-        raise RequestError(f"--api-key-file {file}: {why}") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise RequestError(f"--api-key-file {file}: no key in it")
-    return keys
-
-
-def served_name(checkpoint: str | None) -> str:
-    """Return what clients call a checkpoint: no path of this machine."""
-    if checkpoint is None:
-        return "embedded"
-    return Path(checkpoint).resolve().name if os.path.exists(checkpoint) else checkpoint
-
-
-def fingerprint(decoder: Decoder) -> str:
-    """Return a short hash of what a text depends on beside the request.
-
-    That is the weights, their dtype, the kind of chip and the libraries' versions; where the
-    decoder promises less than one row, one result, also the slots and sizes.
-    """
-    from orthrus_fast.cli.results_file import settings_of, weights_digest
-
-    assert decoder.checkpoint is not None
-    settings = settings_of(decoder.configuration)
-    if settings["promise"] == ONE_ROW:
-        settings = {name: value for name, value in settings.items() if name not in FREE}
-    what = [weights_digest(decoder.checkpoint), settings]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    return f"fp_{digest[:12]}"

@@ -40,25 +40,23 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
     with progress_bar("loading") as progress:
         decoder = load(
             args.checkpoint,  # None: the embedded one
-            device=args.device,
-            dtype=args.dtype,
-            max_seq_len=args.max_seq_len,
-            runner=args.runner,
-            attention=args.attention,
-            compile_mode=args.compile_mode,
             slots=args.slots,
-            block_size=args.block_size,
-            weights=args.weights,
-            draft_weights=args.draft_weights,
-            drafting=args.drafting,
-            prefix_reuse=args.prefix_reuse,
-            revision=args.revision,
-            draft_view=args.mode != "ar" or args.check,
-            ignore_config_fields=tuple(args.ignore_config_field),
             progress=progress,
+            **load_settings(args),
         )
     args.mode = args.mode or decoder.default_mode
     return decoder
+
+
+def load_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags say to ``load``, beside the checkpoint and the slots."""
+    as_they_are = (
+        "device dtype max_seq_len runner attention compile_mode block_size weights draft_weights "
+        "drafting prefix_reuse revision"
+    )
+    settings = {name: getattr(args, name) for name in as_they_are.split()}
+    settings["draft_view"] = args.mode != "ar" or args.check
+    return settings | {"ignore_config_fields": tuple(args.ignore_config_field)}
 
 
 def has_template(decoder: Decoder) -> bool:

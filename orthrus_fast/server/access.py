@@ -7,14 +7,17 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from orthrus_fast.errors import RequestError
 
+KEY_VARIABLE = "ORTHRUS_API_KEY"
 App = Callable[[dict[str, Any], Any, Any], Any]  # of ASGI
 OPEN = ("/", "/health")  # paths that need no key: they tell nothing
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -32,6 +35,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def read_keys(file: str | None) -> tuple[str, ...]:
+    """Return the keys that open the server: those of a file, or that of the environment."""
+    if file is None:
+        return tuple(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8"
+        raise RequestError(f"--api-key-file {file}: {why}") from None
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise RequestError(f"--api-key-file {file}: no key in it")
+    return keys
 
 
 @dataclass(frozen=True)

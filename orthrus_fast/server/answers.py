@@ -14,6 +14,7 @@ from orthrus_fast.server.worker import Piece
 from orthrus_fast.tokenizer import Tokenizer
 
 Json = dict[str, Any]
+END = b"data: [DONE]\n\n"  # of a stream
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 

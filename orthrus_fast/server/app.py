@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from fastapi import FastAPI, Request
@@ -22,7 +22,7 @@ from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import OrthrusError, RequestError
 from orthrus_fast.options import MODES
 from orthrus_fast.server.access import Access, Guard, error_object, policy_of
-from orthrus_fast.server.answers import Answer, ChatChoice, Choice, TextChoice, event
+from orthrus_fast.server.answers import END, Answer, ChatChoice, Choice, TextChoice, event
 from orthrus_fast.server.metrics import Metrics
 from orthrus_fast.server.parsing import THOUGHT
 from orthrus_fast.server.protocol import (
@@ -31,6 +31,7 @@ from orthrus_fast.server.protocol import (
     CompletionBody,
     GenerationBody,
     HTTPError,
+    check_fingerprint,
     check_model,
     parse,
     seed_of,
@@ -61,9 +62,7 @@ class ServerSettings:
 
 def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
     """The ASGI application. Raises RequestError for a decoder that has no tokenizer."""
-    if decoder.tokenizer is None:
-        raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
-    service = Service(decoder, decoder.tokenizer, settings)
+    service = Service(decoder, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,24 +70,15 @@ def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
         yield
         service.worker.stop()
 
+    return Guard(service.app(lifespan), settings.access, service.answered)
+
+
+def bare_app(lifespan: Any = None) -> FastAPI:
+    """An application that has no endpoints yet, and tells clients of errors as OpenAI does."""
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", service.completions, methods=["POST"])
-    app.add_api_route("/v1/models", service.models)
-    app.add_api_route("/v1/models/{name:path}", service.model)
-    app.add_api_route("/health", service.health)
-    app.add_api_route("/metrics", service.exposition)
-    app.add_api_route("/", service.page)
-    app.add_exception_handler(OrthrusError, refused)
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(ClientDisconnect, refused)
-    app.add_exception_handler(Exception, refused)
-    paths = {getattr(route, "path", "") for route in app.routes}
-
-    def answered(path: str, status: int) -> None:
-        service.metrics.answered(path if path in paths else "other", status)
-
-    return Guard(app, settings.access, answered)
+    for kind in (OrthrusError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, refused)
+    return app
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -109,19 +99,40 @@ async def refused(request: Request, error: Exception) -> Response:
 class Service:
     """The endpoints."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+    def __init__(self, decoder: Decoder, settings: ServerSettings) -> None:
+        if decoder.tokenizer is None:
+            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
         self.metrics = Metrics()
         self.worker = Worker(decoder, settings.max_waiting, self.metrics.saw)
         self.metrics.show(lambda: self.worker.n_running, lambda: self.worker.n_waiting)
-        self._decoder, self._tokenizer, self._settings = decoder, tokenizer, settings
+        self._decoder, self._settings = decoder, settings
+        self._tokenizer: Tokenizer = decoder.tokenizer
         self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         self._policy = policy_of(self._page)
         self._started = int(time.time())
+        self._paths: set[str] = set()
+
+    def app(self, lifespan: Any = None) -> FastAPI:
+        """The application, before which somebody has to check who asks."""
+        app = bare_app(lifespan)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/models/{name:path}", self.model)
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/metrics", self.exposition)
+        app.add_api_route("/", self.page)
+        self._paths = {getattr(route, "path", "") for route in app.routes}
+        return app
+
+    def answered(self, path: str, status: int) -> None:
+        """Count a response."""
+        self.metrics.answered(path if path in self._paths else "other", status)
 
     async def chat(self, request: Request) -> Response:
         """The answer to a chat."""
         body = parse(ChatBody, await read_body(request))
-        check_model(body.model, self._settings.model)
+        self._check(body)
         messages = [message.for_template() for message in body.messages]
         encode = self._decoder.encode
         ids = await asyncio.to_thread(encode, messages, **body.template_arguments)
@@ -134,13 +145,18 @@ class Service:
     async def completions(self, request: Request) -> Response:
         """The continuations of raw prompts."""
         body = parse(CompletionBody, await read_body(request))
-        check_model(body.model, self._settings.model)
+        self._check(body)
         prompts = await asyncio.to_thread(lambda: list(map(self._decoder.encode, body.prompts)))
         budget, with_logprobs = body.max_tokens or DEFAULT_COMPLETION, body.logprobs is not None
         tasks = self._tasks(body, prompts, budget, with_logprobs)
         how = (self._tokenizer, with_logprobs)
         choices = [TextChoice(index, *how) for index in range(len(tasks))]
         return await self._answer(request, body, tasks, "text_completion", choices)
+
+    def _check(self, body: GenerationBody) -> None:
+        """Raises HTTPError for what is not served here."""
+        check_model(body.model, self._settings.model)
+        check_fingerprint(body.system_fingerprint, self._settings.fingerprint)
 
     def _tasks(
         self, body: GenerationBody, prompts: list[list[int]], budget: int | None, logprobs: bool
@@ -169,7 +185,7 @@ class Service:
             await asyncio.to_thread(self._decoder.compile_grammar, grammar)
         job = await self.worker.submit(tasks, request.scope["orthrus_key"])
         if body.stream:
-            return EventStream(events(job, answer, body.with_usage), job)
+            return Sending(events(job, answer, body.with_usage), job.close, EVENTS)
         try:
             await unless_gone(request, collect(job, answer.choices))
         finally:
@@ -227,8 +243,11 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work. Raises ClientDisconnect as soon as the client leaves."""
+Result = TypeVar("Result")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What the work gives. Raises ClientDisconnect as soon as the client leaves."""
 
     async def leaves() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -239,7 +258,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> None
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
-        working.result()
+        return working.result()
     finally:
         working.cancel()
         leaving.cancel()
@@ -257,28 +276,39 @@ async def collect(job: Job, choices: list[Choice]) -> None:
 async def events(job: Job, answer: Answer, with_usage: bool) -> AsyncIterator[bytes]:
     """The server-sent events of an answer; an error ends them."""
     more = {"usage": None} if with_usage else {}
-    if first := [one for choice in answer.choices if (one := choice.first()) is not None]:
-        yield event(answer.chunk(first, **more))
+    first = [one for choice in answer.choices if (one := choice.first()) is not None]
+    told = [event(answer.chunk(first, **more))] if first else []
     while pieces := await job.take():
-        told: list[bytes] = []
         for piece in pieces:
             if piece.result is not None and piece.result.error is not None:
                 yield b"".join(told) + event(error_object(500, piece.result.error))
                 return
             told.append(event(answer.chunk([answer.choices[piece.index].push(piece)], **more)))
         yield b"".join(told)
+        told = []
     if with_usage:
         yield event(answer.chunk([], usage=answer.usage()))
-    yield b"data: [DONE]\n\n"
+    yield END
 
 
-class EventStream(StreamingResponse):
-    """Events, until they end or the client leaves or stops reading; then the job is closed."""
+EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "x-accel-buffering": "no",  # of a proxy, which would collect them
+}
 
-    def __init__(self, content: AsyncIterator[bytes], job: Job) -> None:
-        headers = {"X-Accel-Buffering": "no"}  # of a proxy, which would collect them
-        super().__init__(content, headers=headers, media_type="text/event-stream")
-        self._job = job
+
+class Sending(StreamingResponse):
+    """Parts of a body, until they end or the client leaves or stops reading; then ``close()``."""
+
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        close: Callable[[], None],
+        headers: Mapping[str, str],
+        status: int = 200,
+    ) -> None:
+        super().__init__(content, status, headers)
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -292,4 +322,4 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             pass  # an incomplete response, which closes the connection
         finally:
-            self._job.close()
+            self._close()

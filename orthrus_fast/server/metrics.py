@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from orthrus_fast.results import Stats
 from orthrus_fast.server.worker import Piece
@@ -78,3 +80,20 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it, as Prometheus reads it."""
         return prometheus_client.generate_latest(self._registry)
+
+    def collect(self) -> list[Metric]:
+        """All of it, for ``merged``."""
+        return list(self._registry.collect())
+
+
+def merged(of_replicas: Iterable[tuple[str, list[Metric]]]) -> bytes:
+    """The metrics of several processes, each with its name as the label ``replica``."""
+    families: dict[str, Metric] = {}
+    for replica, metrics in of_replicas:
+        for one in metrics:
+            family = families.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+            for sample in one.samples:
+                labels = {**sample.labels, "replica": replica}
+                family.samples.append(sample._replace(labels=labels))
+    registry: Any = SimpleNamespace(collect=families.values)
+    return prometheus_client.generate_latest(registry)

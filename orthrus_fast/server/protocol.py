@@ -1,11 +1,13 @@
 """The requests of OpenAI's interface, as far as they are served; all else is refused by name.
 
-Extensions: ``top_k``, ``min_p``, ``chat_template_kwargs``, ``mode``.
+Extensions: ``top_k``, ``min_p``, ``chat_template_kwargs``, ``mode``, ``system_fingerprint``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -128,6 +130,7 @@ class GenerationBody(_Body):
     stream_options: StreamOptions = StreamOptions()
     response_format: dict[str, Any] | None = None
     mode: Literal["diffusion", "ar"] | None = None
+    system_fingerprint: str | None = None
 
     @model_validator(mode="after")
     def _check_stop(self) -> GenerationBody:
@@ -236,11 +239,25 @@ def parse(kind: type[Body], content: bytes) -> Body:
 _TAGS = ("str", "list[str]", "list[int]", "list[list[int]]", "list[any]")  # of unions
 
 
+def served_name(checkpoint: str | None) -> str:
+    """What clients call a checkpoint: no path of this machine."""
+    if checkpoint is None:
+        return "embedded"
+    return Path(checkpoint).resolve().name if os.path.exists(checkpoint) else checkpoint
+
+
 def check_model(asked: str | None, served: str) -> None:
     """Raise HTTPError for a model that is not served."""
     if asked is not None and asked != served:
         message = f"model: {shown(asked)!r} is not served here; {served!r} is"
         raise HTTPError(404, message, "model", "model_not_found")
+
+
+def check_fingerprint(asked: str | None, served: str) -> None:
+    """Raise HTTPError for texts of another kind of chip, or of other weights, than are here."""
+    if asked is not None and asked != served:
+        message = f"system_fingerprint: {shown(asked)!r} is not served here; {served!r} is"
+        raise HTTPError(404, message, "system_fingerprint", "fingerprint_not_found")
 
 
 def status_of(error: Exception) -> int:

@@ -22,6 +22,7 @@ import pytest
 
 import orthrus_fast
 from orthrus_fast import Grammar, SamplingParams
+from orthrus_fast import fingerprint as fingerprints
 from orthrus_fast import prompts as prompts_file
 from orthrus_fast.checkpoint import open_checkpoint
 from orthrus_fast.cli import batch, results_file
@@ -770,17 +771,17 @@ def test_the_weights_digest_covers_files_headers_and_samples(
     directory = write_checkpoint(tmp_path / "model", n_shards=2, tokenizer=True)
 
     def digest() -> str:
-        return results_file.weights_digest(open_checkpoint(directory))
+        return fingerprints.weights_digest(open_checkpoint(directory))
 
     first = digest()
     assert digest() == first
     moved = shutil.copytree(directory, tmp_path / "moved")
-    assert results_file.weights_digest(open_checkpoint(moved)) == first
+    assert fingerprints.weights_digest(open_checkpoint(moved)) == first
     shard = directory / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
-    monkeypatch.setattr(results_file, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(results_file, "SAMPLES", 5)
-    monkeypatch.setattr(results_file, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprints, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(fingerprints, "SAMPLES", 5)
+    monkeypatch.setattr(fingerprints, "SAMPLE_BYTES", 64)
     sampled = digest()
     seen = set()
     for place in (len(content) - 1, len(content) - 64, (len(content) - 64) // 2):
@@ -842,4 +843,4 @@ def test_a_decoder_of_another_configuration_has_another_fingerprint(raw: Path) -
     configuration = orthrus_fast.load(raw, device="cpu").configuration
     plain = settings_fingerprint(raw, configuration)
     other = {n: settings_fingerprint(raw, configuration | {n: "other"}) for n in configuration}
-    assert {n for n in other if other[n] == plain} == set(results_file.NOT_SETTINGS)
+    assert {n for n in other if other[n] == plain} == set(fingerprints.NOT_SETTINGS)

@@ -15,8 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
-from orthrus_fast.cli.serve import fingerprint, read_keys, served_name
+from orthrus_fast.cli.serve import OF_RAY
 from orthrus_fast.errors import RequestError
+from orthrus_fast.fingerprint import fingerprint
+from orthrus_fast.server.access import read_keys
+from orthrus_fast.server.protocol import served_name
 from tests.cli.test_generate import ROOT, assert_refused, run
 from tests.engine.solo import load
 from tests.server.serving import write_chatting
@@ -41,6 +44,8 @@ def test_a_host_that_others_reach_needs_a_key(
     [
         (["--api-key", KEY], "--api-key-file, or ORTHRUS_API_KEY"),
         (["--port", "70000"], "--port 70000 is out of range"),
+        (["--replicas", "0"], "--replicas 0 is out of range"),
+        (["--replicas", "2", "--device", "cuda:1"], "--device cuda:1 does not go with --replicas"),
         (["--max-waiting", "-1"], "--max-waiting -1 is out of range"),
         (["--host", "no such host"], "no such host"),
         (["--temperature", "1"], "--temperature: no such flag here"),
@@ -51,6 +56,17 @@ def test_flags_are_refused_before_loading(
     capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
     assert_refused(run(capsys, "serve", *flags), said)
+
+
+def test_replicas_need_ray(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*OF_RAY, "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "x")  # what the command sets in place of it ends with the test
+    monkeypatch.delitem(sys.modules, "orthrus_fast.server.ray", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = run(capsys, "serve", "--replicas", "2", "--port", "0", "--device", "cpu")
+    assert_refused(done, "ray is not installed", "'.[ray]'")
 
 
 def test_a_port_that_is_taken_is_said_before_loading(capsys: pytest.CaptureFixture[str]) -> None:

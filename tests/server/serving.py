@@ -15,7 +15,7 @@ import openai
 import uvicorn
 
 from orthrus_fast import Decoder
-from orthrus_fast.server.access import Access
+from orthrus_fast.server.access import Access, Guard
 from orthrus_fast.server.app import ServerSettings, create_app
 from orthrus_fast.server.listening import make_server
 from tests.checkpoints import write_checkpoint
@@ -32,11 +32,11 @@ def write_chatting(directory: Path, eos: Sequence[int] = ()) -> Path:
     return directory
 
 
-class Running:
-    """A server that runs: its address and its parts."""
+class Served:
+    """A server that runs: its address."""
 
-    def __init__(self, decoder: Decoder, url: str, server: uvicorn.Server) -> None:
-        self.decoder, self.url, self.server = decoder, url, server
+    def __init__(self, url: str, server: uvicorn.Server) -> None:
+        self.url, self.server = url, server
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -44,24 +44,44 @@ class Running:
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, timeout=60, **more)
 
+    def metrics(self) -> dict[str, float]:
+        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+class Running(Served):
+    """A server of a decoder in this process."""
+
+    def __init__(self, decoder: Decoder, served: Served) -> None:
+        super().__init__(served.url, served.server)
+        self.decoder = decoder
+
 
 @contextlib.contextmanager
-def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
-    """A server of ``decoder``; ends with the block."""
+def serving_app(app: Guard) -> Iterator[Served]:
+    """A server of an application; ends with the block."""
     listener = socket.create_server(("127.0.0.1", 0))
-    access = settings.pop("access", Access())
-    model = settings.pop("model", "tiny")
-    app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
     server = make_server(app, drain_seconds=5)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         until(lambda: server.started)
-        yield Running(decoder, f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
+    """A server of ``decoder``; ends with the block."""
+    access = settings.pop("access", Access())
+    model = settings.pop("model", "tiny")
+    app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
+    with serving_app(app) as served:
+        yield Running(decoder, served)
 
 
 def until(holds: Callable[[], bool], seconds: float = 20) -> None:

@@ -250,6 +250,12 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
+def test_texts_of_another_fingerprint_are_refused(client: openai.OpenAI) -> None:
+    assert chat(client, extra_body={"system_fingerprint": "fp_tiny"}).choices
+    with pytest.raises(openai.NotFoundError, match="'fp_other' is not served here; 'fp_tiny' is"):
+        complete(client, extra_body={"system_fingerprint": "fp_other"})
+
+
 @pytest.mark.parametrize(
     "settings, field, message",
     [

@@ -224,14 +224,8 @@ def test_an_error_of_the_worker_ends_the_texts_and_not_the_server(
 # Metrics
 
 
-def metrics(running: Running) -> dict[str, float]:
-    lines = httpx.get(f"{running.url}/metrics", timeout=30).text.splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(value) for name, value in pairs}
-
-
 def metric(running: Running, name: str) -> float:
-    return metrics(running).get(name, 0.0)
+    return running.metrics().get(name, 0.0)
 
 
 def test_metrics_count_what_was_decoded(running: Running) -> None:
@@ -240,7 +234,7 @@ def test_metrics_count_what_was_decoded(running: Running) -> None:
     again = running.post("/v1/completions", body).json()
     running.post("/v1/completions", {"prompt": 5})
     httpx.get(f"{running.url}/secret-path")
-    found = metrics(running)
+    found = running.metrics()
     cycles = sum(one["choices"][0]["orthrus"]["cycles"] for one in (told, again))
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 39
     assert found['orthrus_requests_total{path="/v1/completions",status="200"}'] == 2
