@@ -433,8 +433,11 @@ class CompiledRunner(EagerRunner):
         return [attention, partial(layer.mlp, x, kernels)]
 
     def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
-        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
-        if isinstance(self.model.kernels.products, PlainProducts):
+        """Have Triton compile kernels side by side; within a pass each would wait for its turn.
+
+        Not where other ranks would have to take part.
+        """
+        if isinstance(self.model.kernels.products, PlainProducts) or self.model.config.n_ranks > 1:
             return
 
         @torch.inference_mode()

@@ -36,6 +36,7 @@ class Stored(NamedTuple):
     n_inputs: int = 0
     split: int = 0
     format: str = ""
+    n_ranks: int = 1
 
 
 def quantized_split(n_inputs: int) -> int:

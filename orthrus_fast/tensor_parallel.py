@@ -1,0 +1,348 @@
+"""One model over several processes, its ranks: who they are, what they tell each other.
+
+A rank holds its share of every weight (``config.share``) and runs the same engine as all others on
+the same inputs, so they launch the same passes. Within a pass numbers go from device to device
+(``kernels.symmetric``; ``Ranks.gather`` on CPUs). This is the rest: the first rank starts the
+others, tells them what its engine takes in at each step, and hears at once when one has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orthrus_fast.config import ModelConfig
+from orthrus_fast.engine.request import Inputs, Request
+from orthrus_fast.errors import OrthrusError, RankError, RequestError, one_line
+from orthrus_fast.kernels.interface import Kernels
+from orthrus_fast.kernels.tiled import TiledProducts
+
+LOCALHOST = "127.0.0.1"  # all ranks are on one host
+PATIENCE = 300.0  # seconds that a rank may take for a step, compiling included
+_RUN = "import pickle, sys, orthrus_fast; orthrus_fast.load(**pickle.load(sys.stdin.buffer))"
+_END = "end"  # what the first rank says when all went well
+_log = logging.getLogger("orthrus_fast")
+_T = TypeVar("_T")
+
+
+class Ranks:
+    """This process among the ranks of one model. Made by ``start``, on all of them.
+
+    ``failure`` says, once a rank has ended or does not answer, which one and why: from then on
+    every call raises that as a RankError. ``on_failure`` is called then, in another thread: it has
+    to free whoever waits on a device for what will not come.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, patience: float = PATIENCE) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.failure: str | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.localize: Callable[[Request], Request] = lambda request: request
+        self._patience = patience
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._links: dict[int, Connection] = {}  # the first rank's to all, the others' to it
+        self._said: dict[int, queue.SimpleQueue[Any]] = {}
+        self._busy_since: float | None = None
+        self._is_over = False
+        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._group: dist.ProcessGroupGloo | None = None
+
+    def connect(self) -> None:
+        """Connect with the others. Raises RankError."""
+        if self.rank == 0:
+            key = secrets.token_bytes(32)
+            with Listener((LOCALHOST, 0), authkey=key) as listener:
+                port = listener.address[1]  # type: ignore[index]
+                self.store.set("address", f"{port} {key.hex()}")
+                self._in_background(self._accept, listener)
+                self._wait(lambda: len(self._links) == self.size - 1)
+            self._in_background(self._watch)
+            return
+        self.store.wait(["address"], timedelta(seconds=self._patience))
+        port, key_text = self.store.get("address").decode().split()
+        link = Client((LOCALHOST, int(port)), authkey=bytes.fromhex(key_text))
+        link.send(self.rank)
+        self._add(0, link)
+
+    def _accept(self, listener: Listener) -> None:
+        with contextlib.suppress(OSError):  # closed because a rank has ended
+            for _ in range(self.size - 1):
+                link = listener.accept()
+                self._add(link.recv(), link)
+
+    def _add(self, rank: int, link: Connection) -> None:
+        with self._changed:
+            self._links[rank], self._said[rank] = link, queue.SimpleQueue()
+            self._changed.notify_all()
+        self._in_background(self._listen, rank)
+
+    def _in_background(self, function: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=function, args=arguments, daemon=True).start()
+
+    def _listen(self, rank: int) -> None:
+        """Take what a rank says, until it says or shows that it has ended."""
+        try:
+            while True:
+                said = self._links[rank].recv()
+                if isinstance(said, OrthrusError):
+                    return self._broke(f"rank {rank}: {said}")
+                if said == _END:
+                    os._exit(0)
+                self._said[rank].put(said)
+        except (EOFError, OSError):
+            self._broke(f"rank {rank} has ended{self._exit_code(rank)}")
+
+    def _exit_code(self, rank: int) -> str:
+        if rank not in self._children:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return f" with exit code {self._children[rank].wait(5)}"
+        return ""
+
+    def _watch(self) -> None:
+        """See to it that no rank waits for ever, and that none ends unseen."""
+        while not self._is_over and self.failure is None:
+            time.sleep(min(1.0, self._patience / 4))
+            since = self._busy_since
+            if since is not None and time.monotonic() - since > self._patience:
+                self._broke(f"a rank did not answer for {self._patience:g} s")
+
+    def _broke(self, text: str) -> None:
+        with self._lock:
+            if self._is_over or self.failure is not None:
+                return
+            self.failure = f"tensor_parallel: {text}; load the model again"
+        if self.rank > 0:
+            print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+            os._exit(1)
+        self.on_failure()
+        self._end_others(None)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _end_others(self, last_word: str | None) -> None:
+        """Have the others end: by themselves after a last word, else at once."""
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                if last_word is not None:
+                    link.send(last_word)
+            if last_word is None:
+                with contextlib.suppress(OSError):
+                    link.close()
+        for child in self._children.values():
+            if last_word is None:
+                child.kill()
+
+    def _wait(self, is_so: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or is_so())
+        self.check()
+
+    def check(self) -> None:
+        """Raise RankError if any rank has ended."""
+        if self.failure is not None:
+            raise RankError(self.failure)
+
+    def _hear(self, rank: int) -> Any:
+        """The next thing that a rank says."""
+        while True:
+            self.check()
+            with contextlib.suppress(queue.Empty):
+                return self._said[rank].get(timeout=None if self.rank > 0 else 0.1)
+
+    def _say(self, what: Any) -> None:
+        """Say something to those that this rank is linked to."""
+        self.check()
+        message = pickle.dumps(what)
+        try:
+            for link in self._links.values():
+                link.send_bytes(message)
+        except OSError:
+            self._wait(lambda: False)  # whose end the listener is about to tell
+
+    def share(self, value: _T) -> list[_T]:
+        """Each rank's value, in their order, on all of them; all wait for the last. RankError."""
+        if self.rank > 0:
+            self._say(value)
+            values: list[_T] = self._hear(0)
+            return values
+        values = [value, *(self._hear(rank) for rank in range(1, self.size))]
+        self._say(values)
+        return values
+
+    def agree(self, inputs: Inputs) -> Inputs:
+        """What the first rank's engine takes in, on all ranks. Raises RankError.
+
+        On another one its own ``inputs`` are empty, but for what it has read: which must be the
+        same.
+        """
+        if self.rank == 0:
+            bare = [replace(request, matcher=None) for request in inputs.requests]
+            self._say(inputs._replace(requests=bare))
+            return inputs
+        first: Inputs = self._hear(0)
+        if first.digest != inputs.digest:
+            raise RankError(f"its passes gave other tokens than the first rank's, on {self.rank}")
+        return first._replace(requests=[self.localize(one) for one in first.requests])
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within, a step of the engine: Ctrl-C waits for its end, for the others go on with it."""
+        self.check()
+        self._busy_since = time.monotonic()
+        interrupted: list[Any] = []
+        in_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT)
+        if in_main and callable(before):
+            signal.signal(signal.SIGINT, lambda *of: interrupted.append(of))
+        try:
+            yield
+        finally:
+            self._busy_since = None
+            if in_main and callable(before):
+                signal.signal(signal.SIGINT, before)
+                if interrupted:
+                    before(*interrupted[-1])
+
+    def fail(self, error: BaseException) -> RankError:
+        """End all ranks after an error on this one; what to tell those that wait here."""
+        known = error if isinstance(error, OrthrusError) else None
+        text = str(error) if known else f"{type(error).__name__}: {one_line(str(error))}"
+        if self.rank > 0:
+            with contextlib.suppress(OSError):
+                self._links[0].send(RankError(text))
+            os._exit(1)
+        self._broke(text if known else f"rank 0: {text}")
+        return RankError(self.failure or text)
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Within, an error on one rank ends the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def serve(self, step: Callable[[], object]) -> NoReturn:
+        """Step whenever the first rank does, until it ends, and with it this process."""
+        while True:
+            step()
+
+    def close(self) -> None:
+        """End the other ranks; this process goes on without them."""
+        with self._lock:
+            self._is_over, self.failure = True, self.failure or "tensor_parallel: closed"
+        self._end_others(_END)
+
+    def kernels(
+        self,
+        kernels: Kernels,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        n_rows: int,
+        n_decoded: int,
+    ) -> Kernels:
+        """The kernels of a rank: of passes of ``n_rows`` at most, ``n_decoded`` with logits."""
+        return replace(kernels, products=TiledProducts(self.gather))
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Each rank's x [...], of a CPU -> all of them [size, ...], in order. Raises RankError."""
+        if self._group is None:
+            self._group = gloo_group(self.store, self.rank, self.size, self._patience)
+        return all_gather(self._group, x, self.size)
+
+
+def gloo_group(
+    store: dist.Store, rank: int, size: int, patience: float = PATIENCE
+) -> dist.ProcessGroupGloo:
+    """A group of processes, or threads, of this host, which no other code knows of."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOCALHOST)]
+    options._timeout = timedelta(seconds=patience)
+    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+
+
+def all_gather(group: dist.ProcessGroupGloo, x: Tensor, size: int) -> Tensor:
+    """Each rank's x [...] -> all of them [size, ...], in order."""
+    out = x.new_empty(size, *x.shape)
+    group.allgather([list(out)], [x.contiguous()]).wait()
+    return out
+
+
+def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
+    """The ranks of a model: those that torchrun has started, or else new processes.
+
+    These call ``load`` with ``arguments``. Raises RequestError where torchrun started others.
+    """
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        store, rank, n_ranks = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+        if n_ranks != size:
+            raise RequestError(f"tensor_parallel: {size}, but torchrun started {n_ranks} processes")
+        ranks = Ranks(rank, size, dist.PrefixStore(_own_prefix(store, rank), store))
+    else:
+        port = 0
+        store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False)
+        ranks = Ranks(0, size, dist.PrefixStore("orthrus_fast/1", store))
+        ranks._children = {
+            rank: _spawn(rank, size, store.port, arguments) for rank in range(1, size)
+        }
+        for rank, child in ranks._children.items():
+            ranks._in_background(_report_end, ranks, rank, child)
+    ranks.connect()
+    return ranks
+
+
+def _own_prefix(store: dist.Store, rank: int) -> str:
+    """One for each model that a process loads."""
+    return f"orthrus_fast/{store.add(f'orthrus_fast/models of {rank}', 1)}"
+
+
+def _spawn(
+    rank: int, size: int, port: int, arguments: Mapping[str, Any]
+) -> subprocess.Popen[bytes]:
+    """A process of a session of its own, so that Ctrl-C reaches the first rank alone."""
+    environment = {
+        **os.environ,
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
+        **{"MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(port)},
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-c", _RUN]
+    how: dict[str, Any] = {"stdin": subprocess.PIPE, "start_new_session": True}
+    child = subprocess.Popen(command, env=environment, **how)
+    assert child.stdin is not None
+    with child.stdin:
+        pickle.dump(dict(arguments), child.stdin)
+    return child
+
+
+def _report_end(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:
+    code = child.wait()
+    time.sleep(0.2)  # it may have said why
+    ranks._broke(f"rank {rank} has ended with exit code {code}")
+
+
+def local_rank() -> int:
+    """The number of this process's GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
