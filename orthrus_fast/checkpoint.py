@@ -358,9 +358,7 @@ def _read_tensors(
                     yield file.get_tensor(name), n_bytes
 
 
-def own_slices(
-    shape: tuple[int, ...], whole: tuple[int, ...], rank: int
-) -> tuple[slice, ...]:
+def own_slices(shape: tuple[int, ...], whole: tuple[int, ...], rank: int) -> tuple[slice, ...]:
     """Where a rank's share, of ``shape``, lies in the ``whole`` that ranks divide in order."""
     pairs = zip(shape, whole, strict=True)
     return tuple(slice(0, n) if n == of else slice(rank * n, (rank + 1) * n) for n, of in pairs)

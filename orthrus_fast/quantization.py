@@ -110,5 +110,5 @@ def _quantized(linear: Linear, format: str) -> Linear:
     for name, tensor in zip(names, stored, strict=True):
         value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         twin.register_parameter(name, value)
-    twin.format, twin.split = format, quantized_split(linear.n_inputs)
+    twin.format, twin.split = format, quantized_split(linear.n_inputs, 4 // linear.n_ranks)
     return twin

@@ -240,7 +240,10 @@ class Ranks:
         try:
             yield
         except BaseException as error:
+            known = self.failure  # what followed from it may be anything
             self.fail(error)
+            if known is not None:
+                raise RankError(known) from None
             raise
 
     def serve(self, step: Callable[[], object]) -> NoReturn:
@@ -263,8 +266,55 @@ class Ranks:
         n_rows: int,
         n_decoded: int,
     ) -> Kernels:
-        """The kernels of a rank: of passes of ``n_rows`` at most, ``n_decoded`` with logits."""
-        return replace(kernels, products=TiledProducts(self.gather))
+        """The kernels of a rank: of passes of ``n_rows`` at most, ``n_decoded`` with logits.
+
+        Raises RequestError where logits don't divide into words, and RankError.
+        """
+        if device.type == "cpu":
+            return replace(kernels, products=TiledProducts(self.gather))
+        from orthrus_fast.kernels.symmetric import Areas, Exchange, SharedProducts
+
+        logits_bytes = config.vocab_size * dtype.itemsize
+        if logits_bytes % (4 * self.size):
+            raise RequestError(
+                f"tensor_parallel: {self.size} ranks of {config.vocab_size // self.size} logits "
+                f"of {dtype.itemsize} bytes, which are no words of 4 bytes"
+            )
+        areas = Areas.of(n_rows, n_decoded, config.hidden_size, logits_bytes, self.size)
+        buffers = self._symmetric_buffers(areas.n_words, device)
+        exchange = Exchange(self.rank, buffers, areas, self._flag(device))
+        return replace(kernels, products=SharedProducts(exchange), add_norm=exchange.add_norm)
+
+    def _symmetric_buffers(self, n_words: int, device: torch.device) -> list[Tensor]:
+        """Every rank's buffer [n_words] int32, as this one sees it, filled with ABSENT."""
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # which nothing here uses
+        from torch._C._distributed_c10d import _SymmetricMemory
+
+        from orthrus_fast.kernels.symmetric import ABSENT
+
+        name, shape = "orthrus_fast", ((n_words,), (1,), torch.int32)
+        _SymmetricMemory.set_group_info(name, self.rank, self.size, self.store)
+        own = _SymmetricMemory.empty_strided_p2p(*shape, device, name).fill_(ABSENT)
+        torch.cuda.synchronize(device)
+        self.share(None)  # or a rank would wait minutes for one that has ended
+        handle = _SymmetricMemory.rendezvous(own, name)
+        self._keep = handle, own
+        views = [handle.get_buffer(rank, (n_words,), torch.int32) for rank in range(self.size)]
+        self.share(None)  # nobody writes before all have filled theirs
+        return views
+
+    def _flag(self, device: torch.device) -> Tensor:
+        """[1] int32, which is 0 until a rank has ended, though the device may be waiting for it."""
+        flag = torch.zeros(1, dtype=torch.int32, device=device)
+        one = torch.ones(1, dtype=torch.int32, device="cpu", pin_memory=True)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+        def raise_flag() -> None:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                flag.copy_(one, non_blocking=True)
+
+        self.on_failure = raise_flag
+        return flag
 
     def gather(self, x: Tensor) -> Tensor:
         """Each rank's x [...], of a CPU -> all of them [size, ...], in order. Raises RankError."""

@@ -21,13 +21,7 @@ from orthrus_fast import steps
 from orthrus_fast.engine.request import Inputs, Peers, Request, Update
 from orthrus_fast.engine.scheduler import Admission, Scheduler, Sequence
 from orthrus_fast.engine.width import Times, WidthPolicy
-from orthrus_fast.errors import (
-    OrthrusError,
-    PromptError,
-    QueueFullError,
-    RequestError,
-    one_line,
-)
+from orthrus_fast.errors import OrthrusError, PromptError, QueueFullError, RequestError, one_line
 from orthrus_fast.matching import Block, Matcher
 from orthrus_fast.runners import EagerRunner, SlotOutput
 from orthrus_fast.sampling import NO_TOKEN

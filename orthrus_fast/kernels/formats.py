@@ -39,16 +39,16 @@ class Stored(NamedTuple):
     n_ranks: int = 1
 
 
-def quantized_split(n_inputs: int) -> int:
+def quantized_split(n_inputs: int, most: int = 4) -> int:
     """Columns of K that a sum takes where others add it up: a fourth or half of all, or all.
 
-    As ``interface.k_split``, a property of the weight: whole words, in sums of almost one length.
+    ``most``: sums at most, of this rank's K. As ``interface.k_split``, a property of the weight: whole words, in sums of almost one length.
     """
     step = max(PLACES.values()) * GROUP
     n_steps = -(-n_inputs // step)
     for n_sums in (4, 2):
         each = -(-n_steps // n_sums)
-        if 10 * n_sums * each <= 11 * n_steps:
+        if n_sums <= most and 10 * n_sums * each <= 11 * n_steps:
             return each * step
     return n_steps * step
 
