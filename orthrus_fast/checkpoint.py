@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,9 +200,9 @@ def weight_bytes(model: Transformer) -> WeightBytes:
     """The bytes that a model holds."""
     shared = {*model.verifier.parameters(), *model.embed_tokens.parameters()}
     own = set(model.parameters()) - shared
-    if model.config.n_ranks > 1 and model.config.tie_word_embeddings:
-        if not model.verifier.lm_head.format:  # some of the embedding's rows
-            shared.discard(model.verifier.lm_head.weight)
+    head, config = model.verifier.lm_head, model.config
+    if config.n_ranks > 1 and config.tie_word_embeddings and not head.format:
+        shared.discard(head.weight)  # some of the embedding's rows
     return WeightBytes(*(sum(weight.nbytes for weight in of) for of in (shared, own)))
 
 

@@ -26,8 +26,9 @@ from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NoReturn, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
 
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.engine.request import Inputs, Request
@@ -51,7 +52,7 @@ class Ranks:
     to free whoever waits on a device for what will not come.
     """
 
-    def __init__(self, rank: int, size: int, store: dist.Store, patience: float = PATIENCE) -> None:
+    def __init__(self, rank: int, size: int, store: Store, patience: float = PATIENCE) -> None:
         self.rank, self.size, self.store = rank, size, store
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -64,14 +65,14 @@ class Ranks:
         self._is_over = False
         self._lock = threading.Lock()
         self._changed = threading.Condition()
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: ProcessGroupGloo | None = None
 
     def connect(self) -> None:
         """Connect with the others. Raises RankError."""
         if self.rank == 0:
             key = secrets.token_bytes(32)
             with Listener((LOCALHOST, 0), authkey=key) as listener:
-                port = listener.address[1]  # type: ignore[index]
+                port = listener.address[1]
                 self.store.set("address", f"{port} {key.hex()}")
                 self._in_background(self._accept, listener)
                 self._wait(lambda: len(self._links) == self.size - 1)
@@ -323,17 +324,17 @@ class Ranks:
         return all_gather(self._group, x, self.size)
 
 
-def gloo_group(
-    store: dist.Store, rank: int, size: int, patience: float = PATIENCE
-) -> dist.ProcessGroupGloo:
+def gloo_group(store: Store, rank: int, size: int, patience: float = PATIENCE) -> ProcessGroupGloo:
     """A group of processes, or threads, of this host, which no other code knows of."""
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOCALHOST)]
+    of_group: Any = ProcessGroupGloo  # whose stubs know of no options
+    options = of_group._Options()
+    options._devices = [of_group.create_device(hostname=LOCALHOST)]
     options._timeout = timedelta(seconds=patience)
-    return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, options)
+    group: ProcessGroupGloo = of_group(PrefixStore("gloo", store), rank, size, options)
+    return group
 
 
-def all_gather(group: dist.ProcessGroupGloo, x: Tensor, size: int) -> Tensor:
+def all_gather(group: Any, x: Tensor, size: int) -> Tensor:
     """Each rank's x [...] -> all of them [size, ...], in order."""
     out = x.new_empty(size, *x.shape)
     group.allgather([list(out)], [x.contiguous()]).wait()
@@ -346,14 +347,14 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
     These call ``load`` with ``arguments``. Raises RequestError where torchrun started others.
     """
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        store, rank, n_ranks = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+        store, rank, n_ranks = next(rendezvous("env://"))
         if n_ranks != size:
             raise RequestError(f"tensor_parallel: {size}, but torchrun started {n_ranks} processes")
-        ranks = Ranks(rank, size, dist.PrefixStore(_own_prefix(store, rank), store))
+        ranks = Ranks(rank, size, PrefixStore(_own_prefix(store, rank), store))
     else:
         port = 0
-        store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False)
-        ranks = Ranks(0, size, dist.PrefixStore("orthrus_fast/1", store))
+        store = TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False)
+        ranks = Ranks(0, size, PrefixStore("orthrus_fast/1", store))
         ranks._children = {
             rank: _spawn(rank, size, store.port, arguments) for rank in range(1, size)
         }
@@ -363,7 +364,7 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
     return ranks
 
 
-def _own_prefix(store: dist.Store, rank: int) -> str:
+def _own_prefix(store: Store, rank: int) -> str:
     """One for each model that a process loads."""
     return f"orthrus_fast/{store.add(f'orthrus_fast/models of {rank}', 1)}"
 

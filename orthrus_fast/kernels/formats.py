@@ -42,7 +42,8 @@ class Stored(NamedTuple):
 def quantized_split(n_inputs: int, most: int = 4) -> int:
     """Columns of K that a sum takes where others add it up: a fourth or half of all, or all.
 
-    ``most``: sums at most, of this rank's K. As ``interface.k_split``, a property of the weight: whole words, in sums of almost one length.
+    As ``interface.k_split``, a property of the weight: whole words, in sums of almost one length.
+    ``most``: how many sums at most, of a rank's share of K.
     """
     step = max(PLACES.values()) * GROUP
     n_steps = -(-n_inputs // step)

@@ -125,6 +125,15 @@ def greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
     return tl.max(value, 0, return_indices=True)
 
 
+@triton.jit
+def store_everywhere(out, others, at, value, mask):  # type: ignore[no-untyped-def]
+    """Store what a tile gives at ``at`` of out, and of the same place in other GPUs' memory."""
+    if others is not None:
+        for other in tl.static_range(len(others)):
+            tl.store(others[other] + at, value, mask=mask)
+    tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for every M of a tile size
 def _product_kernel(  # type: ignore[no-untyped-def]
     x, weight, out, others, tile_max, tile_argmax, prefetch, n_rows, n_columns, dtype: tl.constexpr,
@@ -180,10 +189,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
     inside = (row[None, :] < n_rows) & (column < n_columns)
     if STORE:
-        if others is not None:
-            for other in tl.static_range(len(others)):
-                tl.store(others[other] + at, result, mask=inside)
-        tl.store(out + at, result, mask=inside)
+        store_everywhere(out, others, at, result, inside)
     if ARGMAX:
         value, winner = greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -246,7 +252,7 @@ def launch(
     argmax: str = "",
     prefetch: Tensor | None = None,
     room: MakeRoom = empty_room,
-    join: Join = join_argmax,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] times weight [N, K] transposed -> partials [P, ..., N], ids [...].
 
@@ -285,7 +291,7 @@ def launch(
         launch_pdl=overlap,
     )
     if argmax:
-        join(tile_max, tile_argmax, ids, overlap)
+        (join or join_argmax)(tile_max, tile_argmax, ids, overlap)
     return partials, ids
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,6 +26,7 @@ from orthrus_fast.kernels.products import (
     empty_room,
     greatest,
     join_argmax,
+    store_everywhere,
     swiglu_of,
     triton_type,
 )
@@ -172,10 +172,7 @@ def _quantized_kernel(  # type: ignore[no-untyped-def]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
     inside = (row[None, :] < n_rows) & (column < n_columns)
     if STORE:
-        if others is not None:
-            for other in tl.static_range(len(others)):
-                tl.store(others[other] + at, result.to(out.dtype.element_ty), mask=inside)
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+        store_everywhere(out, others, at, result.to(out.dtype.element_ty), inside)
     if ARGMAX:
         value, winner = greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -190,7 +187,7 @@ def launch(
     prefetch: Tensor | None = None,
     tiles: Tiles | None = None,
     room: MakeRoom = empty_room,
-    join: Join = join_argmax,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] times a quantized weight [N, K] -> partials [P, ..., N], ids [...].
 
@@ -223,7 +220,7 @@ def launch(
         launch_pdl=overlap,
     )
     if argmax:
-        join(tile_max, tile_argmax, ids, overlap)
+        (join or join_argmax)(tile_max, tile_argmax, ids, overlap)
     return partials, ids
 
 

@@ -26,10 +26,11 @@ from orthrus_fast.kernels import norm, products, quantized
 from orthrus_fast.kernels.interface import Weight
 from orthrus_fast.kernels.norm import await_parts
 from orthrus_fast.kernels.overlap import overlaps, wait
-from orthrus_fast.kernels.products import Room
+from orthrus_fast.kernels.products import Room, store_everywhere
 from orthrus_fast.kernels.tiles import find_tiles
 
 ABSENT = -1  # as bits of a float a NaN that no arithmetic gives
+NAN = 0x7FFF7FFF  # of logits, in 4 bytes as in 2: a GPU's own, but a library may make others
 MOST_PARTS = 4  # partial sums of a product, of all ranks
 GATHERERS, WORDS = 96, 2048  # programs of a gather, all of which run at once; words that each takes
 
@@ -127,7 +128,7 @@ class Exchange:
         start: Any = _gather_kernel[(min(GATHERERS, triton.cdiv(words.numel(), WORDS)),)]
         start(
             *(words, everything, own, others, self.broken, out, words.numel(), n_columns),
-            *(self.n_ranks, WORDS, overlap),
+            *(NAN, self.n_ranks, WORDS, overlap),
             num_warps=8,
             launch_pdl=overlap,
         )
@@ -172,7 +173,7 @@ def _join_argmax_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["n_words"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
     words, everything, own, others, broken, out, n_words, n_columns,
-    N_RANKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    NAN: tl.constexpr, N_RANKS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Send this rank's words to all, then lay the rows of all ranks beside each other."""
     wait(OVERLAP)
@@ -180,9 +181,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     for begin in range(first, n_words, stride):
         at = begin + tl.arange(0, BLOCK)
         sent = tl.load(words + at, mask=at < n_words)
-        for other in tl.static_range(len(others)):
-            tl.store(others[other] + at, sent, mask=at < n_words)
-        tl.store(own + at, sent, mask=at < n_words)
+        sent = tl.where(sent == -1, NAN, sent)
+        store_everywhere(own, others, at, sent, at < n_words)
     for begin in range(first, n_words, stride):
         at = begin + tl.arange(0, BLOCK)
         row, column = at // n_columns, at % n_columns

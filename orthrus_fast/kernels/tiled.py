@@ -31,9 +31,9 @@ class TiledProducts:
     gather: Gather | None = None
 
     def partials(self, x: Tensor, weight: Weight) -> Tensor:
-        columns, dtype = dequantize(weight, x.dtype).split(weight.split, 1), wide_dtype(x.dtype)
-        pairs = zip(x.split(weight.split, -1), columns, strict=True)
-        partials = torch.stack([multiply(*pair) for pair in pairs]).to(dtype)
+        columns = torch.split(dequantize(weight, x.dtype), weight.split, 1)
+        pairs = zip(torch.split(x, weight.split, -1), columns, strict=True)
+        partials = torch.stack([multiply(*pair) for pair in pairs]).to(wide_dtype(x.dtype))
         if self.gather is None or weight.n_ranks == 1:
             return partials
         return self.gather(partials).flatten(0, 1)

@@ -1,0 +1,141 @@
+"""What GPUs write into each other's memory, by Triton's interpreter: ranks take turns here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from orthrus_fast.kernels import norm, overlap, products, quantized, symmetric
+from orthrus_fast.kernels.custom import CustomProducts
+from orthrus_fast.kernels.formats import Stored, quantize, quantized_split
+from orthrus_fast.kernels.interface import k_split
+from orthrus_fast.kernels.symmetric import ABSENT, Areas, Exchange, SharedProducts
+from tests.kernel_compile import rounding_as_a_gpu
+
+HIDDEN, VOCAB, MOST_ROWS = 64, 96, 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu() -> Iterator[None]:
+    with rounding_as_a_gpu(overlap, norm, products, quantized, symmetric):
+        yield
+
+
+class Group:
+    """Ranks whose buffers lie in one memory."""
+
+    def __init__(self, n_ranks: int, itemsize: int) -> None:
+        areas = Areas.of(MOST_ROWS, MOST_ROWS, HIDDEN, VOCAB * itemsize, n_ranks)
+        new = torch.full
+        self.buffers = [new((areas.n_words,), ABSENT, dtype=torch.int32) for _ in range(n_ranks)]
+        self.broken = torch.zeros(1, dtype=torch.int32)
+        self.ranks = [Exchange(r, self.buffers, areas, self.broken) for r in range(n_ranks)]
+
+    @property
+    def is_empty(self) -> bool:
+        return all(bool((buffer == ABSENT).all()) for buffer in self.buffers)
+
+
+def row_parallel(weight: Tensor, split: int, n_ranks: int, format: str = "") -> list[Stored]:
+    """Each rank's share of a weight [N, K]."""
+    shares = [share.contiguous() for share in weight.chunk(n_ranks, dim=1)]
+    return [Stored(s, None, None, s.shape[1], split, format, n_ranks) for s in shares]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_ranks, n_inner", [(2, 512), (2, 4096), (4, 4096)])
+def test_partial_sums_of_ranks_are_those_of_one(
+    n_ranks: int, n_inner: int, dtype: torch.dtype
+) -> None:
+    """Two products and norms after each other, of several numbers of rows; then nothing is left."""
+    group, split = Group(n_ranks, dtype.itemsize), k_split(HIDDEN, n_inner)
+    generator = torch.Generator().manual_seed(n_inner)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    weight, scale = random(HIDDEN, n_inner), random(HIDDEN)
+    shares = row_parallel(weight, split, n_ranks)
+    one = Stored(weight, None, None, n_inner, split)
+    for n_rows in (1, 3, 20, 2):
+        x, residual = random(1, n_rows, n_inner), random(1, n_rows, HIDDEN)
+        expected = norm.add_norm(residual, CustomProducts().partials(x, one), scale, 1e-6)
+        slices = [part.contiguous() for part in x.chunk(n_ranks, dim=-1)]
+        sent = [
+            SharedProducts(rank).partials(part, share)
+            for rank, part, share in zip(group.ranks, slices, shares, strict=True)
+        ]
+        for rank, partials in zip(group.ranks, sent, strict=True):
+            for got, wanted in zip(
+                rank.add_norm(residual, partials, scale, 1e-6), expected, strict=True
+            ):
+                assert torch.equal(got, wanted)
+        assert group.is_empty
+
+
+@pytest.mark.parametrize("itemsize", [4, 2])
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_winners_and_logits_of_ranks_are_those_of_one(n_ranks: int, itemsize: int) -> None:
+    """With ties across ranks, of which the lowest id wins, and a NaN, which wins all."""
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    weight = torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(1))
+    weight[VOCAB - 1] = weight[5] = weight.abs().amax(0)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[:2] = x[:2].abs()
+    x[3] = torch.nan
+    weight = weight.to(dtype)
+    expected = CustomProducts().lm_head_argmax(x, Stored(weight, None, None, 32, 32), True)
+    assert expected[0][:2].tolist() == [5, 5]
+    shares = [Stored(share, None, None, 32, 32) for share in weight.chunk(n_ranks)]
+    for last in range(n_ranks):
+        group = Group(n_ranks, itemsize)
+        others = [rank for rank in range(n_ranks) if rank != last]
+        for rank in (*others, last):  # the others send, and do not wait
+            group.broken.fill_(rank != last)
+            ids, logits = SharedProducts(group.ranks[rank]).lm_head_argmax(x, shares[rank], True)
+        assert torch.equal(ids, expected[0])
+        assert torch.equal(logits.nan_to_num(9.0), expected[1].nan_to_num(9.0))
+        assert bool((group.buffers[last] == ABSENT).all())
+
+
+def test_nobody_waits_any_more_once_a_rank_has_ended() -> None:
+    group = Group(2, 4)
+    group.broken.fill_(1)
+    weight = torch.randn(HIDDEN, 512)
+    share = row_parallel(weight, k_split(HIDDEN, 512), 2)[0]
+    partials = SharedProducts(group.ranks[0]).partials(torch.randn(1, 2, 256), share)
+    total, _ = group.ranks[0].add_norm(
+        torch.randn(1, 2, HIDDEN), partials, torch.ones(HIDDEN), 1e-6
+    )
+    assert bool(total.isnan().all())
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_quantized_sums_of_ranks(n_ranks: int) -> None:
+    """As many parts as are added, those of each rank one after another."""
+    group = Group(n_ranks, 4)
+    weight, x = torch.randn(HIDDEN, 4096), torch.randn(1, 3, 4096)
+    sent, expected = [], torch.zeros(1, 3, HIDDEN)
+    for rank, share, part in zip(
+        group.ranks, weight.chunk(n_ranks, 1), x.chunk(n_ranks, -1), strict=True
+    ):
+        n_inner = share.shape[1]
+        stored = Stored(
+            *quantize(share, "int8"),
+            n_inputs=n_inner,
+            split=quantized_split(n_inner, 4 // n_ranks),
+            format="int8",
+            n_ranks=n_ranks,
+        )
+        part = part.contiguous()
+        alone = stored._replace(n_ranks=1)
+        expected += CustomProducts().partials(part, alone).sum(0)
+        sent.append(SharedProducts(rank).partials(part, stored))
+    assert all(len(partials) == 4 for partials in sent)
+    for partials in sent:
+        torch.testing.assert_close(partials.sum(0), expected, rtol=1e-4, atol=1e-3)
