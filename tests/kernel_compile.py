@@ -30,17 +30,20 @@ EVERY_CHIP = slow_but([90], CHIPS)
 
 def compile_for(
     kernel: Any,
-    signature: dict[str, str],
+    signature: dict[str, Any],
     constexprs: dict[str, Any],
     capability: int,
     num_warps: int,
     num_stages: int,
+    multiples: Collection[str] = (),
 ) -> Any:
     """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's kernel.
 
-    ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32");
+    ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32"; a
+    tuple has one for each of its values);
     pointers are taken as 16-byte aligned, as PyTorch's are; "tensordesc<bf16[64,128]>" is a tensor
-    descriptor of such tiles. OVERLAP is as on that chip.
+    descriptor of such tiles; ``multiples`` names numbers that 16 divides. OVERLAP is as on that
+    chip.
     ``metadata.shared`` is in bytes, ``asm["ptx"]`` is text.
     """
     import triton
@@ -55,9 +58,10 @@ def compile_for(
         name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names
     }
     aligned = {
-        (index,): [["tt.divisibility", 16]]
+        (index, *place): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if types[name][0] == "*"
+        for place, kind in _each(types[name])
+        if kind[0] == "*" or name in multiples
     }
     constexprs = {name: value for name, value in constexprs.items() if name in types}
     source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
@@ -65,6 +69,14 @@ def compile_for(
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], f"{kernel.__name__} gave no machine code for sm_{capability}"
     return compiled
+
+
+def _each(kind: Any) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The types of an argument, each with its place in a tuple, if it is one."""
+    if isinstance(kind, tuple):
+        yield from (((place,), one) for place, one in enumerate(kind))
+    else:
+        yield (), kind
 
 
 def read_before_waiting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from orthrus_fast.kernels import norm, overlap, products, quantized, symmetric
 from orthrus_fast.kernels.custom import CustomProducts
 from orthrus_fast.kernels.formats import Stored, quantize, quantized_split
 from orthrus_fast.kernels.interface import k_split
-from orthrus_fast.kernels.symmetric import ABSENT, Areas, Exchange, SharedProducts
-from tests.kernel_compile import rounding_as_a_gpu
+from orthrus_fast.kernels.symmetric import ABSENT, NAN, Areas, Exchange, SharedProducts
+from orthrus_fast.kernels.tiles import default_tiles
+from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, rounding_as_a_gpu
 
 HIDDEN, VOCAB, MOST_ROWS = 64, 96, 40
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def on_the_cpu() -> Iterator[None]:
     with rounding_as_a_gpu(overlap, norm, products, quantized, symmetric):
         yield
@@ -47,6 +51,7 @@ def row_parallel(weight: Tensor, split: int, n_ranks: int, format: str = "") -> 
     return [Stored(s, None, None, s.shape[1], split, format, n_ranks) for s in shares]
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_ranks, n_inner", [(2, 512), (2, 4096), (4, 4096)])
 def test_partial_sums_of_ranks_are_those_of_one(
@@ -78,6 +83,7 @@ def test_partial_sums_of_ranks_are_those_of_one(
         assert group.is_empty
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("itemsize", [4, 2])
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_winners_and_logits_of_ranks_are_those_of_one(n_ranks: int, itemsize: int) -> None:
@@ -103,6 +109,7 @@ def test_winners_and_logits_of_ranks_are_those_of_one(n_ranks: int, itemsize: in
         assert bool((group.buffers[last] == ABSENT).all())
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_nobody_waits_any_more_once_a_rank_has_ended() -> None:
     group = Group(2, 4)
     group.broken.fill_(1)
@@ -115,6 +122,7 @@ def test_nobody_waits_any_more_once_a_rank_has_ended() -> None:
     assert bool(total.isnan().all())
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_quantized_sums_of_ranks(n_ranks: int) -> None:
     """As many parts as are added, those of each rank one after another."""
@@ -139,3 +147,52 @@ def test_quantized_sums_of_ranks(n_ranks: int) -> None:
     assert all(len(partials) == 4 for partials in sent)
     for partials in sent:
         torch.testing.assert_close(partials.sum(0), expected, rtol=1e-4, atol=1e-3)
+
+
+# Machine code
+
+
+def compile_of(kernel: Any, chip: int, types: dict[str, Any], constants: dict[str, Any]) -> str:
+    how = constants.pop("HOW")
+    compiled = compile_for(kernel, types, constants, chip, *how, multiples={"n_columns"})
+    assert compiled.metadata.shared <= CHIPS[chip]
+    ptx: str = compiled.asm["ptx"]
+    return ptx
+
+
+@pytest.mark.parametrize("chip", EVERY_CHIP)
+@pytest.mark.parametrize("n_ranks", [2, 4])
+def test_kernels_compile_for_every_chip(chip: int, n_ranks: int) -> None:
+    """What is awaited is read past the first-level cache, which others' writes do not reach."""
+    others = ("*i32",) * (n_ranks - 1)
+    common = {"others": others, "broken": "*i32"}
+    types = {"tile_max": "*fp32", "tile_argmax": "*i32", "winners": "*i32", "out": "*i64"}
+    types |= dict.fromkeys(["n_rows", "first_id", "rank"], "i32") | common
+    constants = {"N_TILES": 1187, "N_RANKS": n_ranks, "BLOCK": 2048, "HOW": (1, 3)}
+    joins = compile_of(symmetric._join_argmax_kernel, chip, types, constants)
+    types = dict.fromkeys(["words", "everything", "own", "out"], "*i32") | common
+    types |= {"n_words": "i32", "n_columns": "i32"}
+    constants = {"NAN": NAN, "N_RANKS": n_ranks, "BLOCK": 2048, "HOW": (8, 3)}
+    gathers = compile_of(symmetric._gather_kernel, chip, types, constants)
+    types = dict.fromkeys(["x", "weight", "total", "normed", "prefetch"], "*bf16")
+    types |= {"partials": "*fp32", "n_elements": "i32", "broken": "*i32"}
+    constants = {"SIZE": 4096, "BLOCK": 4096, "N_PARTIALS": n_ranks, "EPS": 1e-6, "HOW": (16, 3)}
+    constants |= {"REGION": (4096, 8192, 512)}
+    norms = compile_of(norm._add_norm_kernel, chip, types, constants)
+    for ptx in (joins, gathers, norms):
+        assert "ld.volatile.global" in ptx
+
+
+@pytest.mark.parametrize("chip", EVERY_CHIP)
+def test_products_for_all_ranks_compile(chip: int) -> None:
+    tiles = default_tiles(32, 2, CHIPS[chip])
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*fp32", "others": ("*fp32",) * 3}
+    types |= {"tile_max": "*fp32", "tile_argmax": "*i32", "prefetch": "*bf16"}
+    types |= {"n_rows": "i32", "n_columns": "i32"}
+    constants = {"dtype": tl.bfloat16, "K": 3072, "SPLIT": 1536, "N_PARTIALS": 2, "JOINED": False}
+    constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    constants |= {"DESCRIPTORS": False, "SWIGLU": False, "ARGMAX": False, "STORE": True}
+    constants |= {"REGION": (0, 0, 0), "HOW": (tiles.num_warps, tiles.num_stages)}
+    ptx = compile_of(products._product_kernel, chip, types, constants)
+    stores = [line for line in ptx.splitlines() if "st.global" in line]
+    assert stores and all(".v4" in line for line in stores)  # whole sectors go over the link
