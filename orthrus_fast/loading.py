@@ -11,9 +11,10 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,31 +121,53 @@ def load(
     that pays most; a number of rows is a width always to draft at. ``prefix_reuse`` lets a prompt
     start from cache rows that others have left. ``tensor_parallel`` 2 or 4 has as many GPUs hold a
     share each, with the same text: processes are started, or those of torchrun are taken, of which
-    only the first returns. ``ignore_config_fields`` names unknown fields of
-    config.json that, as the caller knows, change nothing. ``progress`` is called with bytes loaded
-    and bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's settings and
+    only the first returns. ``ignore_config_fields`` names unknown fields of config.json that, as
+    the caller knows, change nothing. ``progress`` is called with bytes loaded and bytes in all.
+    Raises RankError where a process ends, and CheckpointError, RequestError or UnsupportedError; torch's settings and
     random state stay as they were. Processes forked after this may hang: spawn them.
     """
     of_passes = (runner, attention, compile_mode, block_size, draft_view, weights, draft_weights)
-    options = Options(device, dtype, max_seq_len, slots, *of_passes, drafting, prefix_reuse)
-    options = replace(options, tensor_parallel=tensor_parallel)
-    check_options(options)
+    rest = (drafting, prefix_reuse, tensor_parallel)
+    options = Options(device, dtype, max_seq_len, slots, *of_passes, *rest)
     where = embedded_checkpoint() if path_or_repo is None else path_or_repo
-    ignored = ignore_config_fields
+    return open_decoder(where, options, revision, tuple(ignore_config_fields), progress)
+
+
+def open_decoder(
+    where: str | Path,
+    options: Options,
+    revision: str | None,
+    ignored: tuple[str, ...],
+    progress: Progress | None,
+) -> Decoder:
+    """See ``load``."""
+    check_options(options)
     checkpoint = open_checkpoint(where, revision=revision, ignore_config_fields=ignored)
 
     def make_model(config: ModelConfig, *how: Any) -> Transformer:
         of = replace(checkpoint, config=config)
-        return load_model(of, *how, draft_view=draft_view, progress=progress)
+        return load_model(of, *how, draft_view=options.draft_view, progress=progress)
 
-    of_checkpoint = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
-    if tensor_parallel == 1:
-        return build_decoder(*of_checkpoint)
-    checkpoint.config.share(0, tensor_parallel)
-    same = {"path_or_repo": where, "revision": revision, "ignore_config_fields": tuple(ignored)}
-    ranks = start(tensor_parallel, asdict(options) | same)
+    of = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
+    if options.tensor_parallel == 1:
+        return build_decoder(*of)
+    same = {"path_or_repo": where, "revision": revision, "ignore_config_fields": ignored}
+    return build_on_ranks(partial(build_decoder, *of), checkpoint.config, asdict(options) | same)
+
+
+def build_on_ranks(
+    build: Callable[..., Decoder], config: ModelConfig, arguments: Mapping[str, Any]
+) -> Decoder:
+    """The decoder that ``build`` makes with its ``ranks``; only on the first one it is returned.
+
+    Where none have been started, new processes call ``load`` with ``arguments``.
+    """
+    n_ranks = arguments["tensor_parallel"]
+    config.share(0, n_ranks)  # which may raise
+    ranks = start(n_ranks, arguments)
     with ranks.ending_together():
-        decoder = build_decoder(*of_checkpoint, ranks=ranks)
+        decoder = build(ranks=ranks)
+        ranks.localize = decoder.localize
     if ranks.rank > 0:
         ranks.serve(decoder.engine.step)
     weakref.finalize(decoder, ranks.close)
@@ -314,17 +337,13 @@ def build_decoder(
     ``ranks`` share the model; but for the first this process then serves it, and does not return.
     Raises RequestError or UnsupportedError, and what ``make_model`` raises.
     """
-    settings = resolve(options, config, 0 if ranks is None else ranks.rank)
-    if ranks is not None:
-        settings = agree(ranks, settings, options)
+    settings = resolve(options, config) if ranks is None else agree(ranks, options, config)
     config, device, dtype, max_seq_len, slots = settings[:5]
     formats, where = settings.formats, (config, dtype, device, max_seq_len, slots)
     memory = memory_needed(*where, formats, options.draft_view)
     memory = memory._replace(weights=0) if weights_present else memory
     check_memory(memory, device)
-    tokenizer = None
-    if checkpoint is not None and (checkpoint.directory / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_directory(checkpoint.directory)
+    tokenizer = None if checkpoint is None else find_tokenizer(checkpoint)
     begin, quantizer = time.perf_counter(), Quantizer(formats)
     kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
     with _room_for(memory, device):
@@ -342,24 +361,25 @@ def build_decoder(
     if settings.runner != "eager":
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         _log.info("ready: %s", ", ".join(stages))
+    commit = checkpoint.commit if checkpoint else None
     configuration = {
-        **describe_machine(device),
-        "checkpoint": name,
-        "commit": checkpoint.commit if checkpoint else None,
+        **(describe_machine(device) | {"checkpoint": name, "commit": commit}),
         **settings.described(),
-        "weight_bytes": weight_bytes(model)._asdict(),
-        "promise": promise,
+        **{"weight_bytes": weight_bytes(model)._asdict(), "promise": promise},
     }
     engine = make_engine(runner, settings, promise == ONE_ROW, ranks)
-    of = (name, engine, tokenizer, checkpoint, configuration, startup, invariance)
-    decoder = Decoder(*of)
-    if ranks is not None:
-        ranks.localize = decoder.localize
-    return decoder
+    return Decoder(name, engine, tokenizer, checkpoint, configuration, startup, invariance)
 
 
-def agree(ranks: Ranks, settings: Settings, options: Options) -> Settings:
-    """The first rank's settings, on every rank. Raises RequestError if anything else differs."""
+def find_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's, if it has one."""
+    there = (checkpoint.directory / "tokenizer.json").exists()
+    return Tokenizer.from_directory(checkpoint.directory) if there else None
+
+
+def agree(ranks: Ranks, options: Options, config: ModelConfig) -> Settings:
+    """A rank's settings, but for its share those of all. Raises RequestError if theirs differ."""
+    settings = resolve(options, config, ranks.rank)
     own = {**asdict(options), **describe_machine(settings.device), **asdict(settings.config.whole)}
     own |= {"device": settings.device.type, "capacity": settings.max_seq_len}
     for rank, other in enumerate(ranks.share(own)):

@@ -319,9 +319,14 @@ class Ranks:
 
     def gather(self, x: Tensor) -> Tensor:
         """Each rank's x [...], of a CPU -> all of them [size, ...], in order. Raises RankError."""
-        if self._group is None:
-            self._group = gloo_group(self.store, self.rank, self.size, self._patience)
-        return all_gather(self._group, x, self.size)
+        try:
+            if self._group is None:
+                self._group = gloo_group(self.store, self.rank, self.size, self._patience)
+            return all_gather(self._group, x, self.size)
+        except RuntimeError as error:  # most often because a rank has ended, as the listener knows
+            with self._changed:
+                self._changed.wait_for(lambda: self.failure is not None, timeout=10)
+            raise RankError(self.failure or one_line(str(error))) from None
 
 
 def gloo_group(store: Store, rank: int, size: int, patience: float = PATIENCE) -> ProcessGroupGloo:

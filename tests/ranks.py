@@ -103,7 +103,9 @@ def decoder_of(directory: Path, ranks: ThreadRanks, options: Options) -> Decoder
     options = replace(options, tensor_parallel=ranks.size)
     of = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
     with pytest.MonkeyPatch.context():
-        return build_decoder(*of, ranks=ranks)  # type: ignore[arg-type]
+        decoder = build_decoder(*of, ranks=ranks)  # type: ignore[arg-type]
+        ranks.localize = decoder.localize
+        return decoder
 
 
 __all__ = ["ThreadRanks", "decoder_of", "loading", "on_ranks"]

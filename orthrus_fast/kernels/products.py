@@ -263,9 +263,8 @@ def launch(
     next, goes into the cache. bfloat16, float16 or float32; sums are float32, without TF32. With
     ``room`` partial sums go where that says, always float32; ``join`` joins the tiles' argmax.
     """
-    n_inner, n_columns = x.shape[-1], weight.shape[0]
-    n_rows = x.numel() // n_inner
-    assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
+    (n_columns, n_inner), n_rows = weight.shape, x.numel() // x.shape[-1]
+    assert x.is_contiguous() and weight.is_contiguous() and x.shape[-1] == n_inner
     split = n_inner if swiglu or argmax else split
     n_partials = math.ceil(n_inner / split)
     assert n_partials in (1, 2, 4) and (n_partials == 1 or prefetch is None)

@@ -24,7 +24,7 @@ from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, rounding_as_a_g
 HIDDEN, VOCAB, MOST_ROWS = 64, 96, 40
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def on_the_cpu() -> Iterator[None]:
     with rounding_as_a_gpu(overlap, norm, products, quantized, symmetric):
         yield
