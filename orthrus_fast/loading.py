@@ -123,8 +123,9 @@ def load(
     share each, with the same text: processes are started, or those of torchrun are taken, of which
     only the first returns. ``ignore_config_fields`` names unknown fields of config.json that, as
     the caller knows, change nothing. ``progress`` is called with bytes loaded and bytes in all.
-    Raises RankError where a process ends, and CheckpointError, RequestError or UnsupportedError; torch's settings and
-    random state stay as they were. Processes forked after this may hang: spawn them.
+    Raises CheckpointError, RequestError or UnsupportedError, and RankError where one of several
+    processes ends; torch's settings and random state stay as they were. Processes forked after this
+    may hang: spawn them.
     """
     of_passes = (runner, attention, compile_mode, block_size, draft_view, weights, draft_weights)
     rest = (drafting, prefix_reuse, tensor_parallel)
@@ -165,6 +166,8 @@ def build_on_ranks(
     n_ranks = arguments["tensor_parallel"]
     config.share(0, n_ranks)  # which may raise
     ranks = start(n_ranks, arguments)
+    if ranks.rank > 0 and torch.cuda.is_available():  # of this process, which serves the first
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     with ranks.ending_together():
         decoder = build(ranks=ranks)
         ranks.localize = decoder.localize
@@ -580,7 +583,20 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
     qkv = query + 2 * config.n_kv_heads * config.head_dim
     row += 4 * max(qkv, config.hidden_size) * torch.float32.itemsize
     outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize  # prefill's graphs'
-    return GPU_GRAPHS + logits + splits + widest * row + outputs
+    return (
+        GPU_GRAPHS + logits + splits + widest * row + outputs + _sent(config, dtype, widest, rows)
+    )
+
+
+def _sent(config: ModelConfig, dtype: torch.dtype, n_rows: int, n_decoded: int) -> int:
+    """Bytes of what ranks send each other, and of the logits that have come (``symmetric.Areas``).
+
+    Of two products all ranks' partial sums, four at most, in float32; and of the head its logits.
+    """
+    if config.n_ranks == 1:
+        return 0
+    logits = 2 * n_decoded * config.vocab_size * dtype.itemsize
+    return 2 * 4 * n_rows * config.hidden_size * torch.float32.itemsize + logits
 
 
 def check_memory(memory: Memory, device: torch.device) -> None:
