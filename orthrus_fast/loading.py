@@ -38,6 +38,7 @@ from orthrus_fast.engine.width import Times, WidthPolicy
 from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory, shown
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.invariance import Invariance, check
+from orthrus_fast.kernels.formats import of_one
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.plain import ROW_MULTIPLE
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
@@ -181,7 +182,7 @@ def check_options(options: Options) -> None:
     """Raise RequestError or UnsupportedError for what no checkpoint could be decoded with."""
     device = parse_device(options.device)
     runner = check_runner(options.runner, options.compile_mode, device)
-    if options.tensor_parallel not in RANKS:
+    if not is_integer(options.tensor_parallel) or options.tensor_parallel not in RANKS:
         raise RequestError(
             f"tensor_parallel: {options.tensor_parallel!r} is not one of "
             + ", ".join(map(str, RANKS))
@@ -347,7 +348,8 @@ def build_decoder(
     memory = memory._replace(weights=0) if weights_present else memory
     check_memory(memory, device)
     tokenizer = None if checkpoint is None else find_tokenizer(checkpoint)
-    begin, quantizer = time.perf_counter(), Quantizer(formats)
+    begin = time.perf_counter()
+    quantizer = Quantizer(formats, of_one if ranks is None else ranks.all_max)
     kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
     with _room_for(memory, device):
         if ranks is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from orthrus_fast.kernels.formats import quantize, quantized_split
+from orthrus_fast.kernels.formats import AllMax, of_one, quantize, quantized_split
 from orthrus_fast.model import Linear, Transformer
 
 
@@ -31,17 +31,18 @@ class Formats:
         """Whether anything is quantized."""
         return {self.verifier, self.drafter} != {"checkpoint"}
 
-    def swap(self, model: Transformer, part: nn.Module) -> None:
+    def swap(self, model: Transformer, part: nn.Module, all_max: AllMax = of_one) -> None:
         """Quantize what users of ``part``, one of the model's parts, multiply with.
 
-        Its weights, just loaded, are freed where no view reads them any more.
+        Its weights, just loaded, are freed where no view reads them any more. Of rows that ranks
+        share ``all_max`` finds the greatest.
         """
         done: dict[tuple[Linear, str], Linear] = {}
         for owner, name, of_drafter in _places(model, part):
             module = getattr(owner, name)
             format = self.drafter if of_drafter else self.verifier
             if format != "checkpoint":
-                setattr(owner, name, _swapped(module, format, done))
+                setattr(owner, name, _swapped(module, format, done, all_max))
 
 
 CHECKPOINT = Formats()  # nothing is quantized
@@ -50,15 +51,15 @@ CHECKPOINT = Formats()  # nothing is quantized
 class Quantizer:
     """Gives a model's parts their ``formats`` as they come; ``seconds``: what that has taken."""
 
-    def __init__(self, formats: Formats = CHECKPOINT) -> None:
-        self.formats, self.seconds = formats, 0.0
+    def __init__(self, formats: Formats = CHECKPOINT, all_max: AllMax = of_one) -> None:
+        self.formats, self.all_max, self.seconds = formats, all_max, 0.0
 
     def swap(self, model: Transformer, part: nn.Module) -> None:
         """See ``Formats.swap``."""
         if not self.formats.any:
             return
         begin = _now(part)
-        self.formats.swap(model, part)
+        self.formats.swap(model, part, self.all_max)
         self.seconds += _now(part) - begin
 
 
@@ -87,25 +88,28 @@ def _places(model: Transformer, part: nn.Module) -> Iterator[tuple[nn.Module, st
                     yield layer, name, stack is model.drafter
 
 
-def _swapped(module: nn.Module, format: str, done: dict[tuple[Linear, str], Linear]) -> nn.Module:
+def _swapped(
+    module: nn.Module, format: str, done: dict[tuple[Linear, str], Linear], all_max: AllMax
+) -> nn.Module:
     """A copy whose Linears are quantized; or, of a Linear, itself. What is ``done`` is shared."""
     if isinstance(module, Linear):
         if (module, format) not in done:
-            done[module, format] = _quantized(module, format)
+            done[module, format] = _quantized(module, format, all_max)
         return done[module, format]
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            setattr(copied, name, _swapped(child, format, done))
+            setattr(copied, name, _swapped(child, format, done, all_max))
     return copied
 
 
-def _quantized(linear: Linear, format: str) -> Linear:
+def _quantized(linear: Linear, format: str, all_max: AllMax) -> Linear:
     twin = copy.copy(linear)
     twin._parameters = {}
     with torch.no_grad():
-        stored = quantize(linear.weight.detach(), format)
+        greatest = all_max if linear.n_ranks > 1 else of_one
+        stored = quantize(linear.weight.detach(), format, greatest)
     names = ("weight", "scale", "group_scale")
     for name, tensor in zip(names, stored, strict=True):
         value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)

@@ -317,6 +317,10 @@ class Ranks:
         self.on_failure = raise_flag
         return flag
 
+    def all_max(self, x: Tensor) -> Tensor:
+        """The greatest of all ranks' x [...], element by element, of any device. RankError."""
+        return self.gather(x.cpu()).amax(0).to(x.device)
+
     def gather(self, x: Tensor) -> Tensor:
         """Each rank's x [...], of a CPU -> all of them [size, ...], in order. Raises RankError."""
         try:

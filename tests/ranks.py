@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orthrus_fast import Decoder, loading, runners
+from orthrus_fast import Decoder, runners
 from orthrus_fast.checkpoint import load_model, open_checkpoint
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.engine.request import Inputs, Request
@@ -23,6 +23,10 @@ from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.tiled import TiledProducts
 from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.tensor_parallel import all_gather, gloo_group
+
+
+class End(BaseException):
+    """What ends the step that a rank waits in."""
 
 
 class Meeting:
@@ -52,8 +56,20 @@ class ThreadRanks:
     def share(self, value: Any) -> list[Any]:
         return self._meeting.share(self.rank, value)
 
+    def serve(self, decoder: Decoder) -> None:
+        """Step with the first rank until it ends."""
+        with contextlib.suppress(End):
+            while True:
+                decoder.engine.step()
+
+    def end(self) -> None:
+        """Let the others leave ``serve``."""
+        self.share(None)
+
     def agree(self, inputs: Inputs) -> Inputs:
         first, *others = self.share(inputs)
+        if first is None:
+            raise End
         assert all(other.digest == first.digest for other in others)
         if self.rank == 0:
             return inputs
@@ -71,6 +87,9 @@ class ThreadRanks:
 
     def kernels(self, kernels: Kernels, *_: Any) -> Kernels:
         return replace(kernels, products=TiledProducts(self.gather))
+
+    def all_max(self, x: Tensor) -> Tensor:
+        return self.gather(x).amax(0)
 
     def gather(self, x: Tensor) -> Tensor:
         if self._group is None:
@@ -93,19 +112,15 @@ def on_ranks(n_ranks: int, function: Callable[[ThreadRanks], Any]) -> list[Any]:
         return list(pool.map(run, range(n_ranks)))
 
 
-def decoder_of(directory: Path, ranks: ThreadRanks, options: Options) -> Decoder:
+def decoder_of(directory: Path, ranks: ThreadRanks, **options: Any) -> Decoder:
     """A decoder of one rank's share; of one rank, with the same products as several have."""
     checkpoint = open_checkpoint(directory)
 
     def make_model(config: ModelConfig, *how: Any) -> Any:
         return load_model(replace(checkpoint, config=config), *how)
 
-    options = replace(options, tensor_parallel=ranks.size)
-    of = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
-    with pytest.MonkeyPatch.context():
-        decoder = build_decoder(*of, ranks=ranks)  # type: ignore[arg-type]
-        ranks.localize = decoder.localize
-        return decoder
-
-
-__all__ = ["ThreadRanks", "decoder_of", "loading", "on_ranks"]
+    of = (checkpoint.name, checkpoint.config, make_model)
+    how = Options(device="cpu", tensor_parallel=ranks.size, **options)
+    decoder = build_decoder(*of, how, checkpoint, ranks=ranks)  # type: ignore[arg-type]
+    ranks.localize = decoder.localize
+    return decoder
