@@ -114,5 +114,8 @@ def _quantized(linear: Linear, format: str, all_max: AllMax) -> Linear:
     for name, tensor in zip(names, stored, strict=True):
         value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         twin.register_parameter(name, value)
-    twin.format, twin.split = format, quantized_split(linear.n_inputs, 4 // linear.n_ranks)
+    whole = quantized_split(linear.n_inputs * linear.n_ranks)
+    twin.sums_as_one = linear.n_ranks == 1 or linear.n_inputs % whole == 0
+    of_rank = quantized_split(linear.n_inputs, 4 // linear.n_ranks)
+    twin.format, twin.split = format, whole if twin.sums_as_one else of_rank
     return twin

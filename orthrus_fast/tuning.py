@@ -56,6 +56,7 @@ class Shape(NamedTuple):
     k: int
     end: str  # "", "swiglu" or "argmax"
     format: str = ""
+    n_ranks: int = 1  # that have a share of K, of which k is one
 
     @property
     def key(self) -> str:
@@ -65,7 +66,9 @@ class Shape(NamedTuple):
     def split(self) -> int:
         if self.end:
             return self.k
-        return quantized_split(self.k) if self.format else k_split(self.n, self.k)
+        n_inner = self.k * self.n_ranks
+        split = quantized_split(n_inner) if self.format else k_split(self.n, n_inner)
+        return self.k if self.n_ranks > 1 and self.k % split else split
 
 
 def product_shapes(
@@ -81,7 +84,7 @@ def product_shapes(
             shape = Shape(n_rows, len(linear.weight), linear.n_inputs, ends.get(linear, ""))
             for format in formats:
                 if not format or n_rows <= MOST_QUANTIZED:
-                    found[shape._replace(format=format)] = None
+                    found[shape._replace(format=format, n_ranks=linear.n_ranks)] = None
     return list(found)
 
 

@@ -52,6 +52,7 @@ def load_decoder(args: argparse.Namespace) -> Decoder:
             draft_weights=args.draft_weights,
             drafting=args.drafting,
             prefix_reuse=args.prefix_reuse,
+            tensor_parallel=args.tensor_parallel,
             revision=args.revision,
             draft_view=args.mode != "ar" or args.check,
             ignore_config_fields=tuple(args.ignore_config_field),
