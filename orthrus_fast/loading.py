@@ -188,7 +188,7 @@ def check_options(options: Options) -> None:
             + ", ".join(map(str, RANKS))
         )
     if options.tensor_parallel > 1:
-        check_ranks(options.tensor_parallel, device, runner)
+        check_ranks(options, device, runner)
     if not is_integer(options.slots) or options.slots < 1:
         raise RequestError(f"slots: {options.slots!r} is not an integer of at least 1")
     if options.dtype is not None:
@@ -211,8 +211,14 @@ def check_options(options: Options) -> None:
         )
 
 
-def check_ranks(n_ranks: int, device: torch.device, runner: str) -> None:
+def check_ranks(options: Options, device: torch.device, runner: str) -> None:
     """Raise RequestError or UnsupportedError for what no ranks could share a model with."""
+    n_ranks = options.tensor_parallel
+    if options.device is not None and torch.device(options.device).index is not None:
+        raise RequestError(
+            f"device: {str(options.device)!r} is one, but tensor_parallel {n_ranks} takes "
+            f"{n_ranks}; use {device.type!r}"
+        )
     if runner == "compiled":
         raise UnsupportedError("tensor_parallel: not with runner 'compiled'; use 'auto'")
     if device.type == "cuda" and torch.cuda.device_count() < n_ranks:

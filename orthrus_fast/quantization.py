@@ -104,7 +104,7 @@ def _swapped(
     return copied
 
 
-def _quantized(linear: Linear, format: str, all_max: AllMax) -> Linear:
+def _quantized(linear: Linear, format: str, all_max: AllMax = of_one) -> Linear:
     twin = copy.copy(linear)
     twin._parameters = {}
     with torch.no_grad():

@@ -253,6 +253,11 @@ def test_no_compiler_is_given_a_model_of_ranks(tmp_path: Path) -> None:
         orthrus_fast.load(tmp_path, device="cpu", runner="compiled", tensor_parallel=2)
 
 
+def test_one_device_is_not_several() -> None:
+    with pytest.raises(RequestError, match="device: 'cpu:0' is one, but tensor_parallel 2 takes 2"):
+        orthrus_fast.load(device="cpu:0", tensor_parallel=2)
+
+
 def test_other_sums_than_on_one_gpu_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,7 +321,7 @@ def test_a_rank_that_dies_is_one_error_for_all_who_wait(small: Path) -> None:
         list(stream)
         assert "rank 1 has ended with exit code -9" in (stream.result.error or "")
     assert "rank 1 has ended" in (decoder.generate([4], 3).error or "")
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < 30
     with pytest.raises(RankError, match="load the model again"):
         ranks.check()
 
