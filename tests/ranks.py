@@ -53,6 +53,11 @@ class ThreadRanks:
         self.localize: Callable[[Request], Request] = lambda request: request
         self._group = None if store is None else gloo_group(store, rank, self.size, 60)
 
+    @staticmethod
+    def alone() -> ThreadRanks:
+        """The only rank."""
+        return ThreadRanks(0, Meeting(1), None)
+
     def share(self, value: Any) -> list[Any]:
         return self._meeting.share(self.rank, value)
 

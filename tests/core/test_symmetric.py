@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +25,10 @@ from orthrus_fast.kernels.formats import Stored, quantize, quantized_split
 from orthrus_fast.kernels.interface import k_split
 from orthrus_fast.kernels.symmetric import ABSENT, NAN, Areas, Exchange, SharedProducts
 from orthrus_fast.kernels.tiles import default_tiles
+from tests.checkpoints import write_checkpoint
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, rounding_as_a_gpu
 
+ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, VOCAB, MOST_ROWS = 64, 96, 40
 
 
@@ -196,3 +204,30 @@ def test_products_for_all_ranks_compile(chip: int) -> None:
     ptx = compile_of(products._product_kernel, chip, types, constants)
     stores = [line for line in ptx.splitlines() if "st.global" in line]
     assert stores and all(".v4" in line for line in stores)  # whole sectors go over the link
+
+
+# Processes
+
+
+@pytest.mark.slow
+def test_a_model_of_two_processes_is_one(tmp_path: Path) -> None:
+    """Whole texts through these kernels, each of which waits for the other process."""
+    directory = tmp_path / "model"
+    shape = {"num_attention_heads": 8, "intermediate_size": 128}
+    write_checkpoint(directory, seed=2, eos_token_id=[], **shape)
+    command = [sys.executable, "-m", "tests.interpreted_ranks", str(directory)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
+    file = tmp_path / "two"
+    started = [subprocess.Popen([*command, str(tmp_path / "one"), "1"], **how)]
+    for rank in range(2):
+        of = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **where}
+        environment = {**os.environ, **of}
+        started.append(subprocess.Popen([*command, str(file), "2"], env=environment, **how))
+    one, two, _ = (process.communicate(timeout=240)[0] for process in started)
+    expected, got = json.loads(one), json.loads(two)
+    assert got["texts"] == expected["texts"]
+    others = json.loads(file.with_name("two.rows1").read_text())
+    assert got["rows"] + others == expected["rows"]
