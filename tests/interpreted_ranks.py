@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -50,6 +50,7 @@ class ThreadRanks:
 
     def __init__(self, rank: int, meeting: Meeting, store: dist.Store | None) -> None:
         self.rank, self.size, self._meeting = rank, meeting.n_ranks, meeting
+        self.failure: str | None = None
         self.localize: Callable[[Request], Request] = lambda request: request
         self._group = None if store is None else gloo_group(store, rank, self.size, 60)
 

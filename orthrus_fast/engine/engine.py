@@ -113,6 +113,11 @@ class Engine:
         self._cancelled.append(request_id)  # takes no lock: garbage collection may call this
 
     @property
+    def failure(self) -> str | None:
+        """Why no request can be served any more; None: they are."""
+        return None if self.peers is None else self.peers.failure
+
+    @property
     def has_work(self) -> bool:
         """Whether any request has not ended, or any launch has not been read."""
         waiting = self._submitted or self.scheduler.waiting
@@ -393,7 +398,8 @@ class Engine:
             self._at_work = tuple(self.scheduler.sequences)
             self._in_flight.clear()
         known = isinstance(error, OrthrusError)
-        _log.error("a step of the engine failed", exc_info=None if known else error)
+        reason = f": {error}" if known else ""
+        _log.error("a step of the engine failed%s", reason, exc_info=None if known else error)
         text = str(error) if known else f"{type(error).__name__}: {one_line(str(error))}"
         failed = [s for s in self._at_work if self.scheduler.owns(s)]
         for sequence in failed:

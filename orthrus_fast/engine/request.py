@@ -42,7 +42,12 @@ class Inputs(NamedTuple):
 
 
 class Peers(Protocol):
-    """The engines of other ranks, which do as the first one does."""
+    """The engines of other ranks, which do as the first one does.
+
+    ``failure`` says why they have ended, if they have.
+    """
+
+    failure: str | None
 
     def step(self) -> AbstractContextManager[None]:
         """A step, of all of them. Raises RankError where one has ended, as ``check`` does."""
