@@ -52,8 +52,10 @@ class Ranks:
     to free whoever waits on a device for what will not come.
     """
 
-    def __init__(self, rank: int, size: int, store: Store, patience: float = PATIENCE) -> None:
-        self.rank, self.size, self.store = rank, size, store
+    def __init__(
+        self, rank: int, size: int, store: Store, name: str = "", patience: float = PATIENCE
+    ) -> None:
+        self.rank, self.size, self.store, self.name = rank, size, store, name
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self.localize: Callable[[Request], Request] = lambda request: request
@@ -289,17 +291,25 @@ class Ranks:
     def _symmetric_buffers(self, n_words: int, device: torch.device) -> list[Tensor]:
         """Every rank's buffer [n_words] int32, as this one sees it, filled with ABSENT."""
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # which nothing here uses
-        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch._C._distributed_c10d import (
+            ProcessGroup,
+            _register_process_group,
+            _SymmetricMemory,
+        )
 
         from orthrus_fast.kernels.symmetric import ABSENT
 
-        name, shape = "orthrus_fast", ((n_words,), (1,), torch.int32)
+        name: Any = self.name
+        shape = ((n_words,), (1,), torch.int32)
+        # Versions of torch look in one place or the other; all that they ask of it is the store.
+        group = ProcessGroup(self.store, self.rank, self.size)
+        _register_process_group(name, group)
         _SymmetricMemory.set_group_info(name, self.rank, self.size, self.store)
         own = _SymmetricMemory.empty_strided_p2p(*shape, device, name).fill_(ABSENT)
         torch.cuda.synchronize(device)
         self.share(None)  # or a rank would wait minutes for one that has ended
         handle = _SymmetricMemory.rendezvous(own, name)
-        self._keep = handle, own
+        self._keep = group, handle, own  # torch itself keeps none of them
         views = [handle.get_buffer(rank, (n_words,), torch.int32) for rank in range(self.size)]
         self.share(None)  # nobody writes before all have filled theirs
         return views
@@ -359,11 +369,12 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
         store, rank, n_ranks = next(rendezvous("env://"))
         if n_ranks != size:
             raise RequestError(f"tensor_parallel: {size}, but torchrun started {n_ranks} processes")
-        ranks = Ranks(rank, size, PrefixStore(_own_prefix(store, rank), store))
+        name = _name(os.environ["MASTER_PORT"], store, rank)
+        ranks = Ranks(rank, size, PrefixStore(name, store), name)
     else:
-        port = 0
-        store = TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False)
-        ranks = Ranks(0, size, PrefixStore("orthrus_fast/1", store))
+        store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+        name = _name(store.port, store, 0)
+        ranks = Ranks(0, size, PrefixStore(name, store), name)
         ranks._children = {
             rank: _spawn(rank, size, store.port, arguments) for rank in range(1, size)
         }
@@ -373,9 +384,9 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
     return ranks
 
 
-def _own_prefix(store: Store, rank: int) -> str:
-    """One for each model that a process loads."""
-    return f"orthrus_fast/{store.add(f'orthrus_fast/models of {rank}', 1)}"
+def _name(port: int | str, store: Store, rank: int) -> str:
+    """That of a model on all its ranks; no other that this process loads has it."""
+    return f"orthrus_fast/{port}/{store.add(f'orthrus_fast/models of {rank}', 1)}"
 
 
 def _spawn(
