@@ -68,6 +68,7 @@ class Ranks:
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._group: ProcessGroupGloo | None = None
+        self._keep: Any = None
 
     def connect(self) -> None:
         """Connect with the others. Raises RankError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -204,6 +205,26 @@ def test_products_for_all_ranks_compile(chip: int) -> None:
     ptx = compile_of(products._product_kernel, chip, types, constants)
     stores = [line for line in ptx.splitlines() if "st.global" in line]
     assert stores and all(".v4" in line for line in stores)  # whole sectors go over the link
+
+
+@pytest.mark.parametrize("size", [2048, 2560, 4096])
+@pytest.mark.parametrize("n_partials", [2, 4])
+def test_the_norm_sums_a_row_as_on_one_gpu(size: int, n_partials: int) -> None:
+    """How a sum's numbers lie over threads is its order: the same with and without a wait."""
+    found = set()
+    for more in ({}, {"broken": "*i32"}):
+        types = dict.fromkeys(["x", "weight", "total", "normed", "prefetch"], "*bf16")
+        types |= {"partials": "*fp32", "n_elements": "i32", **more}
+        block = 1 << (size - 1).bit_length()
+        constants = {"SIZE": size, "BLOCK": block, "N_PARTIALS": n_partials, "EPS": 1e-6}
+        constants |= {"REGION": (4096, 8192, 512)}
+        how = (min(block // 128, 16), 3)
+        text = compile_for(norm._add_norm_kernel, types, constants, 90, *how).asm["ttgir"]
+        layouts = dict(re.findall(r"(#\w+) = (#ttg\.blocked<.*>)$", text, re.MULTILINE))
+        sums = re.findall(r"\(tensor<\d+xf32, (#\w+)>\) -> f32", text)
+        assert len(sums) == 1
+        found.add(layouts[sums[0]])
+    assert len(found) == 1
 
 
 # Processes
