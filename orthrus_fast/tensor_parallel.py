@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NoReturn, TypeVar
 
@@ -39,6 +40,7 @@ from orthrus_fast.kernels.tiled import TiledProducts
 LOCALHOST = "127.0.0.1"  # all ranks are on one host
 PATIENCE = 300.0  # seconds that a rank may take for a step, compiling included
 _RUN = "import pickle, sys, orthrus_fast; orthrus_fast.load(**pickle.load(sys.stdin.buffer))"
+_KEY = "ORTHRUS_FAST_KEY"  # by which processes that were started here know each other
 _END = "end"  # what the first rank says when all went well
 _log = logging.getLogger("orthrus_fast")
 _T = TypeVar("_T")
@@ -68,30 +70,33 @@ class Ranks:
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._group: ProcessGroupGloo | None = None
+        self._secret: str | None = None
         self._keep: Any = None
 
     def connect(self) -> None:
         """Connect with the others. Raises RankError."""
+        secret = os.environ.get(_KEY) if self.rank > 0 else self._secret
         if self.rank == 0:
-            key = secrets.token_bytes(32)
-            with Listener((LOCALHOST, 0), authkey=key) as listener:
-                port = listener.address[1]
-                self.store.set("address", f"{port} {key.hex()}")
+            key = secret or secrets.token_hex(32)
+            with Listener((LOCALHOST, 0), authkey=key.encode()) as listener:
+                # Only processes of torchrun's, which nobody handed a key, find it in the store.
+                self.store.set("address", f"{listener.address[1]} {'' if secret else key}")
                 self._in_background(self._accept, listener)
                 self._wait(lambda: len(self._links) == self.size - 1)
             self._in_background(self._watch)
             return
         self.store.wait(["address"], timedelta(seconds=self._patience))
-        port, key_text = self.store.get("address").decode().split()
-        link = Client((LOCALHOST, int(port)), authkey=bytes.fromhex(key_text))
+        port, _, key = self.store.get("address").decode().partition(" ")
+        link = Client((LOCALHOST, int(port)), authkey=(secret or key).encode())
         link.send(self.rank)
         self._add(0, link)
 
     def _accept(self, listener: Listener) -> None:
-        with contextlib.suppress(OSError):  # closed because a rank has ended
-            for _ in range(self.size - 1):
-                link = listener.accept()
-                self._add(link.recv(), link)
+        with contextlib.suppress(OSError):  # closed, because all have come or one has ended
+            while True:
+                with contextlib.suppress(AuthenticationError, EOFError):  # a stranger
+                    link = listener.accept()
+                    self._add(link.recv(), link)
 
     def _add(self, rank: int, link: Connection) -> None:
         with self._changed:
@@ -109,7 +114,7 @@ class Ranks:
                 said = self._links[rank].recv()
                 if isinstance(said, OrthrusError):
                     return self._broke(f"rank {rank}: {said}")
-                if said == _END:
+                if self.rank > 0 and said == _END:
                     os._exit(0)
                 self._said[rank].put(said)
         except (EOFError, OSError):
@@ -205,7 +210,7 @@ class Ranks:
             return inputs
         first: Inputs = self._hear(0)
         if first.digest != inputs.digest:
-            raise RankError(f"its passes gave other tokens than the first rank's, on {self.rank}")
+            raise RankError("its passes gave other tokens than the first rank's")
         return first._replace(requests=[self.localize(one) for one in first.requests])
 
     @contextlib.contextmanager
@@ -376,9 +381,10 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
         store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
         name = _name(store.port, store, 0)
         ranks = Ranks(0, size, PrefixStore(name, store), name)
-        ranks._children = {
-            rank: _spawn(rank, size, store.port, arguments) for rank in range(1, size)
-        }
+        ranks._secret = secrets.token_hex(32)
+        where = {"WORLD_SIZE": size, "MASTER_ADDR": LOCALHOST, "MASTER_PORT": store.port}
+        where[_KEY] = ranks._secret
+        ranks._children = {rank: _spawn(rank, where, arguments) for rank in range(1, size)}
         for rank, child in ranks._children.items():
             ranks._in_background(_report_end, ranks, rank, child)
     ranks.connect()
@@ -391,15 +397,13 @@ def _name(port: int | str, store: Store, rank: int) -> str:
 
 
 def _spawn(
-    rank: int, size: int, port: int, arguments: Mapping[str, Any]
+    rank: int, where: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> subprocess.Popen[bytes]:
     """A process of a session of its own, so that Ctrl-C reaches the first rank alone."""
-    environment = {
-        **os.environ,
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
-        **{"MASTER_ADDR": LOCALHOST, "MASTER_PORT": str(port)},
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    of_rank = {name: str(value) for name, value in where.items()}
+    of_rank |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, **of_rank, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _RUN]
     how: dict[str, Any] = {"stdin": subprocess.PIPE, "start_new_session": True}
     child = subprocess.Popen(command, env=environment, **how)
