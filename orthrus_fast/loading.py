@@ -171,8 +171,8 @@ def build_on_ranks(
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     with ranks.ending_together():
         decoder = build(ranks=ranks)
-        ranks.localize = decoder.localize
     if ranks.rank > 0:
+        ranks.localize = decoder.localize
         ranks.serve(decoder.engine.step)
     weakref.finalize(decoder, ranks.close)
     return decoder

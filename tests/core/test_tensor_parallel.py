@@ -5,6 +5,7 @@ Ranks are threads here, or processes where it is about these.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -348,10 +349,16 @@ def test_a_rank_that_is_late_is_waited_for(small: Path) -> None:
 @pytest.mark.slow
 def test_ranks_end_with_the_first(small: Path) -> None:
     """When the decoder is dropped, closed, or its process killed."""
-    decoder, ranks = loaded = load_two(small)
+    decoder, ranks = load_two(small)
     ranks.close()
-    assert loaded.children[1].wait(10) == 0
+    assert ranks._children[1].wait(10) == 0
     assert "closed" in (decoder.generate([1], 2).error or "")
+    decoder, ranks = load_two(small)
+    child = ranks._children[1]
+    decoder.generate([1, 2], 3)
+    del decoder, ranks
+    gc.collect()
+    assert child.wait(10) == 0
     code = (
         "import orthrus_fast, os, sys, time\n"
         f"decoder = orthrus_fast.load({str(small)!r}, device='cpu', tensor_parallel=2)\n"
