@@ -433,11 +433,9 @@ class CompiledRunner(EagerRunner):
         return [attention, partial(layer.mlp, x, kernels)]
 
     def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
-        """Have Triton compile kernels side by side; within a pass each would wait for its turn.
-
-        Not where other ranks would have to take part.
-        """
-        if isinstance(self.model.kernels.products, PlainProducts) or self.model.config.n_ranks > 1:
+        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
+        products = self.model.kernels.products
+        if isinstance(products, PlainProducts):
             return
 
         @torch.inference_mode()
@@ -446,7 +444,9 @@ class CompiledRunner(EagerRunner):
                 torch.zeros(1, device=self.device)  # or there is no context in a new thread
                 job()
 
-        with ThreadPoolExecutor(len(jobs)) as pool:
+        exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
+        alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
+        with alone, ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(run, jobs))
 
     def _drafts_at(self, width: int) -> bool:

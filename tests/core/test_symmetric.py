@@ -132,6 +132,19 @@ def test_nobody_waits_any_more_once_a_rank_has_ended() -> None:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
+def test_a_rehearsal_sends_nothing_and_waits_for_nobody() -> None:
+    group = Group(2, 4)
+    shared, exchange = SharedProducts(group.ranks[0]), group.ranks[0]
+    share = row_parallel(torch.randn(HIDDEN, 512), k_split(HIDDEN, 512), 2)[0]
+    with exchange.rehearsal():
+        shared.partials(torch.randn(1, 2, 256), share)
+        head = Stored(torch.randn(VOCAB // 2, 32), None, None, 32, 32)
+        ids, logits = shared.lm_head_argmax(torch.randn(3, 32), head, True)
+    assert ids.shape == (3,) and logits.shape == (3, VOCAB) and group.is_empty
+    assert exchange.broken is group.broken and exchange.buffers is group.buffers
+
+
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("n_ranks", [2, 4])
 def test_quantized_sums_of_ranks(n_ranks: int) -> None:
     """As many parts as are added, those of each rank one after another."""
