@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,7 @@ def load_model(
 ) -> Transformer:
     """The model in memory, ready for inference: no gradients, every weight cast to ``dtype``.
 
+    Of a model that ranks share, only this rank's slices are read (``config.share``).
     Tensors go to the device one at a time, a part of a layer after the other; the ``quantizer``
     gets each part as soon as it has come. So the device needs room for one such part more than
     the model has, the host for a tensor. ``draft_view`` False leaves that view's tensors unread.
@@ -149,14 +150,14 @@ def load_model(
     """
     done, config, files = 0, checkpoint.config, checkpoint.tensor_files
     total = checkpoint.weight_bytes - (0 if draft_view else checkpoint.draft_bytes)
-    names = list(build_on_meta(config, draft_view).tensors())
-    copies = [_LM_HEAD] if _LM_HEAD in files and _LM_HEAD not in names else []
-    tensors = _read_tensors(checkpoint, device, names + copies)
+    shapes = {n: tuple(t.shape) for n, t in build_on_meta(config, draft_view).tensors().items()}
+    copies = {_LM_HEAD: shapes[_EMBEDDING]} if _LM_HEAD in files and _LM_HEAD not in shapes else {}
+    tensors = _read_tensors(checkpoint, device, shapes | copies)
 
     def read() -> Tensor:
         nonlocal done
-        tensor = next(tensors)
-        done += tensor.nbytes
+        tensor, n_bytes = next(tensors)
+        done += n_bytes
         if progress is not None:
             progress(done, total)
         return tensor
@@ -199,6 +200,9 @@ def weight_bytes(model: Transformer) -> WeightBytes:
     """The bytes that a model holds."""
     shared = {*model.verifier.parameters(), *model.embed_tokens.parameters()}
     own = set(model.parameters()) - shared
+    head, config = model.verifier.lm_head, model.config
+    if config.n_ranks > 1 and config.tie_word_embeddings and not head.format:
+        shared.discard(head.weight)  # some of the embedding's rows
     return WeightBytes(*(sum(weight.nbytes for weight in of) for of in (shared, own)))
 
 
@@ -253,7 +257,7 @@ def _materialize(
                 empty = torch.empty(weight.shape, dtype=dtype, device=device)
                 module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     if part is model.embed_tokens and model.config.tie_word_embeddings:
-        model.verifier.lm_head.weight = model.embed_tokens.weight
+        model.tie_head()
 
 
 def _fill(view: Tensor, tensor: Tensor, name: str, file: Path) -> None:
@@ -334,13 +338,30 @@ def _safetensors(path: Path, device: str) -> Iterator[Any]:
 
 
 def _read_tensors(
-    checkpoint: Checkpoint, device: torch.device, names: Iterable[str]
-) -> Iterator[Tensor]:
-    """The tensors on the device, in this order; a file is open while they come from it."""
-    for path, group in itertools.groupby(names, key=checkpoint.tensor_files.__getitem__):
+    checkpoint: Checkpoint, device: torch.device, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[Tensor, int]]:
+    """The tensors on the device, in this order, each with the bytes of the whole in its file.
+
+    Of one that is larger than its shape here the slice of the config's rank is read. A file is open
+    while tensors come from it.
+    """
+    rank = checkpoint.config.rank
+    for path, group in itertools.groupby(shapes, key=checkpoint.tensor_files.__getitem__):
         with _safetensors(path, str(device)) as file:
             for name in group:
-                yield file.get_tensor(name)
+                part = file.get_slice(name)
+                whole = tuple(part.get_shape())
+                n_bytes = math.prod(whole) * _ITEM_BYTES[part.get_dtype()]
+                if checkpoint.config.n_ranks > 1 and whole != shapes[name]:
+                    yield part[own_slices(shapes[name], whole, rank)], n_bytes
+                else:
+                    yield file.get_tensor(name), n_bytes
+
+
+def own_slices(shape: tuple[int, ...], whole: tuple[int, ...], rank: int) -> tuple[slice, ...]:
+    """Where a rank's share, of ``shape``, lies in the ``whole`` that ranks divide in order."""
+    pairs = zip(shape, whole, strict=True)
+    return tuple(slice(0, n) if n == of else slice(rank * n, (rank + 1) * n) for n, of in pairs)
 
 
 def _check_tensors(directory: Path, config: ModelConfig, stored: dict[str, _Stored]) -> None:

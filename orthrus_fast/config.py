@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orthrus_fast.errors import ConfigError, list_some, shown
+from orthrus_fast.errors import ConfigError, RequestError, list_some, shown
 from orthrus_fast.files import read_object
 from orthrus_fast.options import DTYPES, dtype_name
 
@@ -128,6 +128,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     # Of generation_config.json, sorted; "unserved" are settings that are not implemented.
     sampling_defaults: tuple[tuple[str, Any], ...] = ()
+    # Of a model shared among ranks, of whose heads and MLP the numbers above are this one's share.
+    rank: int = 0
+    n_ranks: int = 1
 
     @property
     def has_draft_view(self) -> bool:
@@ -137,6 +140,32 @@ class ModelConfig:
     def cache_elements_per_token(self) -> int:
         """K and V elements that one committed token takes in one slot, over all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim
+
+    def share(self, rank: int, n_ranks: int) -> ModelConfig:
+        """What one of ``n_ranks`` has of a whole model. Raises RequestError if they don't divide.
+
+        Heads, the MLP's features and the output head's rows are divided.
+        """
+        for name in ("n_kv_heads", "intermediate_size", "vocab_size"):
+            whole = getattr(self, name)
+            if whole % n_ranks:
+                raise RequestError(
+                    f"tensor_parallel: {n_ranks} does not divide {name} {whole}: "
+                    f"{whole} = {n_ranks} x {whole // n_ranks} + {whole % n_ranks}"
+                )
+        return self._scaled(1, n_ranks, rank)
+
+    @property
+    def whole(self) -> ModelConfig:
+        """The config of which this is a share."""
+        return self._scaled(self.n_ranks, 1, 0)
+
+    def _scaled(self, times: int, n_ranks: int, rank: int) -> ModelConfig:
+        divided = {
+            name: getattr(self, name) * times // n_ranks
+            for name in ("n_heads", "n_kv_heads", "intermediate_size")
+        }
+        return replace(self, **divided, rank=rank, n_ranks=n_ranks)
 
 
 def read_config(directory: Path, ignore_fields: Collection[str] = ()) -> ModelConfig:

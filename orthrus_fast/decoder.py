@@ -339,6 +339,11 @@ class Decoder:
         request_id = self._queue(ids, *how, matcher=matcher)
         return Stream(self, request_id, answer, inbox)
 
+    def localize(self, request: Request) -> Request:
+        """A request of another process, with what cannot be sent: its grammar, compiled here."""
+        grammar = request.sampling.grammar
+        return request if grammar is None else replace(request, matcher=self._matcher(grammar))
+
     def compile_grammar(self, grammar: Grammar) -> None:
         """Compile a grammar, in this thread, for requests that come. Raises as ``stream`` does."""
         self._matcher(grammar)

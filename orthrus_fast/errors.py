@@ -58,5 +58,9 @@ class UnsupportedError(RequestError):
     """A known setting that this version, device or checkpoint does not support."""
 
 
+class RankError(OrthrusError):
+    """A process of a model over several that has ended, does not answer, or went another way."""
+
+
 class QueueFullError(OrthrusError):
     """A request that came while as many wait as may wait; a later one may be taken."""

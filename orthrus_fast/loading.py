@@ -10,9 +10,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +35,10 @@ from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.engine.engine import Engine, Limits
 from orthrus_fast.engine.width import Times, WidthPolicy
-from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory
+from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory, shown
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.invariance import Invariance, check
+from orthrus_fast.kernels.formats import of_one
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.plain import ROW_MULTIPLE
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
@@ -46,6 +49,7 @@ from orthrus_fast.options import (
     DTYPES,
     ONE_ROW,
     ONE_WIDTH,
+    RANKS,
     WEIGHTS,
     dtype_name,
     listed,
@@ -53,6 +57,7 @@ from orthrus_fast.options import (
 from orthrus_fast.quantization import CHECKPOINT, Formats, Quantizer
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
 from orthrus_fast.sampling import is_integer
+from orthrus_fast.tensor_parallel import Ranks, local_rank, start
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
@@ -78,6 +83,7 @@ class Options:
     draft_weights: str = "auto"
     drafting: str | int = "auto"
     prefix_reuse: bool = True
+    tensor_parallel: int = 1
 
 
 def load(
@@ -97,6 +103,7 @@ def load(
     draft_weights: str = "auto",
     drafting: str | int = "auto",
     prefix_reuse: bool = True,
+    tensor_parallel: int = 1,
     ignore_config_fields: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Decoder:
@@ -113,28 +120,75 @@ def load(
     GPU, the checkpoint's on a CPU. ``weights`` fp8 or int4 quantizes both views: another model, in
     less memory. ``drafting`` auto has mode diffusion draft when it pays, by blocks of the width
     that pays most; a number of rows is a width always to draft at. ``prefix_reuse`` lets a prompt
-    start from cache rows that others have left. ``ignore_config_fields`` names unknown fields of
-    config.json that, as the caller knows, change nothing. ``progress`` is called with bytes loaded
-    and bytes in all. Raises CheckpointError, RequestError or UnsupportedError; torch's settings and
-    random state stay as they were. Processes forked after this may hang: spawn them.
+    start from cache rows that others have left. ``tensor_parallel`` 2 or 4 has as many GPUs hold a
+    share each, with the same text: processes are started, or those of torchrun are taken, of which
+    only the first returns. ``ignore_config_fields`` names unknown fields of config.json that, as
+    the caller knows, change nothing. ``progress`` is called with bytes loaded and bytes in all.
+    Raises CheckpointError, RequestError or UnsupportedError, and RankError where one of several
+    processes ends; torch's settings and random state stay as they were. Processes forked after this
+    may hang: spawn them.
     """
     of_passes = (runner, attention, compile_mode, block_size, draft_view, weights, draft_weights)
-    options = Options(device, dtype, max_seq_len, slots, *of_passes, drafting, prefix_reuse)
-    check_options(options)
+    rest = (drafting, prefix_reuse, tensor_parallel)
+    options = Options(device, dtype, max_seq_len, slots, *of_passes, *rest)
     where = embedded_checkpoint() if path_or_repo is None else path_or_repo
-    ignored = ignore_config_fields
+    return open_decoder(where, options, revision, tuple(ignore_config_fields), progress)
+
+
+def open_decoder(
+    where: str | Path,
+    options: Options,
+    revision: str | None,
+    ignored: tuple[str, ...],
+    progress: Progress | None,
+) -> Decoder:
+    """See ``load``."""
+    check_options(options)
     checkpoint = open_checkpoint(where, revision=revision, ignore_config_fields=ignored)
 
     def make_model(config: ModelConfig, *how: Any) -> Transformer:
         of = replace(checkpoint, config=config)
-        return load_model(of, *how, draft_view=draft_view, progress=progress)
+        return load_model(of, *how, draft_view=options.draft_view, progress=progress)
 
-    return build_decoder(checkpoint.name, checkpoint.config, make_model, options, checkpoint)
+    of = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
+    if options.tensor_parallel == 1:
+        return build_decoder(*of)
+    same = {"path_or_repo": where, "revision": revision, "ignore_config_fields": ignored}
+    return build_on_ranks(partial(build_decoder, *of), checkpoint.config, asdict(options) | same)
+
+
+def build_on_ranks(
+    build: Callable[..., Decoder], config: ModelConfig, arguments: Mapping[str, Any]
+) -> Decoder:
+    """The decoder that ``build`` makes with its ``ranks``; only on the first one it is returned.
+
+    Where none have been started, new processes call ``load`` with ``arguments``.
+    """
+    n_ranks = arguments["tensor_parallel"]
+    config.share(0, n_ranks)  # which may raise
+    ranks = start(n_ranks, arguments)
+    if ranks.rank > 0 and torch.cuda.is_available():  # of this process, which serves the first
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    with ranks.ending_together():
+        decoder = build(ranks=ranks)
+    if ranks.rank > 0:
+        ranks.localize = decoder.localize
+        ranks.serve(decoder.engine.step)
+    weakref.finalize(decoder, ranks.close)
+    return decoder
 
 
 def check_options(options: Options) -> None:
     """Raise RequestError or UnsupportedError for what no checkpoint could be decoded with."""
-    check_runner(options.runner, options.compile_mode, parse_device(options.device))
+    device = parse_device(options.device)
+    runner = check_runner(options.runner, options.compile_mode, device)
+    if not is_integer(options.tensor_parallel) or options.tensor_parallel not in RANKS:
+        raise RequestError(
+            f"tensor_parallel: {options.tensor_parallel!r} is not one of "
+            + ", ".join(map(str, RANKS))
+        )
+    if options.tensor_parallel > 1:
+        check_ranks(options, device, runner)
     if not is_integer(options.slots) or options.slots < 1:
         raise RequestError(f"slots: {options.slots!r} is not an integer of at least 1")
     if options.dtype is not None:
@@ -155,6 +209,21 @@ def check_options(options: Options) -> None:
         raise RequestError(
             f"draft_weights: {options.draft_weights!r}, but without the draft view nothing drafts"
         )
+
+
+def check_ranks(options: Options, device: torch.device, runner: str) -> None:
+    """Raise RequestError or UnsupportedError for what no ranks could share a model with."""
+    n_ranks = options.tensor_parallel
+    if options.device is not None and torch.device(options.device).index is not None:
+        raise RequestError(
+            f"device: {str(options.device)!r} is one, but tensor_parallel {n_ranks} takes "
+            f"{n_ranks}; use {device.type!r}"
+        )
+    if runner == "compiled":
+        raise UnsupportedError("tensor_parallel: not with runner 'compiled'; use 'auto'")
+    if device.type == "cuda" and torch.cuda.device_count() < n_ranks:
+        n = torch.cuda.device_count()
+        raise RequestError(f"tensor_parallel: {n_ranks} needs as many GPUs, and there are {n}")
 
 
 class Settings(NamedTuple):
@@ -210,6 +279,7 @@ class Settings(NamedTuple):
             "drafting": self.drafting,
             "prefix_reuse": self.prefix_reuse,
             "max_seq_len": self.max_seq_len,
+            "tensor_parallel": self.config.n_ranks,
         }
 
     def _tables(self) -> list[str] | None:
@@ -219,11 +289,14 @@ class Settings(NamedTuple):
         return tables_of(chip_name(self.device))
 
 
-def resolve(options: Options, config: ModelConfig) -> Settings:
+def resolve(options: Options, config: ModelConfig, rank: int = 0) -> Settings:
     """The options with every default filled in. Raises RequestError, UnsupportedError."""
     check_options(options)
     device = parse_device(options.device)
     config = with_block_size(config, options.block_size)
+    if options.tensor_parallel > 1:
+        config = config.share(rank, options.tensor_parallel)
+        device = torch.device("cuda", local_rank()) if device.type == "cuda" else device
     default = "float32" if device.type == "cpu" else config.dtype
     dtype = parse_dtype(default if options.dtype is None else options.dtype)
     max_seq_len = check_max_seq_len(options.max_seq_len, config)
@@ -266,24 +339,27 @@ def build_decoder(
     checkpoint: Checkpoint | None = None,
     *,
     weights_present: bool = False,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """A decoder of the model that ``make_model`` returns, once everything else has been checked.
 
-    ``weights_present``: the weights are in memory already, so that only the rest has to fit. Raises
-    RequestError or UnsupportedError, and what ``make_model`` raises.
+    ``weights_present``: the weights are in memory already, so that only the rest has to fit.
+    ``ranks`` share the model; but for the first this process then serves it, and does not return.
+    Raises RequestError or UnsupportedError, and what ``make_model`` raises.
     """
-    settings = resolve(options, config)
+    settings = resolve(options, config) if ranks is None else agree(ranks, options, config)
     config, device, dtype, max_seq_len, slots = settings[:5]
     formats, where = settings.formats, (config, dtype, device, max_seq_len, slots)
     memory = memory_needed(*where, formats, options.draft_view)
     memory = memory._replace(weights=0) if weights_present else memory
     check_memory(memory, device)
-    tokenizer = None
-    if checkpoint is not None and (checkpoint.directory / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_directory(checkpoint.directory)
-    begin, quantizer = time.perf_counter(), Quantizer(formats)
+    tokenizer = None if checkpoint is None else find_tokenizer(checkpoint)
+    begin = time.perf_counter()
+    quantizer = Quantizer(formats, of_one if ranks is None else ranks.all_max)
     kernels = select_kernels(settings.backend.attend, device, dtype, config.head_dim)
     with _room_for(memory, device):
+        if ranks is not None:
+            kernels = ranks.kernels(kernels, config, dtype, device, *rows_of(settings))
         model = make_model(config, kernels, device, dtype, quantizer)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -291,24 +367,53 @@ def build_decoder(
         startup |= {"quantize": quantizer.seconds} if quantizer.seconds else {}
         if not weights_present:
             say_weights(name, model, quantizer)
-        runner, promise, invariance = prepare_runner(model, settings)
+        runner, promise, invariance = prepare_runner(model, settings, ranks)
     startup |= runner.seconds | {"check": invariance.seconds}
     if settings.runner != "eager":
         stages = (f"{stage} {seconds:.1f} s" for stage, seconds in startup.items())
         _log.info("ready: %s", ", ".join(stages))
+    commit = checkpoint.commit if checkpoint else None
     configuration = {
-        **describe_machine(device),
-        "checkpoint": name,
-        "commit": checkpoint.commit if checkpoint else None,
+        **(describe_machine(device) | {"checkpoint": name, "commit": commit}),
         **settings.described(),
-        "weight_bytes": weight_bytes(model)._asdict(),
-        "promise": promise,
+        **{"weight_bytes": weight_bytes(model)._asdict(), "promise": promise},
     }
-    engine = make_engine(runner, settings, one_row=promise == ONE_ROW)
+    engine = make_engine(runner, settings, promise == ONE_ROW, ranks)
     return Decoder(name, engine, tokenizer, checkpoint, configuration, startup, invariance)
 
 
-def make_engine(runner: EagerRunner, settings: Settings, one_row: bool) -> Engine:
+def find_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The checkpoint's, if it has one."""
+    there = (checkpoint.directory / "tokenizer.json").exists()
+    return Tokenizer.from_directory(checkpoint.directory) if there else None
+
+
+def agree(ranks: Ranks, options: Options, config: ModelConfig) -> Settings:
+    """A rank's settings, but for its share those of all. Raises RequestError if theirs differ."""
+    settings = resolve(options, config, ranks.rank)
+    own = {**asdict(options), **describe_machine(settings.device), **asdict(settings.config.whole)}
+    own |= {"device": settings.device.type, "capacity": settings.max_seq_len}
+    for rank, other in enumerate(ranks.share(own)):
+        for name, value in own.items():
+            if other.get(name) != value:
+                raise RequestError(
+                    f"tensor_parallel: {name} is {shown(str(value))} on rank {ranks.rank}, but "
+                    f"{shown(str(other.get(name)))} on rank {rank}"
+                )
+    return settings._replace(formats=ranks.share(settings.formats)[0])
+
+
+def rows_of(settings: Settings) -> tuple[int, int]:
+    """The rows of the widest pass, and of the widest that decodes."""
+    block = settings.config.block_size or 1
+    capacity = steps.cache_rows(settings.max_seq_len, block)
+    rows = settings.slots * max(block, settings.block)
+    return max(rows, min(steps.PREFILL_CHUNK, capacity)), rows
+
+
+def make_engine(
+    runner: EagerRunner, settings: Settings, one_row: bool, ranks: Ranks | None = None
+) -> Engine:
     """The engine around a prepared runner; without ``one_row`` every cycle has the same width."""
     limits = Limits(settings.max_seq_len, settings.config.max_position_embeddings)
     guesses = {1: 1.0, **dict.fromkeys(settings.widths, 2.0)}  # passes
@@ -317,7 +422,7 @@ def make_engine(runner: EagerRunner, settings: Settings, one_row: bool) -> Engin
     fixed = None if one_row and settings.drafting == "auto" else block
     policy = WidthPolicy(settings.widths, times, fixed)
     ar_width = 1 if one_row else block
-    return Engine(runner, limits, policy, ar_width, one_row, settings.prefix_reuse)
+    return Engine(runner, limits, policy, ar_width, one_row, settings.prefix_reuse, ranks)
 
 
 def say_weights(name: str, model: Transformer, quantizer: Quantizer) -> None:
@@ -329,6 +434,12 @@ def say_weights(name: str, model: Transformer, quantizer: Quantizer) -> None:
             *(formats.verifier, sizes.verifier / 1e9, formats.drafter, sizes.drafter / 1e9),
             quantizer.seconds,
         )
+    if not all(linear.sums_as_one for linear in model.verifier.linears()):
+        _log.warning(
+            "tensor_parallel %d: a product has fewer partial sums on one GPU, or others; texts may "
+            "differ from those of one",
+            model.config.n_ranks,
+        )
     if formats.verifier != "checkpoint":
         _log.warning(
             "weights %s: this is another model than %s, and its texts may differ",
@@ -336,7 +447,9 @@ def say_weights(name: str, model: Transformer, quantizer: Quantizer) -> None:
         )
 
 
-def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner, str, Invariance]:
+def prepare_runner(
+    model: Transformer, settings: Settings, ranks: Ranks | None = None
+) -> tuple[EagerRunner, str, Invariance]:
     """A runner with its cache and state, ready for what it promises; and what the check found.
 
     Blocks and single rows where a row's bits are a function of its tokens alone; else blocks.
@@ -356,15 +469,18 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
         for width in widths[:-1]:  # the last one is the block's
             runner.prepare(width)
         runner.prepare_prefill()
-        found = check(runner, widths, boundaries)
+        found = on_all(ranks, check(runner, widths, boundaries))
         if found.holds:
             runner.measure(widths)
+            if ranks is not None:
+                times = (runner.cycle_seconds, runner.chunk_seconds)
+                runner.cycle_seconds, runner.chunk_seconds = ranks.share(times)[0]
             level = logging.INFO if name == "graph" else logging.DEBUG  # there starting takes time
             _log.log(level, "row invariance holds: %s", found)
             return runner, ONE_ROW, found
         obstacle = f"a row's bits depend on more than its tokens here ({found})"
     runner.prefill_widths = ()  # so that a prompt's length alone says how it is cut
-    found = check(runner, [block], boundaries, prefill=False)
+    found = on_all(ranks, check(runner, [block], boundaries, prefill=False))
     texts = "are the same; they may change with block_size, slots and max_seq_len"
     if not found.holds:
         texts = f"may differ even so ({found})"
@@ -373,6 +489,13 @@ def prepare_runner(model: Transformer, settings: Settings) -> tuple[EagerRunner,
         *(obstacle, block, texts),
     )
     return runner, ONE_WIDTH, found
+
+
+def on_all(ranks: Ranks | None, found: Invariance) -> Invariance:
+    """What the check found, which holds only if it does on every rank."""
+    if ranks is None or all(ranks.share(found.holds)):
+        return found
+    return replace(found, holds=False)
 
 
 def _why_one_width(settings: Settings) -> str | None:
@@ -468,7 +591,20 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
     qkv = query + 2 * config.n_kv_heads * config.head_dim
     row += 4 * max(qkv, config.hidden_size) * torch.float32.itemsize
     outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize  # prefill's graphs'
-    return GPU_GRAPHS + logits + splits + widest * row + outputs
+    return (
+        GPU_GRAPHS + logits + splits + widest * row + outputs + _sent(config, dtype, widest, rows)
+    )
+
+
+def _sent(config: ModelConfig, dtype: torch.dtype, n_rows: int, n_decoded: int) -> int:
+    """Bytes of what ranks send each other, and of the logits that have come (``symmetric.Areas``).
+
+    Of two products all ranks' partial sums, four at most, in float32; and of the head its logits.
+    """
+    if config.n_ranks == 1:
+        return 0
+    logits = 2 * n_decoded * config.vocab_size * dtype.itemsize
+    return 2 * 4 * n_rows * config.hidden_size * torch.float32.itemsize + logits
 
 
 def check_memory(memory: Memory, device: torch.device) -> None:

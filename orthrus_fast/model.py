@@ -42,17 +42,23 @@ class Linear(nn.Module):
     """A weight [N, K], uninitialised, in the words of ``kernels.interface.Weight``.
 
     The kernels multiply with it. ``quantization`` puts fewer bits and their scales in its place.
+    K is one rank's share where ``n_ranks`` have one each.
     """
 
     scale: Tensor | None
     group_scale: Tensor | None
 
-    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+    def __init__(self, n_inputs: int, n_outputs: int, n_ranks: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
         self.register_parameter("scale", None)
         self.register_parameter("group_scale", None)
-        self.n_inputs, self.split = n_inputs, k_split(n_outputs, n_inputs)
+        self.n_inputs, self.n_ranks = n_inputs, n_ranks
+        self.split = k_split(n_outputs, n_inputs * n_ranks)
+        # Whether all ranks' partial sums are those of the whole weight on one.
+        self.sums_as_one = n_ranks == 1 or n_inputs % self.split == 0
+        if not self.sums_as_one:
+            self.split = n_inputs
         self.format = ""
         self.whole: Weight | None = None
 
@@ -75,7 +81,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         n_all_heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = Linear(config.hidden_size, n_all_heads * config.head_dim)
-        self.o = Linear(config.n_heads * config.head_dim, config.hidden_size)
+        self.o = Linear(config.n_heads * config.head_dim, config.hidden_size, config.n_ranks)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -128,7 +134,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size)
-        self.down = Linear(config.intermediate_size, config.hidden_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.n_ranks)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         """x [R, T, hidden_size] -> partials [P, R, T, hidden_size]."""
@@ -187,7 +193,7 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size // config.n_ranks)
 
     def share(self, other: Stack) -> None:
         """Take all from ``other`` but attention, which each view has for itself."""
@@ -222,7 +228,7 @@ class Transformer(nn.Module):
         self.verifier = Stack(config, causal=True)
         self.drafter: Stack | None = None
         if config.tie_word_embeddings:
-            self.verifier.lm_head.weight = self.embed_tokens.weight
+            self.tie_head()
         if draft_view and config.has_draft_view:
             self.drafter = Stack(config, causal=False)
             self.drafter.share(self.verifier)
@@ -233,6 +239,13 @@ class Transformer(nn.Module):
     def has_draft_view(self) -> bool:
         """Whether the model can draft."""
         return self.drafter is not None
+
+    def tie_head(self) -> None:
+        """Make the embedding, or this rank's share of its rows, the output head."""
+        weight, config = self.embed_tokens.weight, self.config
+        if config.n_ranks > 1:
+            weight = nn.Parameter(weight.detach().chunk(config.n_ranks)[config.rank], False)
+        self.verifier.lm_head.weight = weight
 
     def set_capacity(self, capacity: int) -> None:
         """Make the RoPE tables, [capacity, head_dim] each, on the weights' device and dtype."""

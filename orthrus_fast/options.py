@@ -11,6 +11,7 @@ WEIGHTS = ("checkpoint", "fp8", "int4")
 DRAFT_WEIGHTS = ("checkpoint", "fp8", "int8", "int4")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ONE_ROW, ONE_WIDTH = "one row, one result", "both modes at one width"  # what a decoder promises
+RANKS = (1, 2, 4)  # of one model: a product has four partial sums at most
 PUBLIC_SHAPES = ("1.7B", "4B", "8B")
 # Rows of a pass up to which a line of a table of tiles serves: what ``orthrus tune`` measures.
 TILED_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from orthrus_fast.kernels.formats import Stored, quantize, quantized_split
+from orthrus_fast.kernels.formats import AllMax, Stored, of_one, quantize, quantized_split
 from orthrus_fast.model import Linear, Transformer
 
 
@@ -31,19 +32,25 @@ class Formats:
         """Whether anything is quantized."""
         return {self.verifier, self.drafter} != {"checkpoint"}
 
-    def swap(self, model: Transformer, part: nn.Module) -> None:
+    def swap(self, model: Transformer, part: nn.Module, all_max: AllMax = of_one) -> None:
         """Quantize what users of ``part``, one of the model's parts, multiply with.
 
-        Its weights, just loaded, are freed where no view reads them any more.
+        Its weights, just loaded, are freed where no view reads them any more. Of rows that ranks
+        share ``all_max`` finds the greatest.
         """
         done: dict[tuple[Linear, str], Linear] = {}
         places = list(_places(model, part))
         is_kept = self.verifier == "checkpoint" and not all(place[2] for place in places)
+
+        def quantized(format: str, linear: Linear) -> Linear:
+            if (linear, format) not in done:
+                done[linear, format] = _quantized(linear, format, all_max, is_kept)
+            return done[linear, format]
+
         for owner, name, of_drafter in places:
-            module = getattr(owner, name)
             format = self.drafter if of_drafter else self.verifier
             if format != "checkpoint":
-                setattr(owner, name, _swapped(module, format, done, is_kept))
+                setattr(owner, name, _swapped(getattr(owner, name), partial(quantized, format)))
 
 
 CHECKPOINT = Formats()  # nothing is quantized
@@ -52,15 +59,15 @@ CHECKPOINT = Formats()  # nothing is quantized
 class Quantizer:
     """Gives a model's parts their ``formats`` as they come; ``seconds``: what that has taken."""
 
-    def __init__(self, formats: Formats = CHECKPOINT) -> None:
-        self.formats, self.seconds = formats, 0.0
+    def __init__(self, formats: Formats = CHECKPOINT, all_max: AllMax = of_one) -> None:
+        self.formats, self.all_max, self.seconds = formats, all_max, 0.0
 
     def swap(self, model: Transformer, part: nn.Module) -> None:
         """See ``Formats.swap``."""
         if not self.formats.any:
             return
         begin = _now(part)
-        self.formats.swap(model, part)
+        self.formats.swap(model, part, self.all_max)
         self.seconds += _now(part) - begin
 
 
@@ -89,36 +96,37 @@ def _places(model: Transformer, part: nn.Module) -> Iterator[tuple[nn.Module, st
                     yield layer, name, stack is model.drafter
 
 
-def _swapped(
-    module: nn.Module, format: str, done: dict[tuple[Linear, str], Linear], is_kept: bool
-) -> nn.Module:
-    """A copy whose Linears are quantized; or, of a Linear, itself. What is ``done`` is shared.
-
-    ``is_kept``: the other view multiplies with the weights as they are.
-    """
+def _swapped(module: nn.Module, quantized: Callable[[Linear], Linear]) -> nn.Module:
+    """A copy whose Linears are quantized; or, of a Linear, itself."""
     if isinstance(module, Linear):
-        if (module, format) not in done:
-            done[module, format] = _quantized(module, format)
-            if is_kept:
-                whole = Stored(module.weight, n_inputs=module.n_inputs, split=module.split)
-                done[module, format].whole = whole
-        return done[module, format]
+        return quantized(module)
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     for name, child in module.named_children():
         if isinstance(child, Linear):
-            setattr(copied, name, _swapped(child, format, done, is_kept))
+            setattr(copied, name, quantized(child))
     return copied
 
 
-def _quantized(linear: Linear, format: str) -> Linear:
+def _quantized(
+    linear: Linear, format: str, all_max: AllMax = of_one, is_kept: bool = False
+) -> Linear:
+    """A Linear in fewer bits; ``is_kept``: the other view multiplies with the weight as it is."""
     twin = copy.copy(linear)
     twin._parameters = {}
     with torch.no_grad():
-        stored = quantize(linear.weight.detach(), format)
+        greatest = all_max if linear.n_ranks > 1 else of_one
+        stored = quantize(linear.weight.detach(), format, greatest)
     names = ("weight", "scale", "group_scale")
     for name, tensor in zip(names, stored, strict=True):
         value = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
         twin.register_parameter(name, value)
-    twin.format, twin.split = format, quantized_split(linear.n_inputs)
+    whole = quantized_split(linear.n_inputs * linear.n_ranks)
+    twin.sums_as_one = linear.n_ranks == 1 or linear.n_inputs % whole == 0
+    of_rank = quantized_split(linear.n_inputs, 4 // linear.n_ranks)
+    twin.format, twin.split = format, whole if twin.sums_as_one else of_rank
+    if is_kept:
+        twin.whole = Stored(
+            linear.weight, n_inputs=linear.n_inputs, split=linear.split, n_ranks=linear.n_ranks
+        )
     return twin

@@ -463,7 +463,8 @@ class CompiledRunner(EagerRunner):
 
     def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
         """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
-        if isinstance(self.model.kernels.products, PlainProducts):
+        products = self.model.kernels.products
+        if isinstance(products, PlainProducts):
             return
 
         @torch.inference_mode()
@@ -472,7 +473,9 @@ class CompiledRunner(EagerRunner):
                 torch.zeros(1, device=self.device)  # or there is no context in a new thread
                 job()
 
-        with ThreadPoolExecutor(len(jobs)) as pool:
+        exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
+        alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
+        with alone, ThreadPoolExecutor(len(jobs)) as pool:
             list(pool.map(run, jobs))
 
     def _drafts_at(self, width: int) -> bool:

@@ -8,6 +8,7 @@ no bit of a result (``kernels.tiles``), so this can change how long a text takes
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,6 +37,8 @@ MOST_QUANTIZED = 1024  # rows of a product with fewer bits in the table
 FEW = 128  # rows up to which a tile holds them all
 # What came first for some shape in a wider search: (block_n, block_k, num_warps) for few rows;
 # (block_m, block_n, block_k, num_warps) for many.
+FEW_PROGRAMS = 128  # about as many as a chip has multiprocessors
+NARROW = ((32, 128, 4), (32, 256, 4))  # of weights too small for that, such as a rank's share
 FEW_ROWS = ((64, 64, 4), (64, 128, 4), (64, 256, 4), (128, 128, 8))
 MANY_ROWS = ((128, 128, 64, 8), (128, 128, 64, 4), (256, 128, 64, 8), (128, 256, 64, 8))
 SOME_ROWS = (
@@ -57,6 +60,7 @@ class Shape(NamedTuple):
     k: int
     end: str  # "", "swiglu" or "argmax"
     format: str = ""
+    n_ranks: int = 1  # that have a share of K, of which k is one
 
     @property
     def key(self) -> str:
@@ -66,7 +70,9 @@ class Shape(NamedTuple):
     def split(self) -> int:
         if self.end:
             return self.k
-        return quantized_split(self.k) if self.format else k_split(self.n, self.k)
+        n_inner = self.k * self.n_ranks
+        split = quantized_split(n_inner) if self.format else k_split(self.n, n_inner)
+        return self.k if self.n_ranks > 1 and self.k % split else split
 
 
 def product_shapes(
@@ -82,7 +88,7 @@ def product_shapes(
             shape = Shape(n_rows, len(linear.weight), linear.n_inputs, ends.get(linear, ""))
             for format in formats:
                 if not format or n_rows <= MOST_QUANTIZED:
-                    found[shape._replace(format=format)] = None
+                    found[shape._replace(format=format, n_ranks=linear.n_ranks)] = None
     return list(found)
 
 
@@ -94,7 +100,9 @@ def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
     joins = (False, True) if shape.split < shape.k else (False,)
     if shape.n_rows <= FEW:
         heights = {1: (16, 32), 16: (16, 32), 128: (64, 128)}.get(shape.n_rows, (shape.n_rows,))
-        for block_m, (block_n, block_k, num_warps) in product(heights, FEW_ROWS):
+        is_small = shape.n // FEW_ROWS[0][0] * math.ceil(shape.k / shape.split) < FEW_PROGRAMS
+        widths = (*FEW_ROWS, *NARROW) if is_small and not shape.end else FEW_ROWS
+        for block_m, (block_n, block_k, num_warps) in product(heights, widths):
             stage = (block_n + block_m) * block_k * 2
             kib = [limit for limit in SHARED_KIB if limit * 1024 <= shared]
             for depth in {min(limit * 1024 // stage, shape.split // block_k, 8) for limit in kib}:

@@ -22,23 +22,28 @@ CHIPS = {
     100: 227 * 1024,  # B200
     120: 99 * 1024,  # RTX 50
 }
+# Arguments of kernels that are None on one GPU.
+OF_SEVERAL_GPUS = ("others", "broken")
 # For parametrize: compiling for one chip tells most faults, the others are left to the slow tests.
 EVERY_CHIP = slow_but([90], CHIPS)
 
 
 def compile_for(
     kernel: Any,
-    signature: dict[str, str],
+    signature: dict[str, Any],
     constexprs: dict[str, Any],
     capability: int,
     num_warps: int,
     num_stages: int,
+    multiples: Collection[str] = (),
 ) -> Any:
     """Compile a @triton.jit function with the toolchain's own ptxas; returns Triton's kernel.
 
-    ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32");
+    ``signature`` gives the type of each argument that is not in ``constexprs`` ("*bf16", "i32"; a
+    tuple has one for each of its values);
     pointers are taken as 16-byte aligned, as PyTorch's are; "tensordesc<bf16[64,128]>" is a tensor
-    descriptor of such tiles. OVERLAP is as on that chip.
+    descriptor of such tiles; ``multiples`` names numbers that 16 divides. OVERLAP is as on that
+    chip.
     ``metadata.shared`` is in bytes, ``asm["ptx"]`` is text.
     """
     import triton
@@ -46,21 +51,32 @@ def compile_for(
     from triton.compiler import ASTSource
 
     overlap = capability >= 90
+    constexprs = {name: None for name in OF_SEVERAL_GPUS if name not in signature} | constexprs
     if "OVERLAP" in kernel.arg_names:
         constexprs = constexprs | {"OVERLAP": overlap}
     types = {
         name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names
     }
     aligned = {
-        (index,): [["tt.divisibility", 16]]
+        (index, *place): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if types[name].startswith("*")
+        for place, kind in _each(types[name])
+        if kind[0] == "*" or name in multiples
     }
+    constexprs = {name: value for name, value in constexprs.items() if name in types}
     source = ASTSource(kernel, types, constexprs=constexprs, attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": overlap}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"], f"{kernel.__name__} gave no machine code for sm_{capability}"
     return compiled
+
+
+def _each(kind: Any) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The types of an argument, each with its place in a tuple, if it is one."""
+    if isinstance(kind, tuple):
+        yield from (((place,), one) for place, one in enumerate(kind))
+    else:
+        yield (), kind
 
 
 def read_before_waiting(
@@ -74,7 +90,8 @@ def read_before_waiting(
     """
     head, wait, _ = ptx.partition("griddepcontrol.wait")
     assert wait and not re.search(r"\b(st\.global|st\.async|atom\.|red\.)", head)
-    names = [name for name in kernel.arg_names if name not in constexprs and name != "OVERLAP"]
+    absent = {*constexprs, *OF_SEVERAL_GPUS, "OVERLAP"}
+    names = [name for name in kernel.arg_names if name not in absent]
     names = [name for name in names for _ in range(5 if name in descriptors else 1)]
     made_from: dict[str, set[str]] = {}
     read: set[str] = set()

@@ -28,7 +28,7 @@ FLOORS = [
     ["checkpoint"],
     ["runners"],
     ["engine", "invariance"],
-    ["answer"],
+    ["answer", "tensor_parallel"],
     ["decoder"],
     ["fingerprint", "loading", "tuning"],
     ["bench", "server"],
@@ -39,8 +39,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 9290,
-    "engine": 850,
+    "the core": 10350,
+    "engine": 930,
     "tuning": 280,
     "bench": 1750,
     "server": 1870,  # without its page

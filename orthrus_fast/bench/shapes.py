@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from orthrus_fast.checkpoint import make_model
+from orthrus_fast.checkpoint import build_on_meta, make_model, own_slices
 from orthrus_fast.config import ModelConfig, RopeConfig
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.model import Transformer
@@ -48,14 +48,19 @@ def random_model(
 ) -> Transformer:
     """Draw weights on the device with a standard deviation of 0.02; the weights of norms are 1.
 
-    For "tiny" the deviation is 0.2: so small a model would repeat its last token for ever.
+    For "tiny" the deviation is 0.2: so small a model would repeat its last token for ever. A rank
+    draws what the whole model has, and keeps its share.
     """
     generator = torch.Generator(device).manual_seed(seed)
     deviation = 0.02 if config.hidden_size >= 2048 else 0.2
+    wholes = build_on_meta(config.whole).tensors() if config.n_ranks > 1 else {}
 
     def fill(name: str, weight: Tensor) -> None:
         if "norm" in name:
             weight.fill_(1.0)
+        elif name in wholes and (shape := tuple(wholes[name].shape)) != tuple(weight.shape):
+            whole = weight.new_empty(shape).normal_(0.0, deviation, generator=generator)
+            weight.copy_(whole[own_slices(tuple(weight.shape), shape, config.rank)])
         else:
             weight.normal_(0.0, deviation, generator=generator)
 

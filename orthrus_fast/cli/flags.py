@@ -17,6 +17,7 @@ from orthrus_fast.options import (
     DRAFT_WEIGHTS,
     MODES,
     PUBLIC_SHAPES,
+    RANKS,
     RUNNERS,
     TILED_ROWS,
     WEIGHTS,
@@ -65,6 +66,7 @@ NEAR = {  # flags of other tools, and of earlier versions, to what comes near th
     "torch-dtype": "--dtype",
     "precision": "--dtype",
     "cpu": "--device cpu",
+    **dict.fromkeys(("tensor-parallel-size", "tp", "tp-size", "num-gpus"), "--tensor-parallel N"),
     "o": "--output",
     "s": "--seed",
 }
@@ -190,6 +192,7 @@ def build_info_parser(prog: str) -> Parser:
     add_checkpoint_flags(parser)
     add_length_flag(parser)
     add_weights_flags(parser)
+    add_ranks_flag(parser)
     return parser
 
 
@@ -208,6 +211,7 @@ def build_tune_parser(prog: str) -> Parser:
     formats = f"formats of the weights (default: {','.join(DRAFT_WEIGHTS)})"
     add("--weights", type=formats_of, default=DRAFT_WEIGHTS, metavar="NAME,…", help=formats)
     add("--output", metavar="FILE", help="write the table here (default: in your cache directory)")
+    add_ranks_flag(parser)
     return parser
 
 
@@ -344,6 +348,7 @@ def add_machine_flags(group: Group) -> None:
     backend = "attention backend (default: auto)"
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto", help=backend)
     add_weights_flags(group)
+    add_ranks_flag(group)
 
 
 def add_weights_flags(group: Group) -> None:
@@ -357,6 +362,12 @@ def add_weights_flags(group: Group) -> None:
     add("--draft-weights", choices=names, default="auto", help=drafter)
     both = "both views' in fewer bits: another model, in less memory (default: the checkpoint's)"
     add("--weights", choices=WEIGHTS, default="checkpoint", help=both)
+
+
+def add_ranks_flag(group: Group) -> None:
+    """Add the flag that says how many GPUs share the model."""
+    ranks = "GPUs that hold a share of the model each, with the same text (default: 1)"
+    group.add_argument("--tensor-parallel", type=int, choices=RANKS, default=1, help=ranks)
 
 
 def add_output_flags(group: Group) -> None:

@@ -48,11 +48,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
         "on disk": f"{checkpoint.weight_bytes / 1e9:.3f} GB of weights",
         "weights": f"verifier {formats.verifier}, drafter {formats.drafter}",
     }
-    cpu = torch.device("cpu")
+    cpu, n_ranks = torch.device("cpu"), args.tensor_parallel
+    share = config.share(0, n_ranks)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         facts[f"needs in {name}"] = (
-            f"{memory_needed(config, dtype, cpu, length, 1, formats)} at {length} tokens"
+            f"{memory_needed(share, dtype, cpu, length, 1, formats)} at {length} tokens"
+            + (f", each of {n_ranks}" if n_ranks > 1 else "")
         )
     facts |= quantized_sizes(config, torch.bfloat16)
     facts["this machine"] = (

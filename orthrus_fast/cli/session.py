@@ -52,7 +52,7 @@ def load_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags say to ``load``, beside the checkpoint and the slots."""
     as_they_are = (
         "device dtype max_seq_len runner attention compile_mode block_size weights draft_weights "
-        "drafting prefix_reuse revision"
+        "drafting prefix_reuse tensor_parallel revision"
     )
     settings = {name: getattr(args, name) for name in as_they_are.split()}
     settings["draft_view"] = args.mode != "ar" or args.check

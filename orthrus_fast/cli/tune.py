@@ -28,7 +28,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from orthrus_fast.checkpoint import build_on_meta
     from orthrus_fast.kernels.tiles import chip_name, tuned_table
 
-    models = map(build_on_meta, configs(args))
+    shares = [config.share(0, args.tensor_parallel) for config in configs(args)]
+    models = map(build_on_meta, shares)
     formats = ["" if name == "checkpoint" else name for name in args.weights]
     shapes = [s for model in models for s in tuning.product_shapes(model, args.rows, formats)]
     device = torch.device("cuda", torch.cuda.current_device())

@@ -7,19 +7,21 @@ it is dropped. All that happens on the device happens in the order in which it w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+import zlib
 from collections import deque
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from orthrus_fast import steps
-from orthrus_fast.engine.request import Request, Update
+from orthrus_fast.engine.request import Inputs, Peers, Request, Update
 from orthrus_fast.engine.scheduler import Admission, Scheduler, Sequence
 from orthrus_fast.engine.width import Times, WidthPolicy
-from orthrus_fast.errors import PromptError, QueueFullError, RequestError, one_line
+from orthrus_fast.errors import OrthrusError, PromptError, QueueFullError, RequestError, one_line
 from orthrus_fast.matching import Block, Matcher
 from orthrus_fast.runners import EagerRunner, SlotOutput
 from orthrus_fast.sampling import NO_TOKEN
@@ -58,7 +60,7 @@ class Engine:
     ``step`` does a piece of work, in whichever thread calls it; others wait for as long as that
     takes. ``policy`` chooses the cycles' widths; ``ar_width`` is that of cycles without drafts.
     Without ``one_row`` a row's bits may depend on more than its tokens: then a prompt is cut by its
-    length alone, and no rows are reused.
+    length alone, and no rows are reused. ``peers`` are the engines of a model's other ranks.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Engine:
         ar_width: int = 1,
         one_row: bool = True,
         prefix_reuse: bool = True,
+        peers: Peers | None = None,
     ) -> None:
         self.runner = runner
+        self.peers = peers
         self.limits = limits
         self.policy = policy
         self.scheduler = Scheduler(runner.cache.n_slots, prefix_reuse and one_row)
@@ -82,6 +86,8 @@ class Engine:
         self._cancelled: deque[int] = deque()
         self._in_flight: deque[_Launch] = deque()
         self._updates: list[Update] = []
+        self._times: list[tuple[bool, int, float]] = []  # of launches read since the last step
+        self._digest = 0  # of all that was read, where there are peers
         self._cycle_seconds = 0.0  # of the newest one
         self._last_read = 0.0
         self._ahead: _Launch | None = None  # a verify pass whose rows wait for their masks
@@ -108,6 +114,11 @@ class Engine:
         self._cancelled.append(request_id)  # takes no lock: garbage collection may call this
 
     @property
+    def failure(self) -> str | None:
+        """Why no request can be served any more; None: they are."""
+        return None if self.peers is None else self.peers.failure
+
+    @property
     def has_work(self) -> bool:
         """Whether any request has not ended, or any launch has not been read."""
         waiting = self._submitted or self.scheduler.waiting
@@ -122,19 +133,23 @@ class Engine:
         """
         with self._lock:
             try:
-                if self._unsettled:
-                    self._recover()
-                self._unsettled, self._at_work = True, ()
-                self._take_in()
-                launched = self._launch()
-                n_ahead = self.runner.lookahead if launched else 0
-                while len(self._in_flight) > n_ahead:
-                    self._read()
-                self._unsettled = False
+                with contextlib.nullcontext() if self.peers is None else self.peers.step():
+                    self._step()
             except Exception as error:
                 self._fail(error)
             updates, self._updates = self._updates, []
             return updates
+
+    def _step(self) -> None:
+        if self._unsettled:
+            self._recover()
+        self._unsettled, self._at_work = True, ()
+        self._take_in()
+        launched = self._launch()
+        n_ahead = self.runner.lookahead if launched else 0
+        while len(self._in_flight) > n_ahead:
+            self._read()
+        self._unsettled = False
 
     def _check(self, request: Request) -> None:
         vocab_size = self.runner.model.config.vocab_size
@@ -156,13 +171,23 @@ class Engine:
             )
 
     def _take_in(self) -> None:
-        """What callers have asked for since the last step."""
-        while self._submitted:
-            self.scheduler.waiting.append(self._submitted.popleft())
-        while self._cancelled:
-            sequence = self.scheduler.cancel(self._cancelled.popleft())
+        """What callers have asked for, and how long launches took, since the last step."""
+        asked = Inputs(list(self._submitted), list(self._cancelled), self._times, self._digest)
+        inputs = asked if self.peers is None else self.peers.agree(asked)
+        self._times = []
+        for _ in asked.requests:
+            self._submitted.popleft()
+        self.scheduler.waiting.extend(inputs.requests)
+        for _ in asked.cancelled:
+            self._cancelled.popleft()
+        for request_id in inputs.cancelled:
+            sequence = self.scheduler.cancel(request_id)
             if sequence is not None:
                 self.runner.close(sequence.slot)
+        for is_cycle, width, seconds in inputs.times:
+            if is_cycle:
+                self._cycle_seconds = seconds
+            (self.policy.times if is_cycle else self._chunk_times).saw(width, seconds)
 
     def _launch(self) -> bool:
         """Launch the next piece of work, if there is any."""
@@ -307,9 +332,13 @@ class Engine:
         was_awaited = not self.runner.has_arrived
         outputs = self.runner.read()
         self._in_flight.popleft()
+        if self.peers is not None:
+            self.peers.check()
+            self._digest = zlib.crc32(repr(outputs).encode(), self._digest)
         now = time.perf_counter()
-        if was_awaited and launch.is_usual:
-            self._timed(launch, now - max(launch.began, self._last_read))
+        if was_awaited and launch.is_usual:  # the device had nothing else to do meanwhile
+            seconds = now - max(launch.began, self._last_read)
+            self._times.append((launch.is_cycle, launch.width, seconds))
         self._last_read = now
         for sequence in launch.owners:
             if self.scheduler.owns(sequence):
@@ -319,14 +348,6 @@ class Engine:
                     self._mask(sequence, output.tokens, launch.width, forced)
                 else:
                     self._tell(sequence, output, launch)
-
-    def _timed(self, launch: _Launch, seconds: float) -> None:
-        """A launch took so long, the device having had nothing else to do meanwhile."""
-        if launch.is_cycle:
-            self._cycle_seconds = seconds
-            self.policy.times.saw(launch.width, seconds)
-        else:
-            self._chunk_times.saw(launch.width, seconds)
 
     def _tell(self, sequence: Sequence, output: SlotOutput, launch: _Launch) -> None:
         """Record what a launch gave to one of its sequences, and report it."""
@@ -396,16 +417,28 @@ class Engine:
                 self.runner.resume(slot.index, text, sequence.is_masked)
 
     def _fail(self, error: Exception) -> None:
-        """End the requests that an error of the device concerns; what their slots hold is lost."""
-        _log.error("a step of the engine failed", exc_info=error)
-        text = f"{type(error).__name__}: {one_line(str(error))}"
+        """End the requests that an error of the device concerns; what their slots hold is lost.
+
+        With peers that is all of them.
+        """
+        if self.peers is not None:
+            error = self.peers.fail(error)
+            self._at_work = tuple(self.scheduler.sequences)
+            self._in_flight.clear()
+        known = isinstance(error, OrthrusError)
+        reason = f": {error}" if known else ""
+        _log.error("a step of the engine failed%s", reason, exc_info=None if known else error)
+        text = str(error) if known else f"{type(error).__name__}: {one_line(str(error))}"
         failed = [s for s in self._at_work if self.scheduler.owns(s)]
         for sequence in failed:
             self.scheduler.end(sequence)
             self.scheduler.forget(sequence.slot, 0)
         requests = [sequence.request for sequence in failed]
         waiting = self.scheduler.waiting or self._submitted
-        if not requests and waiting:  # the one that was about to get a slot
+        if self.peers is not None:
+            while waiting := self.scheduler.waiting or self._submitted:
+                requests.append(waiting.popleft())
+        elif not requests and waiting:  # the one that was about to get a slot
             requests = [waiting.popleft()]
         for request in requests:
             self._updates.append(Update(request.id, [], finish_reason="error", error=text))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,38 @@ class Request:
     def max_length(self) -> int:
         """Tokens at which the text ends, prompt included."""
         return len(self.prompt) + self.max_new_tokens
+
+
+class Inputs(NamedTuple):
+    """What an engine takes in before a launch: the rest of what it does follows from it."""
+
+    requests: list[Request]
+    cancelled: list[int]
+    times: list[tuple[bool, int, float]]  # of launches: whether a cycle, width, seconds
+    digest: int  # of all tokens that have been read
+
+
+class Peers(Protocol):
+    """The engines of other ranks, which do as the first one does.
+
+    ``failure`` says why they have ended, if they have.
+    """
+
+    failure: str | None
+
+    def step(self) -> AbstractContextManager[None]:
+        """A step, of all of them. Raises RankError where one has ended, as ``check`` does."""
+        ...
+
+    def agree(self, inputs: Inputs) -> Inputs:
+        """The first rank's inputs, on every rank."""
+        ...
+
+    def check(self) -> None: ...
+
+    def fail(self, error: BaseException) -> Exception:
+        """End all of them, because of an error here; what to tell of it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}  # a weight over its scale
 ZERO = {"int8": 128, "int4": 8}  # what stands for 0
 LARGEST_SCALE = 1.875 * 2.0**8  # of a group, over its row's: see ``_scale_of``
 TRIES = 5  # of a group's scale, from the one that holds all down: that of least squared error wins
+AllMax = Callable[[Tensor], Tensor]  # [N] -> the greatest on any of the ranks that share K
 AT_ONCE = 2**24  # weights that are quantized at a time, at most
 
 
@@ -36,32 +38,42 @@ class Stored(NamedTuple):
     n_inputs: int = 0
     split: int = 0
     format: str = ""
+    n_ranks: int = 1
     whole: Weight | None = None
 
 
-def quantized_split(n_inputs: int) -> int:
+def quantized_split(n_inputs: int, most: int = 4) -> int:
     """Columns of K that a sum takes where others add it up: a fourth or half of all, or all.
 
     As ``interface.k_split``, a property of the weight: whole words, in sums of almost one length.
+    ``most``: how many sums at most, of a rank's share of K.
     """
     step = max(PLACES.values()) * GROUP
     n_steps = -(-n_inputs // step)
     for n_sums in (4, 2):
         each = -(-n_steps // n_sums)
-        if 10 * n_sums * each <= 11 * n_steps:
+        if n_sums <= most and 10 * n_sums * each <= 11 * n_steps:
             return each * step
     return n_steps * step
 
 
-def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def of_one(x: Tensor) -> Tensor:
+    """``AllMax`` where nobody shares K."""
+    return x
+
+
+def quantize(
+    weight: Tensor, format: str, all_max: AllMax = of_one
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """weight [N, K] -> words [N, …] int16, ``scale`` [N] and, of int4, ``group_scale``.
 
-    That has a word [steps, N] int32 with the codes of each step's four groups.
+    That has a word [steps, N] int32 with the codes of each step's four groups. ``scale`` is of the
+    whole row, of which ranks may have a share each.
     """
     if weight.is_meta:
         return _shapes(weight, format)
     n_rows = max(1, AT_ONCE // weight.shape[1])
-    parts = [_quantize(part.float(), format) for part in torch.split(weight, n_rows)]
+    parts = [_quantize(part.float(), format, all_max) for part in torch.split(weight, n_rows)]
     words, scale, group_scale = zip(*parts, strict=True)
     codes = None if group_scale[0] is None else torch.cat(group_scale, dim=1)
     return torch.cat(words), torch.cat(scale), codes
@@ -76,15 +88,15 @@ def _shapes(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]
     return words, weight.new_empty(n_rows, dtype=torch.float32), codes
 
 
-def _quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def _quantize(weight: Tensor, format: str, all_max: AllMax) -> tuple[Tensor, Tensor, Tensor | None]:
     places = PLACES[format]
     n_rows = len(weight)
     padded = F.pad(weight, (0, -weight.shape[1] % (places * GROUP)))
     groups = padded.view(n_rows, -1, GROUP)
     if format == "int4":
-        values, scale, codes = _round_groups(groups)
+        values, scale, codes = _round_groups(groups, all_max)
     else:
-        scale = _positive(weight.abs().amax(dim=1) / LARGEST[format])
+        scale = _positive(all_max(weight.abs().amax(dim=1)) / LARGEST[format])
         values, codes = groups / scale[:, None, None], None
     if format == "fp8":
         bits = values.to(torch.float8_e4m3fn).view(torch.uint8).int()
@@ -95,10 +107,10 @@ def _quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | Non
     return words.to(torch.int16).flatten(1), scale, codes
 
 
-def _round_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _round_groups(groups: Tensor, all_max: AllMax) -> tuple[Tensor, Tensor, Tensor]:
     """int4 of groups [N, groups, GROUP]: the values, the rows' scale, and the groups' codes."""
     greatest = groups.abs().amax(dim=2) / LARGEST["int4"]
-    scale = _positive(greatest.amax(dim=1) / LARGEST_SCALE)
+    scale = _positive(all_max(greatest.amax(dim=1)) / LARGEST_SCALE)
     holds_all = _scale_code(greatest / scale[:, None])
     least, codes = torch.full_like(greatest, torch.inf), holds_all
     values = torch.zeros_like(groups)

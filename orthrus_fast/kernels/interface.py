@@ -22,6 +22,7 @@ class Weight(Protocol):
     As it stands where ``format`` is empty. Else ``weight`` has fewer bits, which ``formats`` lays
     out, ``scale`` [N] a float32 for each row and ``group_scale`` a small number for each group of
     columns, where the format has groups. ``split`` columns of K are summed at once (``k_split``).
+    Where ``n_ranks`` share K, each has a weight of its own.
     ``whole`` is the weight before it had fewer bits, where somebody else keeps that anyway.
     """
 
@@ -35,6 +36,8 @@ class Weight(Protocol):
     def n_inputs(self) -> int: ...
     @property
     def split(self) -> int: ...
+    @property
+    def n_ranks(self) -> int: ...
     @property
     def format(self) -> str: ...
     @property
@@ -135,7 +138,7 @@ class Products(Protocol):
 
         P is 1, 2 or 4. Whoever reads them adds them pairwise, neighbours first. They are float32;
         where P is 1 they may be rounded to the model's dtype. An implementation may add them
-        itself.
+        itself. Where ranks share K, they are those of all ranks, in their order.
         """
         ...
 

@@ -35,15 +35,35 @@ def sum_partials(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def await_parts(  # type: ignore[no-untyped-def]
+    first, stride, mask, broken, N_PARTIALS: tl.constexpr
+):
+    """Until what other GPUs send here has come (``symmetric``), or nobody shall wait any more.
+
+    All threads of a program leave at once, for the decision is a sum over all of them.
+    """
+    n_absent = 1
+    while n_absent > 0:
+        # Not yet what they sent: these are the bits of -1.
+        absent = tl.load(first, mask=mask, other=0, volatile=True).to(tl.int32, bitcast=True) == -1
+        for part in tl.static_range(1, N_PARTIALS):
+            more = tl.load(first + part * stride, mask=mask, other=0, volatile=True)
+            absent |= more.to(tl.int32, bitcast=True) == -1
+        absent &= tl.load(broken, volatile=True) == 0
+        n_absent = tl.sum(absent.to(tl.int32))
+
+
+@triton.jit
 def _add_norm_kernel(  # type: ignore[no-untyped-def]
-    x, partials, weight, total, normed, prefetch, n_elements,
+    x, partials, weight, total, normed, prefetch, broken, n_elements,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, N_PARTIALS: tl.constexpr, EPS: tl.constexpr,
     REGION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row: x plus the partials' sum, rounded to x's dtype at each step, then its norm.
 
-    Programs without a row only ask for their share of the next weight.
+    Programs without a row only ask for their share of the next weight. With ``broken`` the partials
+    come from other GPUs, and their places are emptied.
     """
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -56,15 +76,24 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
         return
     at = program.to(tl.int64) * SIZE + column
     dtype = x.dtype.element_ty
+    if broken is not None:
+        fetch(prefetch, program, n_programs, REGION, OVERLAP)
+        await_parts(partials + at, n_elements, inside, broken, N_PARTIALS)
     update = sum_partials(partials + at, n_elements, inside, N_PARTIALS)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    fetch(prefetch, program, n_programs, REGION, OVERLAP)
+    if broken is None:
+        fetch(prefetch, program, n_programs, REGION, OVERLAP)
     row = (row + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(total + at, row, mask=inside)
     row = row.to(tl.float32)
     row = row * tl.rsqrt(tl.sum(row * row) / SIZE + EPS)
     row = row.to(dtype).to(tl.float32) * scale
     tl.store(normed + at, row.to(dtype), mask=inside)
+    if broken is not None:
+        tl.debug_barrier()  # all threads have read theirs
+        for part in tl.static_range(N_PARTIALS):
+            empty = tl.full((BLOCK,), -1, tl.int32).to(tl.float32, bitcast=True)
+            tl.store(partials + part * n_elements + at, empty, mask=inside)
 
 
 def add_norm(
@@ -73,6 +102,18 @@ def add_norm(
     """See ``interface.AddNorm``. Partials are float32, or x's dtype where P is 1; a row's results
     depend on that row alone. The beginning of ``prefetch`` [N, K] goes into the cache.
     """
+    return launch(x, partials, weight, eps, prefetch)
+
+
+def launch(
+    x: Tensor,
+    partials: Tensor,
+    weight: Tensor,
+    eps: float,
+    prefetch: Tensor | None = None,
+    broken: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``add_norm``; with ``broken`` of partials that other GPUs send (``symmetric.Exchange``)."""
     size = x.shape[-1]
     assert x.is_contiguous() and partials.is_contiguous() and partials.shape[1:] == x.shape
     assert len(partials) in (1, 2, 4)
@@ -81,9 +122,10 @@ def add_norm(
     overlap = overlaps(x.device)
     region = tuple(first_columns(prefetch, *PREFETCH_LIMIT))
     n_rows = x.numel() // size
-    launch: Any = _add_norm_kernel[(max(n_rows, PREFETCHERS * (overlap and region[2] > 0)),)]
-    launch(
-        *(x, partials, weight, total, normed, x if prefetch is None else prefetch, x.numel()),
+    start: Any = _add_norm_kernel[(max(n_rows, PREFETCHERS * (overlap and region[2] > 0)),)]
+    start(
+        *(x, partials, weight, total, normed, x if prefetch is None else prefetch, broken),
+        x.numel(),
         *(size, block, len(partials), eps, region, overlap),
         num_warps=min(max(block // 128, 1), 16),  # 16 rather than 4: 1.7B's layer took 3% less
         enable_fp_fusion=False,  # where the model is float32, as PyTorch rounds

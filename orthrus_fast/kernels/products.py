@@ -12,7 +12,8 @@ them as it reads them: so a small product has programs enough. With many, a prog
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -124,9 +125,18 @@ def greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
     return tl.max(value, 0, return_indices=True)
 
 
+@triton.jit
+def store_everywhere(out, others, at, value, mask):  # type: ignore[no-untyped-def]
+    """Store what a tile gives at ``at`` of out, and of the same place in other GPUs' memory."""
+    if others is not None:
+        for other in tl.static_range(len(others)):
+            tl.store(others[other] + at, value, mask=mask)
+    tl.store(out + at, value, mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_rows"])  # one binary for every M of a tile size
 def _product_kernel(  # type: ignore[no-untyped-def]
-    x, weight, out, tile_max, tile_argmax, prefetch, n_rows, n_columns, dtype: tl.constexpr,
+    x, weight, out, others, tile_max, tile_argmax, prefetch, n_rows, n_columns, dtype: tl.constexpr,
     K: tl.constexpr, SPLIT: tl.constexpr, N_PARTIALS: tl.constexpr, JOINED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr, SWIGLU: tl.constexpr, ARGMAX: tl.constexpr, STORE: tl.constexpr,
@@ -179,7 +189,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
     inside = (row[None, :] < n_rows) & (column < n_columns)
     if STORE:
-        tl.store(out + at, result, mask=inside)
+        store_everywhere(out, others, at, result, inside)
     if ARGMAX:
         value, winner = greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -200,6 +210,38 @@ def _join_argmax_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(0), tl.load(tile_argmax + at + winner).to(tl.int64))
 
 
+class Room(NamedTuple):
+    """Where a product leaves its partial sums; ``others`` are places in other GPUs' memory."""
+
+    partials: Tensor  # those of all GPUs [P, ..., N]
+    out: Tensor
+    others: tuple[Tensor, ...] | None = None
+
+
+def empty_partials(x: Tensor, n_columns: int, n_partials: int) -> Tensor:
+    """Room for the partial sums [P, ..., N] of x [..., K]; several are float32."""
+    dtype = torch.float32 if n_partials > 1 else x.dtype
+    return x.new_empty(n_partials, *x.shape[:-1], n_columns, dtype=dtype)
+
+
+def empty_room(x: Tensor, n_columns: int, n_partials: int) -> Room:
+    """``empty_partials``, for one GPU."""
+    partials = empty_partials(x, n_columns, n_partials)
+    return Room(partials, partials)
+
+
+MakeRoom = Callable[[Tensor, int, int], Room]  # of x, N and P
+Join = Callable[[Tensor, Tensor, Tensor, bool], None]
+
+
+def join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:
+    """Each row's id of the greatest of its tiles' maxima, into ``ids``."""
+    n_rows, n_tiles = tile_max.shape
+    start: Any = _join_argmax_kernel[(n_rows,)]
+    block = triton.next_power_of_2(n_tiles)
+    start(*(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
+
+
 def launch(
     x: Tensor,
     weight: Tensor,
@@ -209,6 +251,8 @@ def launch(
     swiglu: bool = False,
     argmax: str = "",
     prefetch: Tensor | None = None,
+    room: MakeRoom = empty_room,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] times weight [N, K] transposed -> partials [P, ..., N], ids [...].
 
@@ -216,11 +260,11 @@ def launch(
     ``tiles`` join them, P is 1 and the result of x's dtype. With ``swiglu``, which does not split,
     it is [1, ..., N / 2]. ``argmax``, which does not either: "ids" leaves the product out, "both"
     keeps it; otherwise ids is empty. The beginning of ``prefetch`` [N, K], the weight that is read
-    next, goes into the cache. bfloat16, float16 or float32; sums are float32, without TF32.
+    next, goes into the cache. bfloat16, float16 or float32; sums are float32, without TF32. With
+    ``room`` partial sums go where that says, always float32; ``join`` joins the tiles' argmax.
     """
-    n_inner, n_columns = x.shape[-1], weight.shape[0]
-    n_rows = x.numel() // n_inner
-    assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == n_inner
+    (n_columns, n_inner), n_rows = weight.shape, x.numel() // x.shape[-1]
+    assert x.is_contiguous() and weight.is_contiguous() and x.shape[-1] == n_inner
     split = n_inner if swiglu or argmax else split
     n_partials = math.ceil(n_inner / split)
     assert n_partials in (1, 2, 4) and (n_partials == 1 or prefetch is None)
@@ -230,14 +274,14 @@ def launch(
     block_k = math.gcd(tiles.block_k, split) if n_partials > 1 else tiles.block_k
     n_tiles = triton.cdiv(n_columns, columns)
     n_left = 1 if tiles.joined else n_partials
-    partials = empty_partials(x, n_columns if argmax != "ids" else 0, n_left)
+    partials, out, others = room(x, n_columns if argmax != "ids" else 0, n_left)
     tile_max, tile_argmax, ids = empty_argmax(x, n_tiles if argmax else 0)
     region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
     operands = ((x.view(n_rows, n_inner), tiles.block_m), (weight, columns))
     start: Any = _product_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_left]
     start(
         *(_operand(*side, block_k, tiles.descriptors) for side in operands),
-        *(partials, tile_max, tile_argmax, x if prefetch is None else prefetch),
+        *(out, others, tile_max, tile_argmax, x if prefetch is None else prefetch),
         *(n_rows, n_columns, triton_type(x.dtype), n_inner, split, n_partials, tiles.joined),
         *(tiles.block_m, tiles.block_n, block_k, tiles.descriptors),
         *(swiglu, bool(argmax), argmax != "ids", region, overlap),
@@ -246,7 +290,7 @@ def launch(
         launch_pdl=overlap,
     )
     if argmax:
-        join_argmax(tile_max, tile_argmax, ids, overlap)
+        (join or join_argmax)(tile_max, tile_argmax, ids, overlap)
     return partials, ids
 
 
@@ -265,22 +309,9 @@ def empty_argmax(x: Tensor, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
     return tile_max, torch.empty_like(tile_max, dtype=torch.int32), ids
 
 
-def join_argmax(tile_max: Tensor, tile_argmax: Tensor, ids: Tensor, overlap: bool) -> None:
-    n_rows, n_tiles = tile_max.shape
-    start: Any = _join_argmax_kernel[(n_rows,)]
-    block = triton.next_power_of_2(n_tiles)
-    start(*(tile_max, tile_argmax, ids, n_tiles, block, overlap), num_warps=8, launch_pdl=overlap)
-
-
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def empty_partials(x: Tensor, n_columns: int, n_partials: int) -> Tensor:
-    """Room for the partial sums [P, ..., N] of x [..., K]; several are float32."""
-    dtype = torch.float32 if n_partials > 1 else x.dtype
-    return x.new_empty(n_partials, *x.shape[:-1], n_columns, dtype=dtype)
 
 
 def product(x: Tensor, weight: Tensor, split: int, joins: bool = True) -> Tensor:

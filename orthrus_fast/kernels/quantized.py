@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,10 +20,13 @@ from orthrus_fast.kernels.interface import Weight
 from orthrus_fast.kernels.overlap import fetch, first_columns, overlaps, release, wait
 from orthrus_fast.kernels.products import (
     PREFETCH_LIMIT,
+    Join,
+    MakeRoom,
     empty_argmax,
-    empty_partials,
+    empty_room,
     greatest,
     join_argmax,
+    store_everywhere,
     swiglu_of,
     triton_type,
 )
@@ -132,7 +134,7 @@ def _partial_sum(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _quantized_kernel(  # type: ignore[no-untyped-def]
-    x, weight, scale, group_scale, out, tile_max, tile_argmax, prefetch,
+    x, weight, scale, group_scale, out, others, tile_max, tile_argmax, prefetch,
     n_rows, n_columns, dtype: tl.constexpr,
     K: tl.constexpr, ROW: tl.constexpr, SPLIT: tl.constexpr, FORMAT: tl.constexpr,
     PLACES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -170,7 +172,7 @@ def _quantized_kernel(  # type: ignore[no-untyped-def]
     at = (split * n_rows + row[None, :]).to(tl.int64) * n_columns + column
     inside = (row[None, :] < n_rows) & (column < n_columns)
     if STORE:
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+        store_everywhere(out, others, at, result.to(out.dtype.element_ty), inside)
     if ARGMAX:
         value, winner = greatest(result, column, n_columns)
         tile = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -184,11 +186,14 @@ def launch(
     end: str = "",
     prefetch: Tensor | None = None,
     tiles: Tiles | None = None,
+    room: MakeRoom = empty_room,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [..., K] times a quantized weight [N, K] -> partials [P, ..., N], ids [...].
 
     ``end``: "" for partial sums; "swiglu"; of the output head "ids", or "both" with logits. What is
-    not asked for is empty. ``tiles`` None takes those of the tables.
+    not asked for is empty. ``tiles`` None takes those of the tables; ``room`` and ``join`` are as
+    in ``products.launch``.
     """
     tiles = tiles or find_quantized_tiles(x, weight)
     swiglu, argmax = end == "swiglu", end in ("ids", "both")
@@ -200,14 +205,14 @@ def launch(
     split = words.shape[1] * PLACES[format] if end else weight.split
     n_partials, overlap = math.ceil(n_inner / split), overlaps(x.device)
     n_tiles = triton.cdiv(n_columns, tiles.block_n // n_halves)
-    partials = empty_partials(x, 0 if end == "ids" else n_columns, n_partials)
+    partials, out, others = room(x, 0 if end == "ids" else n_columns, n_partials)
     tile_max, tile_argmax, ids = empty_argmax(x, n_tiles if argmax else 0)
     region = tuple(first_columns(prefetch, PREFETCH_LIMIT))
     start: Any = _quantized_kernel[triton.cdiv(n_rows, tiles.block_m), n_tiles, n_partials]
     start(
-        *(x, words, scale, scale if weight.group_scale is None else weight.group_scale, partials),
-        *(tile_max, tile_argmax, x if prefetch is None else prefetch, n_rows, n_columns),
-        *(triton_type(torch.float32 if n_partials > 1 else x.dtype), n_inner, words.shape[1]),
+        *(x, words, scale, scale if weight.group_scale is None else weight.group_scale, out),
+        *(others, tile_max, tile_argmax, x if prefetch is None else prefetch, n_rows, n_columns),
+        *(triton_type(x.dtype if end else out.dtype), n_inner, words.shape[1]),
         *(split, format, PLACES[format], tiles.block_m, tiles.block_n),
         *(swiglu, argmax, end != "ids", GROUP, ZERO.get(format, 0), x.is_cuda),
         *(region, overlap),
@@ -215,7 +220,7 @@ def launch(
         launch_pdl=overlap,
     )
     if argmax:
-        join_argmax(tile_max, tile_argmax, ids, overlap)
+        (join or join_argmax)(tile_max, tile_argmax, ids, overlap)
     return partials, ids
 
 

@@ -62,8 +62,10 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     if isinstance(kernels.products, PlainProducts):
         return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.custom import CompiledProducts
+    from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
 
+    if not isinstance(kernels.products, CustomProducts):
+        return kernels  # of several GPUs, which no compiler is given
     return replace(
         kernels,
         qk_norm_rope_write=rope.qk_norm_rope_write_op,

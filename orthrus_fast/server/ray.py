@@ -347,12 +347,13 @@ def local_replicas(
 ) -> Iterator[DeploymentHandle[Any]]:
     """Replicas in a cluster of this machine's own, which ends with the block.
 
-    Each has a GPU, or its share of the cores. Raises RequestError where they do not start.
+    Each has a GPU, or as many as share its model, or its part of the cores. Raises RequestError
+    where they do not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    n_cores = os.cpu_count() or 1
+    n_cores, n_gpus = os.cpu_count() or 1, arguments.load.get("tensor_parallel", 1)
     each: dict[str, Any] = (
-        {"num_gpus": 1} if on_gpus else {"num_cpus": max(1, n_cores // n_replicas)}
+        {"num_gpus": n_gpus} if on_gpus else {"num_cpus": max(1, n_cores // n_replicas)}
     )
     ray.init(
         address="local",
@@ -363,8 +364,9 @@ def local_replicas(
         object_store_memory=STORE_BYTES,
     )
     try:
-        if on_gpus and (found := ray.cluster_resources().get("GPU", 0)) < n_replicas:
-            raise RequestError(f"{n_replicas} replicas need as many GPUs; there are {found:.0f}")
+        needed = n_replicas * n_gpus
+        if on_gpus and (found := ray.cluster_resources().get("GPU", 0)) < needed:
+            raise RequestError(f"{n_replicas} replicas need {needed} GPUs; there are {found:.0f}")
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         more: dict[str, Any] = {"ray_actor_options": each, "max_constructor_retry_count": 1}
         app = replicas_of(arguments, num_replicas=n_replicas, **more)

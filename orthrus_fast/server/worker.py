@@ -116,8 +116,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs, and can decode."""
+        return self._thread.is_alive() and self.decoder.engine.failure is None
 
     @property
     def n_running(self) -> int:

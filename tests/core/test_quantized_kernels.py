@@ -380,7 +380,7 @@ def compile_launch(
 ) -> tuple[str, dict[str, Any]]:
     """The text of the machine code, within the chip's shared memory; and the constants in it."""
     kernel: Any = quantized._quantized_kernel
-    fixed = {one.name for one in kernel.params if one.is_constexpr}
+    fixed = {one.name for one in kernel.params if one.is_constexpr} | {"others"}
     constants = {name: value for name, value in arguments.items() if name in fixed}
     signature = {n: type_of(value) for n, value in arguments.items() if n not in fixed}
     how = (options["num_warps"], options["num_stages"])
