@@ -95,6 +95,8 @@ def main() -> None:
                 {"tensor_parallel": 2},
             )
         found = decode(decoder)
+        for _ in range(2):
+            decoder.engine.step()  # which others join once they have left their rows
         print(json.dumps({"texts": found, "rows": rows_of(decoder)}), flush=True)
 
 
@@ -104,7 +106,8 @@ def report(engine: Any, serve: Any, ranks: Ranks) -> None:
     def step() -> None:
         engine.step()
         where = Path(sys.argv[2] + f".rows{ranks.rank}")
-        where.write_text(json.dumps(rows_of(engine)))
+        where.with_suffix(".new").write_text(json.dumps(rows_of(engine)))
+        where.with_suffix(".new").replace(where)  # whole, whenever this process ends
 
     serve(ranks, step)
 
