@@ -23,6 +23,7 @@ from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.tiled import TiledProducts
 from orthrus_fast.loading import Options, build_decoder
 from orthrus_fast.tensor_parallel import all_gather, gloo_group
+from tests.decoders import unchecked
 
 
 class End(BaseException):
@@ -103,8 +104,14 @@ class ThreadRanks:
         return all_gather(self._group, x, self.size)
 
 
-def on_ranks(n_ranks: int, function: Callable[[ThreadRanks], Any]) -> list[Any]:
-    """What ``function`` returns for each of so many ranks, each in a thread."""
+def on_ranks(
+    n_ranks: int, function: Callable[[ThreadRanks], Any], checked: bool = False
+) -> list[Any]:
+    """What ``function`` returns for each of so many ranks, each in a thread.
+
+    Decoders are ``unchecked``, unless ``checked``: for all threads at once, since each would undo
+    another's patch.
+    """
     meeting = Meeting(n_ranks)
     store = dist.HashStore() if n_ranks > 1 else None
 
@@ -112,7 +119,8 @@ def on_ranks(n_ranks: int, function: Callable[[ThreadRanks], Any]) -> list[Any]:
         torch.set_num_threads(1)
         return function(ThreadRanks(rank, meeting, store))
 
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(n_ranks) as pool:
+    check = contextlib.nullcontext() if checked else unchecked()
+    with check, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(n_ranks) as pool:
         # Threads that wait for each other within a pass cannot take turns at it.
         patch.setattr(runners, "_TORCH_FLAGS", contextlib.nullcontext())
         return list(pool.map(run, range(n_ranks)))

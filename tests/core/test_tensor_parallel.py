@@ -33,7 +33,6 @@ from orthrus_fast.kernels.tiled import TiledProducts, multiply
 from orthrus_fast.loading import memory_needed
 from orthrus_fast.tensor_parallel import Ranks
 from tests.checkpoints import kernels_for, write_checkpoint
-from tests.decoders import unchecked
 from tests.ranks import ThreadRanks, decoder_of, on_ranks
 
 CPU = torch.device("cpu")
@@ -58,8 +57,7 @@ def committed_rows(decoder: Decoder) -> list[list[Tensor]]:
 
 def outcome(directory: Path, ranks: ThreadRanks, seed: int, **options: Any) -> Outcome:
     """Texts of all kinds, by slots that are reused; half of them drafted at a width by times."""
-    with unchecked():
-        decoder = decoder_of(directory, ranks, max_seq_len=160, **options)
+    decoder = decoder_of(directory, ranks, max_seq_len=160, **options)
     if ranks.rank > 0:
         ranks.serve(decoder)
         return Outcome([], None, committed_rows(decoder))
@@ -151,7 +149,8 @@ def test_the_splits_of_a_weight_are_those_of_the_whole(tmp_path: Path) -> None:
 def test_the_check_of_the_passes_holds_on_ranks(tmp_path: Path) -> None:
     shape = {"num_attention_heads": 8, "intermediate_size": 256}
     directory = write_checkpoint(tmp_path / "model", **shape)
-    found = on_ranks(2, lambda ranks: decoder_of(directory, ranks, max_seq_len=100).invariance)
+    how = {"max_seq_len": 100}
+    found = on_ranks(2, lambda ranks: decoder_of(directory, ranks, **how).invariance, checked=True)
     assert all(one.holds and one.prefill for one in found)
 
 
@@ -162,8 +161,7 @@ def test_a_grammar_is_compiled_on_every_rank(tmp_path: Path) -> None:
     params = SamplingParams(grammar=Grammar("regex", "(ab|cd)*e"))
 
     def run(ranks: ThreadRanks) -> Any:
-        with unchecked():
-            decoder = decoder_of(directory, ranks, max_seq_len=100)
+        decoder = decoder_of(directory, ranks, max_seq_len=100)
         if ranks.rank > 0:
             return ranks.serve(decoder)
         texts = [decoder.generate([7, 8], 20, params, mode).text for mode in ("ar", "diffusion")]
@@ -181,8 +179,7 @@ def test_quantized_views_are_those_of_one(formats: dict[str, str], tmp_path: Pat
     directory = write_checkpoint(tmp_path / "model", eos_token_id=[], **shape)
 
     def run(ranks: ThreadRanks) -> Any:
-        with unchecked():
-            decoder = decoder_of(directory, ranks, max_seq_len=100, drafting=8, **formats)
+        decoder = decoder_of(directory, ranks, max_seq_len=100, drafting=8, **formats)
         if ranks.rank > 0:
             return ranks.serve(decoder)
         found = [decoder.generate([7, 8, 9], 30, mode=mode) for mode in ("ar", "diffusion")]
@@ -265,10 +262,9 @@ def test_other_sums_than_on_one_gpu_are_said(
     """Its o has two partial sums, of which four ranks own a half each."""
     shape = {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 256}
     directory = write_checkpoint(tmp_path / "model", **shape)
-    with unchecked():
-        on_ranks(2, lambda ranks: decoder_of(directory, ranks, max_seq_len=100))
-        assert not caplog.messages
-        on_ranks(4, lambda ranks: decoder_of(directory, ranks, max_seq_len=100))
+    on_ranks(2, lambda ranks: decoder_of(directory, ranks, max_seq_len=100))
+    assert not caplog.messages
+    on_ranks(4, lambda ranks: decoder_of(directory, ranks, max_seq_len=100))
     assert "texts may differ from those of one" in caplog.text
 
 
