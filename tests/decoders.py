@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from orthrus_fast import Decoder, SamplingParams, loading, steps
 from orthrus_fast.invariance import Invariance
 from orthrus_fast.runners import EagerRunner, SlotOutput
+
+_PATCHING = threading.RLock()
 
 
 def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
@@ -90,8 +93,9 @@ def unchecked(holds: bool = True) -> Iterator[None]:
     """Decoders loaded within take it that a row's bits depend on its tokens alone, or do not.
 
     For tests of texts, which see for themselves; a check of each decoder would cost them minutes.
+    Threads take turns: each would put back what it has found, another's patch.
     """
-    with pytest.MonkeyPatch.context() as patch:
+    with _PATCHING, pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             loading, "check", lambda _, widths, *__, **named: found(holds, widths, **named)
         )
