@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,21 @@ def main() -> None:
                 {"tensor_parallel": 2},
             )
         found = decode(decoder)
-        for _ in range(2):
-            decoder.engine.step()  # which others join once they have left their rows
+        if n_ranks > 1:
+            wait_for_rows(decoder, file.with_name(f"{file.name}.rows1"))
         print(json.dumps({"texts": found, "rows": rows_of(decoder)}), flush=True)
+
+
+def wait_for_rows(decoder: Any, file: Path) -> None:
+    """Until the other rank has left its rows of the last cycle."""
+    for _ in range(600):
+        if file.exists() and json.loads(file.read_text())["lengths"] == lengths_of(decoder):
+            return
+        time.sleep(0.1)
+
+
+def lengths_of(decoder: Any) -> Any:
+    return decoder.runner.state.length.tolist()
 
 
 def report(engine: Any, serve: Any, ranks: Ranks) -> None:
@@ -106,7 +119,8 @@ def report(engine: Any, serve: Any, ranks: Ranks) -> None:
     def step() -> None:
         engine.step()
         where = Path(sys.argv[2] + f".rows{ranks.rank}")
-        where.with_suffix(".new").write_text(json.dumps(rows_of(engine)))
+        left = {"lengths": lengths_of(engine), "rows": rows_of(engine)}
+        where.with_suffix(".new").write_text(json.dumps(left))
         where.with_suffix(".new").replace(where)  # whole, whenever this process ends
 
     serve(ranks, step)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from orthrus_fast.bench.clocks import time_steps
 from orthrus_fast.bench.common import Result
 from orthrus_fast.bench.session import Session
-from orthrus_fast.kernels.custom import fitting
+from orthrus_fast.kernels.interface import fitting
 from orthrus_fast.model import Stack
 
 STREAMED = {"cuda": 2**31, "cpu": 2**26}  # bytes that one timing reads; far more than caches hold

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from orthrus_fast.kernels import products, quantized
 from orthrus_fast.kernels.formats import Stored
-from orthrus_fast.kernels.interface import Weight
+from orthrus_fast.kernels.interface import Weight, fitting
 from orthrus_fast.kernels.products import empty_partials
-
-MOST_ROWS = 128  # of x for which fewer bits are faster: each tile of rows unpacks them anew
-
-
-def fitting(weight: Weight, n_rows: int) -> Weight:
-    """The weight to multiply so many rows with: itself, or what it was before it had fewer bits."""
-    return weight if weight.whole is None or n_rows <= MOST_ROWS else weight.whole
 
 
 class CustomProducts:

@@ -44,6 +44,14 @@ class Weight(Protocol):
     def whole(self) -> Weight | None: ...
 
 
+MOST_ROWS = 128  # of x for which fewer bits are faster: each tile of rows unpacks them anew
+
+
+def fitting(weight: Weight, n_rows: int) -> Weight:
+    """The weight to multiply so many rows with: itself, or what it was before it had fewer bits."""
+    return weight if weight.whole is None or n_rows <= MOST_ROWS else weight.whole
+
+
 class Attend(Protocol):
     """Attention of a short block of rows over the cache, which already holds the block's K and V.
 

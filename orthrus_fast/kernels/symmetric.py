@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus_fast.kernels import norm, products, quantized
-from orthrus_fast.kernels.custom import fitting
-from orthrus_fast.kernels.interface import Weight
+from orthrus_fast.kernels.interface import Weight, fitting
 from orthrus_fast.kernels.norm import await_parts
 from orthrus_fast.kernels.overlap import overlaps, wait
 from orthrus_fast.kernels.products import Room, store_everywhere

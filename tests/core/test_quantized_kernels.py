@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orthrus_fast.kernels import plain
 from orthrus_fast.kernels.formats import GROUP, PLACES, Stored, _scale_of, dequantize
-from orthrus_fast.kernels.interface import Weight
+from orthrus_fast.kernels.interface import MOST_ROWS, Weight
 from orthrus_fast.options import TILED_ROWS
 from tests.kernel_compile import (
     CHIPS,
@@ -33,7 +33,7 @@ pytest.importorskip("triton", reason="needs triton (the test extra has it on Lin
 
 from orthrus_fast import tuning
 from orthrus_fast.kernels import overlap, products, quantized, tiles
-from orthrus_fast.kernels.custom import MOST_ROWS, CustomProducts
+from orthrus_fast.kernels.custom import CustomProducts
 from orthrus_fast.kernels.tiles import Tiles
 from orthrus_fast.tuning import Shape
 
