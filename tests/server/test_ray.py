@@ -372,15 +372,24 @@ def test_a_replica_that_is_killed_under_load(served: Served, alone: Decoder) -> 
     """What had sent nothing is asked again elsewhere, what had streamed ends with an error."""
     with Load(served, 12) as load:
         until(lambda: len(load.answers) > 12, 60)
-        [victim, _] = [one for one in replica_names() if "#Replica#" in one]
-        ray.kill(ray.get_actor(victim, namespace="serve"))
-        n_before = len(load.answers)
-        until(lambda: n_replicas(served) == 2 and victim not in replica_names(), 60)
-        until(lambda: len(load.answers) > n_before + 24, 60)
-    broken = [body for body, _, is_whole in load.answers if not is_whole]
-    assert broken and all(body["stream"] for body in broken) and len(broken) <= 6
+        broken: list[Any] = []
+        n_killed = 0
+        while not broken and n_killed < 3:  # by chance none of its texts may be half sent
+            kill_a_replica(served, load)
+            n_killed += 1
+            broken = [body for body, _, is_whole in list(load.answers) if not is_whole]
+    assert broken and all(body["stream"] for body in broken) and len(broken) <= 6 * n_killed
     check(load.answers, alone)
     assert sum(by_replica(served, "orthrus_running")) == 0
+
+
+def kill_a_replica(served: Served, load: Load) -> None:
+    """And see it replaced, and others answered."""
+    [victim, _] = [one for one in replica_names() if "#Replica#" in one]
+    ray.kill(ray.get_actor(victim, namespace="serve"))
+    n_before = len(load.answers)
+    until(lambda: n_replicas(served) == 2 and victim not in replica_names(), 60)
+    until(lambda: len(load.answers) > n_before + 24, 60)
 
 
 def replica_names() -> list[str]:
