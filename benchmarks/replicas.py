@@ -28,7 +28,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.serving import PROMPTS
+from benchmarks.serving import PROMPTS, add_load_flags
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import REPOSITORY, Result, log
 from orthrus_fast.bench.flags import Parser, check_flags, positive
@@ -147,12 +147,8 @@ def build_parser() -> Parser:
     parser = Parser(description=str(__doc__).partition("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--replicas", type=positive, default=2, metavar="N")
-    add("--slots", type=positive, default=8, metavar="B")
     add("--clients", type=positive, default=16, metavar="N", help="of a closed loop")
-    add("--requests", type=positive, default=96, metavar="N", help="in a round")
-    add("--new-tokens", type=positive, default=96, metavar="N", help="of a request at most")
-    add("--rounds", type=positive, default=5, metavar="N")
-    add("--json", metavar="FILE", help="where the results go; no file may be there yet")
+    add_load_flags(parser, requests=96, rounds=5)
     parser.set_defaults(shape=None, checkpoint=None, prompts_file=None)
     return parser
 

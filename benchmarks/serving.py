@@ -230,15 +230,21 @@ def build_parser() -> Parser:
     add("--clients-process", action="store_true", help=argparse.SUPPRESS)
     add("--checkpoint", metavar="DIR_OR_REPO", help="(default: the embedded one)")
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--slots", type=positive, default=8, metavar="B")
     clients = "numbers of clients, of closed loops"
     add("--clients", type=positives, default=[1, 8, 32, 64], metavar="N,…", help=clients)
-    add("--requests", type=positive, default=64, metavar="N", help="in a round")
-    add("--new-tokens", type=positive, default=96, metavar="N", help="of a request at most")
-    add("--rounds", type=positive, default=3, metavar="N")
-    add("--json", metavar="FILE", help="where the results go; no file may be there yet")
+    add_load_flags(parser, requests=64, rounds=3)
     parser.set_defaults(shape=None, block_size=None, prompts_file=None)
     return parser
+
+
+def add_load_flags(parser: Parser, requests: int, rounds: int) -> None:
+    """Add the flags of any load, with the defaults of so many requests and rounds."""
+    add = parser.add_argument
+    add("--slots", type=positive, default=8, metavar="B")
+    add("--requests", type=positive, default=requests, metavar="N", help="in a round")
+    add("--new-tokens", type=positive, default=96, metavar="N", help="of a request at most")
+    add("--rounds", type=positive, default=rounds, metavar="N")
+    add("--json", metavar="FILE", help="where the results go; no file may be there yet")
 
 
 def measure(args: argparse.Namespace, report: Report) -> Result:

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus_fast.kernels import norm, products, quantized
+from orthrus_fast.kernels.custom import CustomProducts
 from orthrus_fast.kernels.interface import Weight, fitting
 from orthrus_fast.kernels.norm import await_parts
 from orthrus_fast.kernels.overlap import overlaps, wait
@@ -208,8 +209,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
             tl.store(of_rank, -1, mask=at < n_words)
 
 
-class SharedProducts:
-    """``interface.Products`` of a rank."""
+class SharedProducts(CustomProducts):
+    """The products of a rank: what is summed, or chosen, over all ranks goes to all of them."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -221,12 +222,6 @@ class SharedProducts:
             return quantized.launch(x, weight, room=room)[0]
         tiles = find_tiles(x, weight.weight)
         return products.launch(x, weight.weight, weight.split, tiles, room=room)[0]
-
-    def swiglu(self, x: Tensor, weight: Weight, prefetch: Tensor | None = None) -> Tensor:
-        weight = fitting(weight, x.numel() // x.shape[-1])
-        if weight.format:
-            return quantized.swiglu(x, weight, prefetch)
-        return products.swiglu_product(x, weight.weight, prefetch)
 
     def lm_head_argmax(
         self, x: Tensor, weight: Weight, return_logits: bool
