@@ -399,9 +399,13 @@ def _name(port: int | str, store: Store, rank: int) -> str:
 def _spawn(
     rank: int, where: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> subprocess.Popen[bytes]:
-    """A process of a session of its own, so that Ctrl-C reaches the first rank alone."""
+    """A process of a session of its own, so that Ctrl-C reaches the first rank alone.
+
+    It has as many threads as this one, whoever set them: bits of a CPU's products depend on them.
+    """
     of_rank = {name: str(value) for name, value in where.items()}
     of_rank |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    of_rank |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     paths = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, **of_rank, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _RUN]

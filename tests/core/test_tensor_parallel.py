@@ -307,7 +307,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(directory, eos_token_id=[], **shape)
 
 
-def test_a_rank_that_dies_is_one_error_for_all_who_wait(small: Path) -> None:
+def test_a_rank_that_dies_is_one_error_for_all_who_wait(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # they are started with ours, which is 1
     decoder, ranks = loaded = load_two(small)
     assert len(decoder.generate([1, 2, 3], 5).tokens) == 5
     streams = [decoder.stream([1, 2, n], 200) for n in range(3)]
