@@ -576,10 +576,10 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
     """Bytes of passes' tensors on a GPU: what graphs keep, and the widest pass's own."""
     block = config.block_size or 1
     rows, capacity = slots * block, steps.cache_rows(max_seq_len, block)
-    # Each width has a verify graph that keeps its logits, and another for sampling; sampling a
-    # draft has as many at work, and a copy.
-    n_logits = 2 * slots * sum({1, *captured_widths(block)}) + 2 * rows
-    logits = n_logits * config.vocab_size * dtype.itemsize
+    # Each width has a verify graph that keeps its logits, one for sampling, one under a grammar;
+    # sampling a draft has as many at work, and a copy; masks take two bytes and leave another.
+    n_logits = 3 * slots * sum({1, *captured_widths(block)}) + 3 * rows
+    logits = (n_logits * dtype.itemsize + 2 * rows) * config.vocab_size
     # A partial result of attention for every 512 keys and for some shorter splits, in float32.
     n_splits = capacity // 512 + 10
     splits = rows * config.n_heads * n_splits * (config.head_dim + 2) * torch.float32.itemsize

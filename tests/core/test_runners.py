@@ -671,14 +671,16 @@ def test_memory_spelled_out() -> None:
 
 
 def test_memory_of_a_gpus_passes_is_that_of_the_graphs_that_are_kept() -> None:
-    """Each further slot's: logits of two graphs a width, and of sampling; attention's splits."""
+    """Each further slot's: logits of three graphs a width, and of sampling; attention's splits."""
     config = shape_config("1.7B")
     passes = [
         memory_needed(config, torch.bfloat16, CUDA, 4096, slots).passes for slots in (1, 2, 32)
     ]
     logits = 2 * config.vocab_size
+    masks = 2 * 32 * config.vocab_size
     splits = 32 * 16 * 18 * (128 + 2) * 4  # rows, heads, of 4160 keys
-    assert passes[1] - passes[0] == (2 * (1 + 4 + 8 + 16 + 32) + 2 * 32) * logits + splits
+    n_logits = 3 * (1 + 4 + 8 + 16 + 32) + 3 * 32
+    assert passes[1] - passes[0] == n_logits * logits + masks + splits
     assert passes[2] - passes[0] == 31 * (passes[1] - passes[0])
     assert passes[0] < 800_000_000
 
