@@ -349,7 +349,8 @@ def test_another_model_is_not_found(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_a_client_of_another_make(running: Running) -> None:
+def test_a_client_of_another_make(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for it
     litellm = pytest.importorskip("litellm", reason="litellm is not installed")
     how = {"model": "openai/tiny", "api_base": f"{running.url}/v1", "api_key": "none"}
     how |= {"messages": HELLO, "max_tokens": 20, "seed": 3, "temperature": 1.0}
