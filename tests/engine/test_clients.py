@@ -397,16 +397,17 @@ def test_next_logits_beside_others(tiny: Path, solo: Solo) -> None:
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_leave_nothing(tiny: Path, solo: Solo) -> None:
-    """No growth, and no wrong text, with prompts and settings that change."""
+def test_ten_thousand_requests_leave_nothing(tiny: Path, solo: Solo) -> None:
+    """No growth, and no wrong text, with prompts, modes and settings that change."""
     decoder = load(tiny, slots=4)
     settings = [None, SamplingParams(0.8, seed=3), SamplingParams(logprobs=True)]
     sizes = []
     for round_ in range(10):
-        asked = [[i % 7, i % 31, round_] * (1 + i % 9) for i in range(400)]
-        params = [settings[i % 3] for i in range(400)]
-        results = decoder.generate(asked, [1 + i % 4 for i in range(400)], params)
-        for i in range(0, 400, 37):
+        asked = [[i % 7, i % 31, round_] * (1 + i % 9) for i in range(1000)]
+        params = [settings[i % 3] for i in range(1000)]
+        mode = ("diffusion", "ar")[round_ % 2]
+        results = decoder.generate(asked, [1 + i % 4 for i in range(1000)], params, mode)
+        for i in range(0, 1000, 97):
             request = Request(0, asked[i], 1 + i % 4, params[i] or SamplingParams(), True)
             assert results[i].tokens == solo.told(request).tokens
         del results, asked, params
