@@ -462,12 +462,13 @@ def prepare_runner(
     state = steps.State.create(slots, capacity, block_size, device)
     runner = make_runner(name, model, state, cache, backend, compile_mode)
     boundaries = backend.tile_boundaries(capacity)
-    runner.prepare(block)
     obstacle = _why_one_width(settings)
+    captured = settings.widths if name == "graph" else []
+    widths = [block] if obstacle else sorted({1, *captured, block})
+    runner.compile_kernels(widths)
+    for width in reversed(widths):
+        runner.prepare(width)
     if not obstacle:
-        widths = sorted({1, *settings.widths, block} if name == "graph" else {1, block})
-        for width in widths[:-1]:  # the last one is the block's
-            runner.prepare(width)
         runner.prepare_prefill()
         found = on_all(ranks, check(runner, widths, boundaries))
         if found.holds:

@@ -32,7 +32,7 @@ from orthrus_fast.kernels.interface import Kernels, Sample
 from orthrus_fast.kernels.plain import PlainProducts
 from orthrus_fast.kernels.select import register_custom_ops
 from orthrus_fast.matching import Block
-from orthrus_fast.model import Layer, PassPositions, Stack, Transformer
+from orthrus_fast.model import Layer, PassPositions, RMSNorm, Stack, Transformer
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
 from orthrus_fast.sampling import SamplingParams
 
@@ -79,6 +79,9 @@ class EagerRunner:
         self._sample_block = steps.sample_block
         self._mailbox = _Mailbox(self.device)
         self._masks: Tensor | None = None  # [B, K, ceil(V / 32)] int32, once any text has a grammar
+
+    def compile_kernels(self, widths: Sequence[int]) -> None:
+        """Have what compiles kernels do so for blocks of ``widths``, and for prompts, at once."""
 
     def prepare(self, width: int, sampling: bool = False, masked: bool = False) -> None:
         """Make ready for blocks of ``width`` rows, ``masked`` ones by grammars; no slot moves."""
@@ -435,11 +438,35 @@ class CompiledRunner(EagerRunner):
         """Run each step once, so that torch.compile does its work."""
         with _compiler_errors(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TensorFloat32")  # left off on purpose
-            self._compile_kernels(self._block_jobs(width))
             for _ in range(CALLS_TO_RECORD if self._cudagraph_trees else 1):
                 if self._drafts_at(width):
                     CompiledRunner.draft(self, width, sampling)
                 CompiledRunner.verify(self, width, sampling)
+
+    @torch.inference_mode()
+    def compile_kernels(self, widths: Sequence[int]) -> None:
+        """Have Triton compile side by side what passes would compile one after the other.
+
+        Widths ascend; the widest comes first, since many of the others have kernels in common.
+        """
+        products = self.model.kernels.products
+        if isinstance(products, PlainProducts):
+            return
+        *others, widest = widths
+        jobs = [*self._block_jobs(widest), *self._prefill_jobs()]
+        jobs += [job for width in others for job in self._block_jobs(width)]
+
+        @torch.inference_mode()
+        def run(job: Callable[[], object]) -> None:
+            with torch.cuda.device(self.device):
+                torch.zeros(1, device=self.device)  # or there is no context in a new thread
+                job()
+
+        exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
+        alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
+        full = full_precision_matmul(self.device)
+        with self._timed("compile"), full, alone, ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(run, jobs))
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
         """What launches each kernel of a pass over blocks of ``width``."""
@@ -454,29 +481,38 @@ class CompiledRunner(EagerRunner):
             jobs.append(partial(model.greedy, x, False, model.drafter))
         return jobs
 
+    def _prefill_jobs(self) -> list[Callable[[], object]]:
+        """What launches each kernel of passes over prompts."""
+        model, jobs = self.model, []
+        for width in self._fitting_widths():
+            tokens = self._slot.new_zeros(1, width)
+            jobs += self._layer_jobs(model.verifier, *model.embed(tokens, self._start, self._slot))
+        return jobs
+
+    def _fitting_widths(self) -> list[int]:
+        """Those of passes over prompts."""
+        return [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
+
     def _layer_jobs(self, stack: Stack, x: Tensor, at: PassPositions) -> list[Callable[[], object]]:
+        """The halves of a layer, each with the norms that may follow; and the very first norm."""
         layer, kernels = stack.layers[0], self.model.kernels
         assert isinstance(layer, Layer)
         caches = (self.cache.k[0], self.cache.v[0])
-        attention = partial(layer.attention, x, at, *caches, kernels, layer.causal)
-        return [attention, partial(layer.mlp, x, kernels)]
+        after_attention = (layer.mlp_norm, layer.mlp.gate_up.weight)
+        before_attention = (layer.attention_norm, layer.attention.qkv.weight)
 
-    def _compile_kernels(self, jobs: Sequence[Callable[[], object]]) -> None:
-        """Have Triton compile kernels side by side; within a pass each would wait for its turn."""
-        products = self.model.kernels.products
-        if isinstance(products, PlainProducts):
-            return
+        def add(update: Tensor, norm: RMSNorm, *prefetch: Tensor) -> None:
+            kernels.add_norm(x, update, norm.weight, norm.eps, *prefetch)
 
-        @torch.inference_mode()
-        def run(job: Callable[[], object]) -> None:
-            with torch.cuda.device(self.device):
-                torch.zeros(1, device=self.device)  # or there is no context in a new thread
-                job()
+        def attention() -> None:
+            add(layer.attention(x, at, *caches, kernels, layer.causal), *after_attention)
 
-        exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
-        alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
-        with alone, ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(run, jobs))
+        def mlp() -> None:
+            update = layer.mlp(x, kernels)
+            add(update, *before_attention)
+            add(update, stack.norm)
+
+        return [attention, mlp, partial(add, torch.zeros_like(x)[None], *before_attention)]
 
     def _drafts_at(self, width: int) -> bool:
         return self.model.has_draft_view and width > 1
@@ -591,19 +627,14 @@ class GraphRunner(CompiledRunner):
         """Capture passes over a prompt, each of whose graphs keeps its output."""
         _log.info("capturing CUDA graphs of passes over a prompt")
         (tokens, *where), how = self._prefill_inputs, (self.cache, self.model.verifier)
-        widths = [width for width in steps.PREFILL_WIDTHS if width <= self.cache.capacity]
-        blocks = [tokens[:, :width] for width in widths]
+        widths = self._fitting_widths()
+        passes = [partial(self.model, tokens[:, :width], *where, *how) for width in widths]
         with full_precision_matmul(self.device):
             with self._timed("compile"):
-                placed = [self.model.embed(block, *where) for block in blocks]
-                self._compile_kernels(
-                    [job for of in placed for job in self._layer_jobs(self.model.verifier, *of)]
-                )
-                for block in blocks:
-                    self.model(block, *where, *how)
+                for run in passes:
+                    run()
             with self._timed("capture"):
-                for width, block in zip(widths, blocks, strict=True):
-                    run = partial(self.model, block, *where, *how)
+                for width, run in zip(widths, passes, strict=True):
                     self._prefill_graphs[width] = self._capture(run)
         self.prefill_widths = widths
 

@@ -72,13 +72,13 @@ class Exchange:
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
         """Within, nothing is sent and nobody waits: so kernels can be compiled side by side."""
-        real = self.buffers, self.broken
+        real = self.buffers, self.broken, self._turn
         nobody = torch.empty_like(self.buffers[self.rank])
         self.buffers, self.broken = [nobody] * self.n_ranks, torch.ones_like(self.broken)
         try:
             yield
         finally:
-            self.buffers, self.broken = real
+            self.buffers, self.broken, self._turn = real
 
     def _place(self, begin: int, n_words: int, index: int = 0) -> list[Tensor]:
         """The place ``index`` of those of ``n_words`` from ``begin`` on, in each buffer."""

@@ -31,6 +31,7 @@ from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.invariance import check
 from orthrus_fast.kernels.interface import Kernels, Weight
 from orthrus_fast.kernels.plain import PlainProducts, padded_linear, plain_kernels
+from orthrus_fast.kernels.plain import add_norm as plain_add_norm
 from orthrus_fast.kernels.plain_sampling import logprobs, sample
 from orthrus_fast.kernels.select import register_custom_ops
 from orthrus_fast.loading import memory_needed
@@ -1022,11 +1023,11 @@ def test_custom_kernels_become_custom_operators() -> None:
     assert opaque.add_norm is norm.add_norm_op
 
 
-@pytest.mark.parametrize("slots, width", [(1, 16), (3, 16), (3, 1)])
-def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
-    tiny: Path, slots: int, width: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slots", [1, 3])
+def test_kernels_are_built_for_what_passes_call_and_change_nothing(
+    tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each product its own end, at as many rows; attention in both views."""
+    """Of each product and norm its own end, of as many rows; of both views, and for prompts."""
     called: list[tuple[str, tuple[int, ...], tuple[int, ...], bool]] = []
 
     plain = PlainProducts()
@@ -1053,9 +1054,15 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
         out: Tensor = sdpa.attend(q, *rest, causal=causal)
         return out
 
+    def add_norm(x: Tensor, partials: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        next_weight = tuple(rest[2].shape) if len(rest) > 2 else ()
+        called.append(("norm", tuple(x.shape), (len(partials), *next_weight), False))
+        return plain_add_norm(x, partials, *rest)
+
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    old = load(tiny, slots=slots).runner
-    kernels = dataclasses.replace(old.model.kernels, attend=attend, products=Noting())
+    old = load(tiny, slots=slots, max_seq_len=200).runner
+    noting = {"attend": attend, "add_norm": add_norm, "products": Noting()}
+    kernels = dataclasses.replace(old.model.kernels, **noting)
     old.model.kernels = kernels
     assert old.model.drafter is not None
     layers: Any = [*old.model.verifier.layers, *old.model.drafter.layers]
@@ -1063,17 +1070,20 @@ def test_kernels_are_built_for_what_a_pass_calls_and_change_nothing(
     outputs = [layer.attention.o.weight for layer in layers]
     runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
     before = contents(runner.state)
-    runner._compile_kernels(runner._block_jobs(width))
+    runner.compile_kernels([1, 16])
     built, called[:] = set(called), []
     assert all(map(torch.equal, contents(runner.state), before))
     with torch.inference_mode():
-        old.verify(width)
-        if width == 16:
-            old.draft(width)
-    # The draft's search is of one row less, by the same kernel.
-    needed = {(name, (slots, width, *size[2:]), *rest) for name, size, *rest in called}
-    assert len(needed) == (8 if width == 16 else 6)
-    assert needed == built
+        for width in (1, 16):
+            old.verify(width)
+        old.draft(16)
+        # The draft's search is of one row less, by the same kernel.
+        called[-1] = ("argmax", (slots, 16, *called[-1][1][2:]), *called[-1][2:])
+        assert len(set(called)) == 20
+        for width in (64, 256):  # of a cache of 320 rows
+            old.prefill_chunk(torch.zeros(1, width, dtype=torch.int64), 0, 0)
+    assert len(built) == 20 + 2 * 8
+    assert built == set(called)
 
 
 # The graph runner's own lines, with a stand-in for CUDA graphs

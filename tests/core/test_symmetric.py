@@ -136,12 +136,15 @@ def test_a_rehearsal_sends_nothing_and_waits_for_nobody() -> None:
     group = Group(2, 4)
     shared, exchange = SharedProducts(group.ranks[0]), group.ranks[0]
     share = row_parallel(torch.randn(HIDDEN, 512), k_split(HIDDEN, 512), 2)[0]
+    x = torch.randn(1, 2, HIDDEN)
     with exchange.rehearsal():
-        shared.partials(torch.randn(1, 2, 256), share)
+        partials = shared.partials(torch.randn(1, 2, 256), share)
+        exchange.add_norm(x, partials, torch.ones(HIDDEN), 1e-6)
         head = Stored(torch.randn(VOCAB // 2, 32), None, None, 32, 32)
         ids, logits = shared.lm_head_argmax(torch.randn(3, 32), head, True)
     assert ids.shape == (3,) and logits.shape == (3, VOCAB) and group.is_empty
     assert exchange.broken is group.broken and exchange.buffers is group.buffers
+    assert exchange._turn == 0  # as on all ranks, in whatever order they have rehearsed
 
 
 @pytest.mark.usefixtures("on_the_cpu")
