@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MOST_CACHED = 64  # compiled grammars, some hundred kB each
 MOST_FORCED = 256  # characters that are encoded at once; a grammar may force a whole book
 PATIENCE = 5.0  # seconds that compiling one may take
+STACK = 2**29  # bytes to compile on: rules may lead to each other through a whole source
 MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
 MOST_EXACT = 2**53  # llguidance has numbers as floats; far below 0 it runs out of its stack
 _LIMITS = (("maximum", 2**63 - 1), ("maximum", 2**64 - 1))  # of integers, which work
@@ -126,7 +127,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, tuple(eos)
         self._lock = threading.Lock()
-        self._compiler = ThreadPoolExecutor(1, "orthrus-grammar")  # a thread once one is compiled
+        self._compiler: ThreadPoolExecutor | None = None  # a thread once one is compiled
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._of_library: LLTokenizer | None = None
 
@@ -142,6 +143,8 @@ class Grammars:
             backend = self._compiled.get(grammar)
         if backend is None:
             check_source(grammar)
+            with self._lock:
+                self._compiler = self._compiler or _thread_with(STACK)
             compiling = self._compiler.submit(self._compile, grammar)
             try:
                 backend = compiling.result(PATIENCE)
@@ -179,6 +182,17 @@ class Grammars:
         return backend
 
 
+def _thread_with(stack: int) -> ThreadPoolExecutor:
+    """A thread for whom that many bytes are kept, of which it takes what it needs."""
+    before = threading.stack_size(stack)
+    try:
+        pool = ThreadPoolExecutor(1, "orthrus-grammar")
+        pool.submit(int)  # which starts it
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
 def check_source(grammar: Grammar) -> None:
     """Refuse schemas that llguidance compiles, but does not hold a text to, or cannot bear.
 
@@ -192,9 +206,10 @@ def check_source(grammar: Grammar) -> None:
             if not -MOST_EXACT <= value <= MOST_EXACT and (key, value) not in _LIMITS:
                 why = f"llguidance is not exact beyond {MOST_EXACT}"
             elif key == "multipleOf":
-                together = math.lcm(together, _digits_of(value))
+                digits = f"{Decimal(str(abs(value))).normalize():f}".replace(".", "").lstrip("0")
+                together = math.lcm(together, int(digits) if 0 < len(digits) < 9 else 0)
                 if not 0 < together <= MOST_MULTIPLE:
-                    why = f"it, or the least common multiple of all, is above {MOST_MULTIPLE}"
+                    why = f"digits, of the multiple common to all, are 0 or above {MOST_MULTIPLE}"
             elif key == "minProperties" and value > 1:
                 why = "a name may come twice"
         elif isinstance(value, dict) and {"prefixItems", "additionalItems"} <= value.keys():
@@ -204,13 +219,6 @@ def check_source(grammar: Grammar) -> None:
         if why:
             what = f"{shown(key)}: {shown(str(value))}"
             raise RequestError(f"grammar: {grammar.kind}: {what} is not supported: {why}")
-
-
-def _digits_of(number: float) -> int:
-    """Its digits before and after the point as one whole number; 0 for too many."""
-    _, digits, exponent = Decimal(str(number)).as_tuple()
-    zeros = max(0, int(exponent))
-    return int("".join(map(str, digits))) * 10**zeros if len(digits) + zeros < 9 else 0
 
 
 def _parts_of(grammar: Grammar) -> Iterator[tuple[str, Any]]:

@@ -344,6 +344,16 @@ HARD = {
     "intersection": Grammar("lark", "start: A\nA: /.*a.{20}.*/ & /.*b.{20}.*/ & /.*c.{20}.*/"),
     "items": schema({"items": {"type": "string"}, "minItems": 100_000, "type": "array"}),
     "multiples": schema({"items": {"type": "integer", "multipleOf": 9973}}),
+    "references": schema(
+        {
+            "$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(4000)}
+            | {"d4000": True},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "rules": Grammar(
+        "lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(15_000)) + 'r15000: "a"'
+    ),
 }
 
 
