@@ -6,14 +6,15 @@ on its tokens alone, so a mask is the same in every mode, width and slot.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line, shown
@@ -26,10 +27,15 @@ if TYPE_CHECKING:
 MOST_CACHED = 64  # compiled grammars, some hundred kB each
 MOST_FORCED = 256  # characters that are encoded at once; a grammar may force a whole book
 PATIENCE = 5.0  # seconds that compiling one may take
+STACK = 2**29  # bytes to compile on: rules may lead to each other through a whole source
 MOST_MULTIPLE = 10_000  # llguidance makes a state for each remainder
-_WHITESPACE = r" |\r?\n[ \t]{0,40}"  # or a model may write nothing else to the end
-_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.\deE]+)')
-_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+MOST_EXACT = 2**53  # llguidance has numbers as floats; far below 0 it runs out of its stack
+_LIMITS = (("maximum", 2**63 - 1), ("maximum", 2**64 - 1))  # of integers, which work
+_DEFAULTS: Any = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}  # else a text may be nothing else
+# Without \u a character is written in one way, so that no name passes for another.
+_OVERRIDES: Any = {"lenient": False, "json_allowed_escapes": 'nrbtf\\"'}
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_SCHEMA_IN_LARK = re.compile(r"%json\s*(?=\{)")
 
 
 class Block(NamedTuple):
@@ -121,7 +127,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, tuple(eos)
         self._lock = threading.Lock()
-        self._compiler = ThreadPoolExecutor(1, "orthrus-grammar")  # a thread once one is compiled
+        self._compiler: ThreadPoolExecutor | None = None  # a thread once one is compiled
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._of_library: LLTokenizer | None = None
 
@@ -136,7 +142,9 @@ class Grammars:
         with self._lock:
             backend = self._compiled.get(grammar)
         if backend is None:
-            check_multiples(grammar.source)
+            check_source(grammar)
+            with self._lock:
+                self._compiler = self._compiler or _thread_with(STACK)
             compiling = self._compiler.submit(self._compile, grammar)
             try:
                 backend = compiling.result(PATIENCE)
@@ -174,26 +182,62 @@ class Grammars:
         return backend
 
 
-def check_multiples(source: str) -> None:
-    """Refuse multiples that take a time and memory of their own kind, which nothing else bounds.
+def _thread_with(stack: int) -> ThreadPoolExecutor:
+    """A thread for whom that many bytes are kept, of which it takes what it needs."""
+    before = threading.stack_size(stack)
+    try:
+        pool = ThreadPoolExecutor(1, "orthrus-grammar")
+        pool.submit(int)  # which starts it
+    finally:
+        threading.stack_size(before)
+    return pool
 
-    Several that hold for one number are as one of their least common multiple.
+
+def check_source(grammar: Grammar) -> None:
+    """Refuse schemas that llguidance compiles, but does not hold a text to, or cannot bear.
+
+    Multiples take a time and memory of their own kind, which nothing else bounds; several that hold
+    for one number are as one of their least common multiple. Raises RequestError.
     """
-    plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), source)
     together = 1
-    for number in set(_MULTIPLE.findall(plain)):
-        try:
-            _, digits, exponent = Decimal(number).as_tuple()
-        except InvalidOperation:  # no number, which compiling says
-            continue
-        size = len(digits) + max(0, int(exponent))
-        value = int("".join(map(str, digits))) * 10 ** max(0, int(exponent)) if size < 9 else 0
-        together = math.lcm(together, value)
-        if not 0 < together <= MOST_MULTIPLE:
-            raise RequestError(
-                f"grammar: multipleOf: {shown(number)} is not supported, nor are several whose "
-                f"least common multiple is above {MOST_MULTIPLE}"
-            )
+    for key, value in _parts_of(grammar):
+        why = ""
+        if type(value) in (int, float):
+            if not -MOST_EXACT <= value <= MOST_EXACT and (key, value) not in _LIMITS:
+                why = f"llguidance is not exact beyond {MOST_EXACT}"
+            elif key == "multipleOf":
+                digits = f"{Decimal(str(abs(value))).normalize():f}".replace(".", "").lstrip("0")
+                together = math.lcm(together, int(digits) if 0 < len(digits) < 9 else 0)
+                if not 0 < together <= MOST_MULTIPLE:
+                    why = f"digits, of the multiple common to all, are 0 or above {MOST_MULTIPLE}"
+            elif key == "minProperties" and value > 1:
+                why = "a name may come twice"
+        elif isinstance(value, dict) and {"prefixItems", "additionalItems"} <= value.keys():
+            key, value, why = "additionalItems", "it", "beside prefixItems it is called items"
+        elif isinstance(value, str) and _UNWRITABLE.search(value):
+            why = "it has control characters"
+        if why:
+            what = f"{shown(key)}: {shown(str(value))}"
+            raise RequestError(f"grammar: {grammar.kind}: {what} is not supported: {why}")
+
+
+def _parts_of(grammar: Grammar) -> Iterator[tuple[str, Any]]:
+    """Each value within the schemas of a grammar, with its key; a list's stands for all within."""
+    source, begins = grammar.source.strip(), [0] if grammar.kind == "json_schema" else []
+    if grammar.kind == "lark":
+        begins = [found.end() for found in _SCHEMA_IN_LARK.finditer(source)]
+    try:
+        parts = [("", json.JSONDecoder().raw_decode(source, begin)[0]) for begin in begins]
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"grammar: {grammar.kind}: {one_line(str(error))}") from None
+    while parts:
+        key, value = parts.pop()
+        yield key, value
+        if isinstance(value, dict):
+            constant = key in ("const", "enum")  # names within are no keywords
+            parts += [(key if constant else name, part) for name, part in value.items()]
+        elif isinstance(value, list):
+            parts += [(key, part) for part in value]
 
 
 def _library_source(grammar: Grammar, library: type[LLMatcher]) -> str:
@@ -202,8 +246,7 @@ def _library_source(grammar: Grammar, library: type[LLMatcher]) -> str:
         if schema == "false":
             return library.grammar_from_json_schema(schema)
         schema = "{}" if schema == "true" else schema
-        options: tuple[Any, Any] = {"whitespace_pattern": _WHITESPACE}, {"lenient": False}
-        return library.grammar_from_json_schema(schema, *options)
+        return library.grammar_from_json_schema(schema, _DEFAULTS, _OVERRIDES)
     if grammar.kind == "regex":
         return library.grammar_from_regex(grammar.source)
     return library.grammar_from_lark(grammar.source)

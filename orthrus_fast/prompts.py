@@ -31,7 +31,7 @@ class PromptLine:
     id: str | int  # the user's own; else the line's number, from 1
     kind: str  # prompt, messages or ids
     prompt: Any  # str, list of dicts, or list of ints
-    settings: Mapping[str, Any]  # the line's own: SamplingParams' names, and a budget
+    settings: Mapping[str, Any]  # the line's own: SamplingParams' names, a budget, a schema's JSON
     extra: Mapping[str, Any]  # all its other fields, which the result repeats
 
 
@@ -39,9 +39,10 @@ def read_prompts(path: str | Path) -> list[PromptLine]:
     """Return the prompts of a JSON Lines file, one object a line; "-" reads standard input.
 
     A line has exactly one of "prompt" (or "text"), "messages" (objects) and "ids" (integers), and
-    may have "id", settings of its own, and other fields, which are its ``extra``: a log line warns
-    of those that look like a setting. Blank lines are ignored. Whether a prompt can be decoded
-    shows later, in its result. Raises PromptError, naming file and line, for what cannot be read.
+    may have "id", settings of its own, "json_schema" (a schema, or "any") among them, and other
+    fields, which are its ``extra``: a log line warns of those that look like a setting. Blank lines
+    are ignored. Whether a prompt can be decoded shows later, in its result. Raises PromptError,
+    naming file and line, for what cannot be read.
     """
     name = "standard input" if str(path) == "-" else str(path)
     lines: list[PromptLine] = []
@@ -107,6 +108,8 @@ def _parse_line(content: bytes, where: str, number: int, index: int) -> PromptLi
     if "stop" in known:
         stop = known["stop"]
         known["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "json_schema" in known:  # as text, which keeps the order that properties will have
+        known["json_schema"] = json.dumps(known["json_schema"])
     return PromptLine(where, index, own_id, kinds[0], prompt, known, fields)
 
 
@@ -162,11 +165,11 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("an integer", is_integer),
     "stop": ("text or a list of texts", lambda v: isinstance(v, str) or _is_list_of(str)(v)),
     "logprobs": ("true or false", lambda value: isinstance(value, bool)),
+    "json_schema": ("a schema or 'any'", lambda v: isinstance(v, (dict, bool)) or v == "any"),
 }
 SETTINGS_ELSEWHERE = (  # of other programs, which change a text there
     "repetition_penalty presence_penalty frequency_penalty logit_bias typical_p num_beams n tools "
-    "best_of do_sample max_length ignore_eos enable_thinking system response_format json_schema "
-    "grammar"
+    "best_of do_sample max_length ignore_eos enable_thinking system response_format grammar"
 ).split()
 
 

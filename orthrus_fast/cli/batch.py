@@ -21,6 +21,7 @@ from orthrus_fast.cli.session import (
 )
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import PromptError, RequestError
+from orthrus_fast.grammar import Grammar
 from orthrus_fast.prompts import PromptLine, read_prompts
 from orthrus_fast.results import Generation
 from orthrus_fast.sampling import SamplingParams
@@ -146,6 +147,9 @@ def parameters(
     for line in lines:
         own = {name: value for name, value in line.settings.items() if name != "max_new_tokens"}
         try:
+            if (schema := own.pop("json_schema", None)) is not None:
+                kind = ("json_object",) if schema == '"any"' else ("json_schema", schema)
+                own["grammar"] = Grammar(*kind)
             made.append(make(own))
         except RequestError as error:
             raise RequestError(f"{line.where}: {error}") from None

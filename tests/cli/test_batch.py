@@ -203,6 +203,8 @@ def test_standard_input_is_read_as_a_file(
         ('{"prompt": "a", "seed": 1%s}' % ("0" * 5000), "not valid JSON"),
         ('{"prompt": "a", "stop": [1]}', "stop: [1] is not text or a list of texts"),
         ('{"prompt": "a", "logprobs": 1}', "logprobs: 1 is not true or false"),
+        ('{"prompt": "a", "json_schema": null}', "json_schema: None is not a schema or 'any'"),
+        ('{"prompt": "a", "json_schema": "{}"}', "json_schema: '{}' is not a schema or 'any'"),
     ],
 )
 def test_a_bad_line_is_named_in_one_line(tmp_path: Path, line: str, problem: str) -> None:
@@ -711,6 +713,7 @@ OTHER_VALUES: dict[str, Any] = {  # of a line's fields, none of them what PROMPT
     "seed": 9,
     "stop": "end",
     "logprobs": True,
+    "json_schema": {"properties": {"a": {}, "b": {}}},
 }
 
 
@@ -735,6 +738,8 @@ def test_every_field_of_a_line_counts_for_the_prompts_fingerprint(
         fingerprint(decoder, path, prompt="hello", kind="b"),
         fingerprint(decoder, path, prompt="hello", min_p=0.5),
         fingerprint(decoder, path, prompt="hello", min_p=0),
+        fingerprint(decoder, path, prompt="hello", json_schema="any"),
+        fingerprint(decoder, path, prompt="hello", json_schema={"properties": {"b": {}, "a": {}}}),
         fingerprint(decoder, path, prompt="hullo"),
         fingerprint(decoder, path, ids=[104]),
         fingerprint(decoder, path, messages=[{"role": "user", "content": "hello"}]),
@@ -757,7 +762,8 @@ def test_every_setting_of_the_flags_counts_for_the_settings_fingerprint(
         header = results_file.make_header(decoder, decoder.checkpoint, lines, asked, 1)  # type: ignore[arg-type]
         return str(header["fingerprint"]["settings"])
 
-    names = [name for name in OTHER_VALUES if name not in ("id", "max_new_tokens", "seed")]
+    others = ("id", "max_new_tokens", "seed", "json_schema")
+    names = [name for name in OTHER_VALUES if name not in others]
     values = {**OTHER_VALUES, "stop": ("end",)}
     changed = [settings(SamplingParams(**{name: values[name]})) for name in names]
     changed += [settings(SamplingParams(), mode="ar"), settings(SamplingParams(), mode="diffusion")]
@@ -834,8 +840,9 @@ def test_a_run_with_another_flag_has_another_fingerprint(raw: Path, name: str) -
 
 
 def test_a_line_may_have_every_setting_of_sampling() -> None:
-    """But for a grammar, which is of the whole run."""
+    """A grammar as the schema that it is of."""
     assert set(SAMPLING) - set(prompts_file.FIELDS) == {"grammar"}
+    assert "json_schema" in prompts_file.FIELDS
 
 
 def test_a_decoder_of_another_configuration_has_another_fingerprint(raw: Path) -> None:

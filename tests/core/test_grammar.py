@@ -192,6 +192,29 @@ def test_no_text_is_white_space_to_the_end(grammars: Grammars, tokenizer: Tokeni
             assert is_json and allows(matcher.mask(), EOS), text
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"properties": {"a": {"type": "integer"}}},
+        {"properties": {"a": False}},
+        {"patternProperties": {"^a": {"type": "integer"}}},
+        {"properties": {"a": {"type": "integer"}}, "x-guidance": {"json_allowed_escapes": "u"}},
+    ],
+)
+def test_no_name_passes_for_another(
+    grammars: Grammars, tokenizer: Tokenizer, source: dict[str, Any]
+) -> None:
+    """As JSON's other way to write a letter would, where other names are free."""
+    for text, fits in (('{"a": "x"}', False), ('{"\\u0061": "x"}', False), ('{"b": "x"}', True)):
+        matcher = grammars.matcher(schema(source))
+        try:
+            matcher.consume(tokenizer.verbatim_encoder()(text))
+        except RequestError:
+            assert not fits, text
+        else:
+            assert fits == allows(matcher.mask(), EOS), text
+
+
 def test_what_is_forced_is_drafted_without_proposals(
     grammars: Grammars, tokenizer: Tokenizer
 ) -> None:
@@ -239,6 +262,18 @@ def test_text_is_encoded_byte_for_byte(tokenizer: Tokenizer) -> None:
         ({"type": "string", "pattern": r"(a)\1"}, "backreferences"),
         ({"not": {}, "x-guidance": {"lenient": True}}, "not"),
         (False, "Unsatisfiable"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+        # These it compiles, into texts that are none of theirs.
+        ({"const": 2**53 + 1}, "const: 9007199254740993 is not supported"),
+        ({"enum": [[{"a": 2**60 + 1}]]}, "enum: 1152921504606846977 is not supported"),
+        ({"maximum": 2**53 + 3, "type": "integer"}, "maximum: 9007199254740995 is not supported"),
+        ({"type": "object", "minProperties": 2}, "minProperties: 2 is not supported"),
+        ({"prefixItems": [{}], "additionalItems": {}}, "additionalItems: it is not supported"),
+        ({"enum": ["a", "\x1b"]}, "control characters"),
+        # And of these it dies.
+        ({"const": -(2**63)}, "const: -9223372036854775808 is not supported"),
+        ({"enum": [{"maximum": -(2**63)}]}, "enum: -9223372036854775808 is not supported"),
+        ({"type": "integer", "maximum": -1e300}, "maximum: -1e.300 is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
@@ -246,6 +281,25 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     with pytest.raises(RequestError, match=named):
         grammars.matcher(schema(source))
+
+
+def test_a_schema_within_another_grammar_is_looked_at_too(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    within = 'start: "a" %%json {"const": %d}'
+    matcher = grammars.matcher(Grammar("lark", within % 7))
+    matcher.consume(tokenizer.encode("a7"))
+    with pytest.raises(RequestError, match="const: -9223372036854775808 is not supported"):
+        grammars.matcher(Grammar("lark", within % -(2**63)))
+
+
+@pytest.mark.parametrize("bounds", [{"maximum": 2**63 - 1}, {"maximum": 2**64 - 1}])
+def test_the_limits_of_integers_in_memory_are_served(
+    grammars: Grammars, tokenizer: Tokenizer, bounds: dict[str, int]
+) -> None:
+    matcher = grammars.matcher(schema({"type": "integer", "minimum": 0, **bounds}))
+    matcher.consume(tokenizer.encode(str(2**63 - 1)))
+    assert allows(matcher.mask(), EOS)
 
 
 def nested(depth: int) -> str:
@@ -290,6 +344,16 @@ HARD = {
     "intersection": Grammar("lark", "start: A\nA: /.*a.{20}.*/ & /.*b.{20}.*/ & /.*c.{20}.*/"),
     "items": schema({"items": {"type": "string"}, "minItems": 100_000, "type": "array"}),
     "multiples": schema({"items": {"type": "integer", "multipleOf": 9973}}),
+    "references": schema(
+        {
+            "$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(4000)}
+            | {"d4000": True},
+            "$ref": "#/$defs/d0",
+        }
+    ),
+    "rules": Grammar(
+        "lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(15_000)) + 'r15000: "a"'
+    ),
 }
 
 
