@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.options import GRAMMARS, listed
 
-MAX_SOURCE = 250_000  # characters; llguidance takes about 400 bytes for each
+MAX_SCHEMA = 250_000  # characters; llguidance takes about 400 bytes for each
+MAX_SOURCE = 20_000  # of others, where 10,000 optional letters take a second and 400 MB
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Grammar:
         if bool(self.source) == (self.kind == "json_object"):
             has = "has no source" if self.source else "needs a source"
             raise RequestError(f"grammar: {self.kind} {has}")
-        if len(self.source) > MAX_SOURCE:
-            raise RequestError(
-                f"grammar: {len(self.source)} characters are more than {MAX_SOURCE}; shorten it"
-            )
+        most = MAX_SCHEMA if self.kind == "json_schema" else MAX_SOURCE
+        if len(self.source) > most:
+            n = len(self.source)
+            raise RequestError(f"grammar: {n} characters are more than {most}; shorten it")
 
     @staticmethod
     def from_schema(schema: Mapping[str, object] | bool) -> Grammar:

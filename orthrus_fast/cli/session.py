@@ -152,13 +152,13 @@ def sampling(args: argparse.Namespace, **instead: Any) -> SamplingParams:
 
 def read_schema(name: str) -> Grammar:
     """Return the grammar of a JSON Schema in a file, or of any JSON object for "any"."""
-    from orthrus_fast.grammar import MAX_SOURCE, Grammar
+    from orthrus_fast.grammar import MAX_SCHEMA, Grammar
 
     if name == "any":
         return Grammar("json_object")
     try:
         with open(name, encoding="utf-8") as file:
-            return Grammar("json_schema", file.read(MAX_SOURCE + 1))
+            return Grammar("json_schema", file.read(MAX_SCHEMA + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"--json-schema: {error}") from None
 

@@ -14,7 +14,7 @@ import torch
 from orthrus_fast import Grammar, SamplingParams, matching, steps
 from orthrus_fast.errors import RequestError, UnsupportedError
 from orthrus_fast.files import embedded_checkpoint
-from orthrus_fast.grammar import MAX_SOURCE
+from orthrus_fast.grammar import MAX_SCHEMA, MAX_SOURCE
 from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.matching import Grammars, Matcher, allows
 from orthrus_fast.sampling import Settings
@@ -123,7 +123,9 @@ def test_a_response_format_that_is_none_is_refused(value: Any) -> None:
         ("json_object", "{}", "has no source"),
         ("regex", "", "needs a source"),
         ("regex", 3, "int is not text"),
-        ("lark", "x" * (MAX_SOURCE + 1), "more than"),
+        ("lark", "x" * (MAX_SOURCE + 1), f"more than {MAX_SOURCE}"),
+        ("regex", "x" * (MAX_SOURCE + 1), f"more than {MAX_SOURCE}"),
+        ("json_schema", "x" * (MAX_SCHEMA + 1), f"more than {MAX_SCHEMA}"),
     ],
 )
 def test_a_grammar_that_is_none_is_refused(kind: str, source: Any, named: str) -> None:
@@ -352,8 +354,9 @@ HARD = {
         }
     ),
     "rules": Grammar(
-        "lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(15_000)) + 'r15000: "a"'
+        "lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(1600)) + 'r1600: "a"'
     ),
+    "choices": Grammar("regex", "a?" * (MAX_SOURCE // 2)),
 }
 
 
