@@ -27,11 +27,13 @@ from orthrus_fast.bench.clocks import measuring
 from orthrus_fast.bench.common import REPOSITORY
 from orthrus_fast.bench.flags import build_parser
 from orthrus_fast.bench.identity import identity
+from orthrus_fast.bench.results import Report
 from orthrus_fast.bench.session import NO_SIBLING, Session, build_session
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.invariance import bits_of
 from orthrus_fast.loading import Options, build_decoder
 from tests.bench.runs import EMBEDDED, TINY, check_times, run
+from tests.processes import children_of, wait_for_end
 from tests.ranks import ThreadRanks, on_ranks
 
 FLAGS = (*TINY, "--new-tokens", "24", "--slots", "2", "--sequences", "3")
@@ -93,8 +95,16 @@ def planting(function: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+class NoFile(Report):
+    """A report that is about to write a file ends its process."""
+
+    def add(self, section: str, name: str, value: Any) -> None:
+        if self.path is not None:
+            os._exit(9)
+
+
 def spoiled(args: argparse.Namespace) -> None:
-    steps.verify = with_another_bit_on_rank_one
+    steps.verify, module.Report = with_another_bit_on_rank_one, NoFile  # type: ignore[misc]
     module.run(args)
 
 
@@ -103,6 +113,14 @@ def failing(args: argparse.Namespace) -> None:
         raise RuntimeError("a fault\nof two lines")
 
     module.MEASURES["cycles"] = fail
+    module.run(args)
+
+
+def failing_at_last(args: argparse.Namespace) -> None:
+    def fail(_: Session) -> Any:
+        raise OSError("which the first rank does not wait for")
+
+    module.MEASURES["prefill"] = fail
     module.run(args)
 
 
@@ -165,6 +183,7 @@ def test_a_fault_of_another_rank_is_in_the_results(
     ("fault", "said"),
     [
         (failing, "rank 1: RuntimeError: a fault of two lines"),
+        (failing_at_last, "rank 1: OSError: which the first rank does not wait for"),
         (dying, "rank 1 has ended with exit code 7"),
         (asking_otherwise, "rank 1: it was asked for other texts than the first rank"),
     ],
@@ -181,7 +200,7 @@ def test_an_error_on_one_rank_ends_the_run_in_one_line(
     assert main([*FLAGS, *TWO, *TIMED, "--json", str(path)]) == 2
     assert capfd.readouterr().err == f"error: tensor_parallel: {said}; load the model again\n"
     content = json.loads(path.read_text()) if path.exists() else {"parts": [], "failed": {}}
-    assert "cycles" not in content["parts"] and content["failed"] == {}
+    assert "prefill" not in content["parts"] and content["failed"] == {}
 
 
 @SLOW
@@ -226,20 +245,3 @@ def test_ctrl_c(when: str, tmp_path: Path) -> None:
     assert lines == ["interrupted; the finished parts are in --json's file"]
     assert path.exists() == (when == "measuring")
     wait_for_end(child)
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started, in any of its threads."""
-    try:
-        files = Path(f"/proc/{pid}/task").glob("*/children")
-        return [int(word) for file in files for word in file.read_text().split()]
-    except OSError:  # it has just ended
-        return []
-
-
-def wait_for_end(pid: int) -> None:
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            return
-        time.sleep(0.1)
-    pytest.fail(f"process {pid} goes on")

@@ -34,6 +34,7 @@ from orthrus_fast.kernels.tiled import TiledProducts, multiply
 from orthrus_fast.loading import memory_needed
 from orthrus_fast.tensor_parallel import Ranks
 from tests.checkpoints import kernels_for, write_checkpoint
+from tests.processes import free_port
 from tests.ranks import ThreadRanks, decoder_of, on_ranks
 
 CPU = torch.device("cpu")
@@ -408,15 +409,6 @@ def test_ranks_of_other_options_are_refused_on_both(small: Path) -> None:
     said = ("slots is 1 on rank 0, but 2 on rank 1", "slots is 2 on rank 1, but 1 on rank 0")
     assert any(f"tensor_parallel: {one}" in first for one in said), first
     assert all(process.returncode for process in started), second
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_rank_that_has_read_other_tokens_says_so() -> None:
