@@ -32,6 +32,7 @@ from orthrus_fast.bench.session import NO_SIBLING, Session, build_session
 from orthrus_fast.bench.shapes import random_model, shape_config
 from orthrus_fast.invariance import bits_of
 from orthrus_fast.loading import Options, build_decoder
+from orthrus_fast.tensor_parallel import Ranks
 from tests.bench.runs import EMBEDDED, TINY, check_times, run
 from tests.processes import children_of, wait_for_end
 from tests.ranks import ThreadRanks, on_ranks
@@ -86,17 +87,25 @@ def test_another_bit_in_a_cache_row_of_one_rank_is_counted(monkeypatch: pytest.M
 # Processes
 
 
-def planting(function: Callable[..., Any]) -> Callable[..., Any]:
+class Planting:
     """``build_session``, where the other rank's process calls ``function`` in place of ``run``."""
 
-    def build(args: argparse.Namespace, _: Any) -> Session:
-        return build_session(args, partial(function, args))
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.built = function, list[Session]()
 
-    return build
+    def __call__(self, args: argparse.Namespace, _: Any) -> Session:
+        self.built.append(build_session(args, partial(self.function, args)))
+        return self.built[0]
+
+    @property
+    def ranks(self) -> Ranks:
+        ranks = self.built[0].ranks
+        assert ranks is not None
+        return ranks
 
 
 class NoFile(Report):
-    """A report that is about to write a file ends its process."""
+    """A report that ends its process where it would write a file."""
 
     def add(self, section: str, name: str, value: Any) -> None:
         if self.path is not None:
@@ -173,9 +182,18 @@ def test_a_checkpoint_on_ranks(tmp_path: Path) -> None:
 def test_a_fault_of_another_rank_is_in_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_session", planting(spoiled))
-    found = run(tmp_path / "r.json", *FLAGS, *TWO, "--parts", "identity")["parts"]["identity"]
-    assert found["cache_rows_differing"] > 0
+    """Which has no file of its own, and ends when the first one has written the last part."""
+    plant, failures = Planting(spoiled), []
+
+    def show_late(*of: Any) -> None:
+        time.sleep(1)
+        failures.append(plant.ranks.failure)
+
+    monkeypatch.setattr(module, "build_session", plant)
+    monkeypatch.setattr(module, "show", show_late)
+    parts = run(tmp_path / "r.json", *FLAGS, *TWO, "--parts", "startup,identity")["parts"]
+    assert parts["identity"]["cache_rows_differing"] > 0 and failures == [None, None]
+    assert plant.ranks._children[1].wait(10) == 0
 
 
 @SLOW
@@ -195,7 +213,7 @@ def test_an_error_on_one_rank_ends_the_run_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(module, "build_session", planting(fault))
+    monkeypatch.setattr(module, "build_session", Planting(fault))
     path = tmp_path / "r.json"
     assert main([*FLAGS, *TWO, *TIMED, "--json", str(path)]) == 2
     assert capfd.readouterr().err == f"error: tensor_parallel: {said}; load the model again\n"
@@ -210,18 +228,12 @@ def test_an_error_on_the_first_rank_ends_the_others(
     def fail(_: Session) -> Any:
         raise RuntimeError("no memory")
 
-    def keep(*of: Any) -> Session:
-        sessions.append(build_session(*of))
-        return sessions[-1]
-
-    sessions: list[Session] = []
+    plant = Planting(module.run)
     monkeypatch.setitem(module.MEASURES, "cycles", fail)
-    monkeypatch.setattr(module, "build_session", keep)
+    monkeypatch.setattr(module, "build_session", plant)
     assert run(tmp_path / "r.json", *FLAGS, *TWO, *TIMED, expected=2)["failed"] == {}
     assert "error: RuntimeError: no memory" in capfd.readouterr().err
-    (session,) = sessions
-    assert session.ranks is not None
-    assert session.ranks._children[1].wait(10) is not None
+    assert plant.ranks._children[1].wait(10) is not None
 
 
 @SLOW
