@@ -55,6 +55,8 @@ def run_parts(session: Session) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=100)
     report = Report(PROGRAM, build_parser(), session.args)
     report.describe(session.decoder.configuration)
+    if session.ranks is not None:
+        console.print(f"{report.content['environment']['hardware']}: a share of the model on each")
     for name in session.args.parts:
         log(name)
         begin = time.perf_counter()

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from benchmarks import report
 from orthrus_fast import steps
 from orthrus_fast.bench import run as module
 from orthrus_fast.bench.__main__ import main
@@ -149,6 +150,8 @@ def test_a_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content = run(tmp_path / "two.json", *FLAGS, *TWO, *flags[:3], flags[3] + ",engine,slots")
     printed = capfd.readouterr()
     assert printed.out.count("tokens per second diffusion") == 1
+    lines = [line for line in printed.out.splitlines() if "a share of the model on each" in line]
+    assert len(lines) == 1 and lines[0].startswith("2 × ")
     assert "Traceback" not in printed.err
     parts = content["parts"]
     assert list(parts) == [*flags[3].split(","), "engine", "slots"] and content["failed"] == {}
@@ -163,6 +166,8 @@ def test_a_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (at,) = parts["cycles"]["at"]
     assert list(at["tokens_per_second"]) == ["diffusion", "adaptive", "ar"]
     assert at["tokens_equal_to_ar"] and at["baseline_tokens_equal_to_ar"] is None
+    assert [row["AR baseline"] for row in report.passes(parts["passes"])] == ["–"]
+    assert [row["AR baseline"] for row in report.cycles(parts["cycles"])] == ["–"]
     one = run(tmp_path / "one.json", *FLAGS, "--parts", "identity")["parts"]["identity"]
     two = parts["identity"]
     assert two["tokens_sha256"] == one["tokens_sha256"]
