@@ -316,7 +316,7 @@ def build_parser() -> Parser:
     add("--new-tokens", type=positive, default=128, metavar="N")
     add("--repeats", type=positive, default=5, metavar="N", help=f"{ROUNDS} at most a decode")
     parser.set_defaults(slots=1, block_size=None, widths=None, compile_mode="default")
-    parser.set_defaults(temperature=0.0, top_k=None, top_p=None)
+    parser.set_defaults(tensor_parallel=1, temperature=0.0, top_k=None, top_p=None)
     return parser
 
 

@@ -197,7 +197,7 @@ def passes(part: Result) -> Iterator[Row]:
             "cycle": median(cycle["ms"]),
             "over passes": f"{cycle['over_passes_share']:.1%}",
             "AR": median(at["ar"]["ms"]),
-            "AR baseline": median(at["ar"]["baseline_ms"]),
+            "AR baseline": median(at["ar"]["baseline_ms"]) if "baseline_ms" in at["ar"] else "–",
         }
 
 
@@ -211,7 +211,7 @@ def cycles(part: Result, key: str = "context") -> Iterator[Row]:
             "tokens/cycle, REPLAYED": f"{found} ±{error} (of {expected})",
             "drafting": spread(rates["diffusion"]),
             "AR": spread(rates["ar"]),
-            "AR baseline": spread(rates["ar_baseline"]),
+            "AR baseline": spread(rates["ar_baseline"]) if "ar_baseline" in rates else "–",
             "speed-up": f"{at['speedup_over_faster_ar']:.2f}",
             "text": "equal" if at["tokens_equal_to_ar"] else "DIFFERENT",
         }

@@ -11,7 +11,7 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.plain import ROW_MULTIPLE
 from orthrus_fast.kernels.select import select_kernels, why_no_triton
 from orthrus_fast.kernels.tiles import chip_name, tables_of
+from orthrus_fast.launch import local_rank
 from orthrus_fast.model import Transformer
 from orthrus_fast.options import (
     DRAFT_WEIGHTS,
@@ -57,7 +58,7 @@ from orthrus_fast.options import (
 from orthrus_fast.quantization import CHECKPOINT, Formats, Quantizer
 from orthrus_fast.runners import EagerRunner, check_runner, make_runner
 from orthrus_fast.sampling import is_integer
-from orthrus_fast.tensor_parallel import Ranks, local_rank, start
+from orthrus_fast.tensor_parallel import Ranks, start
 from orthrus_fast.tokenizer import Tokenizer
 
 DEFAULT_MAX_SEQ_LEN = 4096  # tokens; less where the model was made for less
@@ -141,8 +142,9 @@ def open_decoder(
     revision: str | None,
     ignored: tuple[str, ...],
     progress: Progress | None,
+    together: Callable[[], object] | None = None,
 ) -> Decoder:
-    """See ``load``."""
+    """See ``load``; ``together``: what has the processes of other ranks come here, and go on."""
     check_options(options)
     checkpoint = open_checkpoint(where, revision=revision, ignore_config_fields=ignored)
 
@@ -150,31 +152,38 @@ def open_decoder(
         of = replace(checkpoint, config=config)
         return load_model(of, *how, draft_view=options.draft_view, progress=progress)
 
-    of = (checkpoint.name, checkpoint.config, make_model, options, checkpoint)
-    if options.tensor_parallel == 1:
-        return build_decoder(*of)
+    config, n_ranks = checkpoint.config, options.tensor_parallel
+    build = partial(build_decoder, checkpoint.name, config, make_model, options, checkpoint)
     same = {"path_or_repo": where, "revision": revision, "ignore_config_fields": ignored}
-    return build_on_ranks(partial(build_decoder, *of), checkpoint.config, asdict(options) | same)
+    call = together or partial(load, **asdict(options) | same)
+    return build_on_ranks(build, config, n_ranks, call, together is not None)
 
 
 def build_on_ranks(
-    build: Callable[..., Decoder], config: ModelConfig, arguments: Mapping[str, Any]
+    build: Callable[..., Decoder],
+    config: ModelConfig,
+    n_ranks: int,
+    call: Callable[[], object] | None,
+    together: bool = False,
 ) -> Decoder:
-    """The decoder that ``build`` makes with its ``ranks``; only on the first one it is returned.
+    """The decoder that ``build`` makes with its ``ranks``, if there are to be several.
 
-    Where none have been started, new processes call ``load`` with ``arguments``.
+    Where none have been started, new processes make the ``call``, to come here, too. Each returns
+    if all go on ``together``, with the same requests; else the first alone.
     """
-    n_ranks = arguments["tensor_parallel"]
+    if n_ranks == 1:
+        return build()
     config.share(0, n_ranks)  # which may raise
-    ranks = start(n_ranks, arguments)
+    ranks = start(n_ranks, call)
     if ranks.rank > 0 and torch.cuda.is_available():  # of this process, which serves the first
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     with ranks.ending_together():
         decoder = build(ranks=ranks)
-    if ranks.rank > 0:
+    if ranks.rank == 0:
+        weakref.finalize(decoder, ranks.close)
+    elif not together:
         ranks.localize = decoder.localize
         ranks.serve(decoder.engine.step)
-    weakref.finalize(decoder, ranks.close)
     return decoder
 
 

@@ -36,10 +36,11 @@ from orthrus_fast.engine.request import Inputs, Request
 from orthrus_fast.errors import OrthrusError, RankError, RequestError, one_line
 from orthrus_fast.kernels.interface import Kernels
 from orthrus_fast.kernels.tiled import TiledProducts
+from orthrus_fast.launch import launched
 
 LOCALHOST = "127.0.0.1"  # all ranks are on one host
 PATIENCE = 300.0  # seconds that a rank may take for a step, compiling included
-_RUN = "import pickle, sys, orthrus_fast; orthrus_fast.load(**pickle.load(sys.stdin.buffer))"
+_RUN = "import pickle, sys; pickle.load(sys.stdin.buffer)()"
 _KEY = "ORTHRUS_FAST_KEY"  # by which processes that were started here know each other
 _END = "end"  # what the first rank says when all went well
 _log = logging.getLogger("orthrus_fast")
@@ -51,7 +52,8 @@ class Ranks:
 
     ``failure`` says, once a rank has ended or does not answer, which one and why: from then on
     every call raises that as a RankError. ``on_failure`` is called then, in another thread: it has
-    to free whoever waits on a device for what will not come.
+    to free whoever waits on a device for what will not come. ``localize`` makes a request of the
+    first rank's one that this rank's engine can serve; None: it is asked for the same by itself.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Ranks:
         self.rank, self.size, self.store, self.name = rank, size, store, name
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self.localize: Callable[[Request], Request] = lambda request: request
+        self.localize: Callable[[Request], Request] | None = None
         self._patience = patience
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._links: dict[int, Connection] = {}  # the first rank's to all, the others' to it
@@ -78,7 +80,8 @@ class Ranks:
         secret = os.environ.get(_KEY) if self.rank > 0 else self._secret
         if self.rank == 0:
             key = secret or secrets.token_hex(32)
-            with Listener((LOCALHOST, 0), authkey=key.encode()) as listener:
+            listening = Listener((LOCALHOST, 0), authkey=key.encode())
+            with self.ending_together(), listening as listener:
                 # Only processes of torchrun's, which nobody handed a key, find it in the store.
                 self.store.set("address", f"{listener.address[1]} {'' if secret else key}")
                 self._in_background(self._accept, listener)
@@ -90,6 +93,9 @@ class Ranks:
         link = Client((LOCALHOST, int(port)), authkey=(secret or key).encode())
         link.send(self.rank)
         self._add(0, link)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):  # which torchrun sends to all of them
+                signal.signal(number, signal.SIG_IGN)  # the first one decides, and they end with it
 
     def _accept(self, listener: Listener) -> None:
         with contextlib.suppress(OSError):  # closed, because all have come or one has ended
@@ -201,17 +207,20 @@ class Ranks:
     def agree(self, inputs: Inputs) -> Inputs:
         """What the first rank's engine takes in, on all ranks. Raises RankError.
 
-        On another one its own ``inputs`` are empty, but for what it has read: which must be the
-        same.
+        What another one has read must be the same, and its own requests, unless it localizes.
         """
+        bare = [replace(request, matcher=None) for request in inputs.requests]
         if self.rank == 0:
-            bare = [replace(request, matcher=None) for request in inputs.requests]
             self._say(inputs._replace(requests=bare))
             return inputs
         first: Inputs = self._hear(0)
         if first.digest != inputs.digest:
             raise RankError("its passes gave other tokens than the first rank's")
-        return first._replace(requests=[self.localize(one) for one in first.requests])
+        if self.localize is not None:
+            return first._replace(requests=[self.localize(one) for one in first.requests])
+        if first.requests != bare:
+            raise RankError("it was asked for other texts than the first rank")
+        return first._replace(requests=inputs.requests)
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -366,15 +375,16 @@ def all_gather(group: Any, x: Tensor, size: int) -> Tensor:
     return out
 
 
-def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
+def start(size: int, call: Callable[[], object] | None) -> Ranks:
     """The ranks of a model: those that torchrun has started, or else new processes.
 
-    These call ``load`` with ``arguments``. Raises RequestError where torchrun started others.
+    These make the ``call``, which is pickled. Raises RequestError where torchrun started others.
     """
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        store, rank, n_ranks = next(rendezvous("env://"))
-        if n_ranks != size:
-            raise RequestError(f"tensor_parallel: {size}, but torchrun started {n_ranks} processes")
+    n_ranks = launched().size
+    if n_ranks not in (1, size):
+        raise RequestError(f"tensor_parallel: {size}, but torchrun started {n_ranks} processes")
+    if n_ranks > 1:
+        store, rank, _ = next(rendezvous("env://"))
         name = _name(os.environ["MASTER_PORT"], store, rank)
         ranks = Ranks(rank, size, PrefixStore(name, store), name)
     else:
@@ -384,7 +394,7 @@ def start(size: int, arguments: Mapping[str, Any]) -> Ranks:
         ranks._secret = secrets.token_hex(32)
         where = {"WORLD_SIZE": size, "MASTER_ADDR": LOCALHOST, "MASTER_PORT": store.port}
         where[_KEY] = ranks._secret
-        ranks._children = {rank: _spawn(rank, where, arguments) for rank in range(1, size)}
+        ranks._children = {rank: _spawn(rank, where, call) for rank in range(1, size)}
         for rank, child in ranks._children.items():
             ranks._in_background(_report_end, ranks, rank, child)
     ranks.connect()
@@ -397,7 +407,7 @@ def _name(port: int | str, store: Store, rank: int) -> str:
 
 
 def _spawn(
-    rank: int, where: Mapping[str, Any], arguments: Mapping[str, Any]
+    rank: int, where: Mapping[str, Any], call: Callable[[], object] | None
 ) -> subprocess.Popen[bytes]:
     """A process of a session of its own, so that Ctrl-C reaches the first rank alone.
 
@@ -413,7 +423,7 @@ def _spawn(
     child = subprocess.Popen(command, env=environment, **how)
     assert child.stdin is not None
     with child.stdin:
-        pickle.dump(dict(arguments), child.stdin)
+        pickle.dump(call, child.stdin)
     return child
 
 
@@ -421,8 +431,3 @@ def _report_end(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None
     code = child.wait()
     time.sleep(0.2)  # it may have said why
     ranks._broke(f"rank {rank} has ended with exit code {code}")
-
-
-def local_rank() -> int:
-    """The number of this process's GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))

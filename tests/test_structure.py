@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bottom up. A module imports from the floors below its own; a package's modules share its floor,
 # and import from each other, too.
 FLOORS = [
-    ["errors", "options"],
+    ["errors", "launch", "options"],
     ["files", "grammar", "results"],
     ["config", "hub", "chat_template", "sampling"],
     ["cache", "tokenizer", "prompts"],

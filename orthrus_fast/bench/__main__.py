@@ -6,17 +6,18 @@ import warnings
 
 from orthrus_fast.bench.flags import PROGRAM, build_parser, check_flags
 from orthrus_fast.errors import OrthrusError
+from orthrus_fast.launch import leave_talking_to_the_first
 
 
 def main(arguments: list[str] | None = None, prog: str = PROGRAM) -> int:
     """Return 0: all parts are done; 1: a part failed; 2: bad input; 130: interrupted."""
+    leave_talking_to_the_first()
     try:
-        parser = build_parser(prog)
-        args = parser.parse_args(arguments)
+        args = build_parser(prog).parse_args(arguments)
         check_flags(args)
         from orthrus_fast.bench.run import run  # with torch, for which --help does not wait
 
-        return run(parser, args)
+        return run(args)
     except (OrthrusError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

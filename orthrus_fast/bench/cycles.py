@@ -6,7 +6,7 @@ from dataclasses import replace
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import ROUNDS, Result, log
 from orthrus_fast.bench.decoding import decode, expected_tokens_per_cycle, ignore_eos, patched
-from orthrus_fast.bench.session import Session, random_prompts, release_memory, sibling
+from orthrus_fast.bench.session import NO_SIBLING, Session, random_prompts, release_memory, sibling
 from orthrus_fast.errors import RequestError, is_out_of_memory, one_line
 
 DRAWS = 4  # of replayed drafts for each prompt: acceptance varies far more than time does
@@ -27,18 +27,19 @@ def cycles_at(session: Session, context: int) -> Result:
     decoder, n_tokens, width = session.decoder, session.args.new_tokens, session.width
     prompts = random_prompts(session, [context] * decoder.slots, salt=context)
     replay = session.replay(salt=context)
-    modes = ("diffusion", "adaptive", "ar", "ar_baseline")
+    modes = ["diffusion", "adaptive", "ar"] + ["ar_baseline"] * (session.ranks is None)
     rates: dict[str, list[float]] = {mode: [] for mode in modes}
     accepted: list[int] = []
-    n_emitted, equal = 0, True
+    n_emitted, equal, baseline = 0, True, None
     for n in range(min(ROUNDS, session.args.repeats)):
         log(f"cycles at {context} committed tokens, round {n + 1}")
         ar = decode(decoder, prompts, n_tokens, False, decoder.ar_width)
         known = session.runner.state.tokens.clone()
-        with patched(session.runner, verify=session.baseline.verify):
-            baseline = decode(decoder, prompts, n_tokens, False, 1)
         rates["ar"].append(ar.tokens_per_second)
-        rates["ar_baseline"].append(baseline.tokens_per_second)
+        if session.ranks is None:
+            with patched(session.runner, verify=session.baseline.verify):
+                baseline = decode(decoder, prompts, n_tokens, False, 1)
+            rates["ar_baseline"].append(baseline.tokens_per_second)
         for _ in range(-(-DRAWS // decoder.slots)):
             for slot, text in enumerate(known):
                 replay.set_text(slot, text)
@@ -52,7 +53,7 @@ def cycles_at(session: Session, context: int) -> Result:
             accepted += diffusion.accepted
             n_emitted += diffusion.n_emitted
             equal = equal and diffusion.tokens == adaptive.tokens == ar.tokens
-    faster = max(statistics.median(rates[name]) for name in ("ar", "ar_baseline"))
+    faster = max(statistics.median(rates[name]) for name in modes[2:])
     return {
         "context": context,
         "tokens_per_second": {name: summary(values) for name, values in rates.items()},
@@ -62,7 +63,7 @@ def cycles_at(session: Session, context: int) -> Result:
         "tokens_per_cycle_standard_error": statistics.pstdev(accepted) / len(accepted) ** 0.5,
         "cycles": len(accepted),
         "tokens_equal_to_ar": equal,
-        "baseline_tokens_equal_to_ar": baseline.tokens == ar.tokens,
+        "baseline_tokens_equal_to_ar": baseline and baseline.tokens == ar.tokens,
     }
 
 
@@ -74,6 +75,8 @@ def slots(session: Session) -> Result:
     n_tokens, fitting = session.args.new_tokens, session.contexts_with_room
     if not session.drafting:
         return {"skipped": "no draft view"}
+    if session.ranks is not None:
+        return NO_SIBLING
     if not fitting:
         limit = session.decoder.max_seq_len
         return {"skipped": f"max_seq_len {limit} has no room for {n_tokens} tokens after a context"}

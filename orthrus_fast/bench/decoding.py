@@ -78,12 +78,9 @@ def decode(
     ``width`` rows; None leaves the choice to the engine, cycle by cycle.
     """
     decoder.runner.state.reset()  # idle slots take no time
-    requests = [
-        Request(index, prompt, n, params or SamplingParams(), drafting)
-        for index, (prompt, params) in enumerate(
-            zip(prompts, each or [None] * len(prompts), strict=True)
-        )
-    ]
+    settings = [params or SamplingParams() for params in each or [None] * len(prompts)]
+    pairs = enumerate(zip(prompts, settings, strict=True))
+    requests = [Request(index, prompt, n, params, drafting) for index, (prompt, params) in pairs]
     with fixed_width(decoder.engine, drafting, width):
         texts = run(decoder.engine, requests)
     return rated(texts)

@@ -15,6 +15,7 @@ from orthrus_fast.options import (
     DRAFT_WEIGHTS,
     DTYPES,
     PUBLIC_SHAPES,
+    RANKS,
     RUNNERS,
     WEIGHTS,
 )
@@ -92,6 +93,8 @@ def build_parser(prog: str = PROGRAM) -> Parser:
     add("--compile-mode", choices=COMPILE_MODES, default="default", help="of the runner compiled")
     add("--slots", type=positive, default=1, metavar="B", help="decoded at once (default: 1)")
     add("--block-size", type=positive, metavar="K", help="rows (default and most: the model's own)")
+    text = "GPUs that hold a share of the model each (default: 1)"
+    add("--tensor-parallel", type=int, choices=RANKS, default=1, help=text)
     text = f"committed tokens (default: {','.join(map(str, CONTEXTS))}, as far as they fit)"
     add("--contexts", type=positives, metavar="N,…", help=text)
     text = f"(default: {','.join(PARTS)})"
@@ -123,12 +126,8 @@ def add_decoder_flags(parser: Parser) -> None:
     add("--runner", choices=("auto", *RUNNERS), default="auto")
     add("--attention", choices=("auto", *ATTENTION_BACKENDS), default="auto")
     add("--weights", choices=WEIGHTS, default="checkpoint", help="of both views")
-    add(
-        "--draft-weights",
-        choices=("auto", *DRAFT_WEIGHTS),
-        default="auto",
-        help="the drafter's own",
-    )
+    formats = ("auto", *DRAFT_WEIGHTS)
+    add("--draft-weights", choices=formats, default="auto", help="the drafter's own")
     add("--max-seq-len", type=positive, metavar="N", help="(default: room for every part)")
     text = "as orthrus generate reads (default: the embedded checkpoint's held-out prompts)"
     add("--prompts-file", metavar="FILE", help=text)

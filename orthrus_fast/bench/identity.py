@@ -43,7 +43,8 @@ def identity(session: Session) -> Result:
         group = slice(begin, begin + slots)
         both = decode_both(session, prompts[group], args.new_tokens, replay, each[group])
         for ar, diffusion in both:
-            verdicts.append({"seed": each[len(verdicts)].seed, **compare(ar, diffusion)})
+            verdict = of_all_ranks(session, compare(ar, diffusion))
+            verdicts.append({"seed": each[len(verdicts)].seed, **verdict})
             texts.append(ar.tokens.tolist())
             tokens += diffusion.tokens[diffusion.n_prompt :].tolist()
     total = {name: sum(verdict[name] for verdict in verdicts) for name in SUMS.split()}
@@ -128,6 +129,13 @@ def compare(expected: Recorded, got: Recorded) -> Result:
         "ties_for_first_place": int((best[:, 0] == best[:, 1]).sum()),
         "cycles": len(got.accepted),
     }
+
+
+def of_all_ranks(session: Session, verdict: Result) -> Result:
+    """Return it with the cache rows of all ranks, each of its own heads; all have the logits."""
+    every = [verdict] if session.ranks is None else session.ranks.share(verdict)
+    rows = {name: sum(one[name] for one in every) for name in verdict if "cache_rows" in name}
+    return {**verdict, **rows, "rows_differing": max(one["rows_differing"] for one in every)}
 
 
 def n_differing(a: Tensor, b: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,11 +73,13 @@ def passes_at(session: Session, context: int, rate: float) -> Result:
         over = cycle["median"] - both
         result["cycle"] = {"ms": cycle, "over_passes_ms": over, "over_passes_share": over / both}
     runner.state.drafting.fill_(False)
-    of_ar, baseline = session.decoder.ar_width, session.baseline
-    both_ar = (lambda: runner.verify(of_ar), lambda: baseline.verify(1))
-    ar, without = time_steps(both_ar, session.device, repeats)
+    of_ar = session.decoder.ar_width
+    both_ar: dict[str, Callable[[], object]] = {"ms": lambda: runner.verify(of_ar)}
+    if session.ranks is None:
+        both_ar["baseline_ms"] = partial(session.baseline.verify, 1)
+    times = time_steps(list(both_ar.values()), session.device, repeats)
     cycle = summary(cycle_spans(runner, of_ar, False, repeats))
-    return {**result, "ar": {"ms": ar, "baseline_ms": without, "cycle_ms": cycle}}
+    return {**result, "ar": {**dict(zip(both_ar, times, strict=True)), "cycle_ms": cycle}}
 
 
 def sampling(session: Session) -> Result:

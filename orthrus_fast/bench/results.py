@@ -47,13 +47,14 @@ def environment(configuration: Result) -> Result:
     own = root is not None and Path(root).resolve() == REPOSITORY  # else somebody else's around it
     commit = first_line(*git, "rev-parse", "HEAD") if own else None
     changed = first_line(*git, "status", "--porcelain") if own else None
-    on_gpu = configuration["device"].startswith("cuda")
+    on_gpu, n = configuration["device"].startswith("cuda"), configuration.get("tensor_parallel", 1)
+    hardware = f"{n} × {configuration['hardware']}" if n > 1 else configuration["hardware"]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": None if commit is None else changed is not None,
-        "hardware": configuration["hardware"],
-        "gpu": configuration["hardware"] if on_gpu else None,
+        "hardware": hardware,
+        "gpu": hardware if on_gpu else None,
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,

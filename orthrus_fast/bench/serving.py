@@ -8,7 +8,7 @@ from typing import NamedTuple
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import HISTORY, PREFILL_LENGTHS, ROUNDS, Result, log
 from orthrus_fast.bench.decoding import ignore_eos
-from orthrus_fast.bench.session import Session, random_prompts, release_memory, sibling
+from orthrus_fast.bench.session import NO_SIBLING, Session, random_prompts, release_memory, sibling
 from orthrus_fast.engine.engine import Engine
 from orthrus_fast.engine.request import Request
 from orthrus_fast.sampling import SamplingParams
@@ -21,6 +21,8 @@ NEW = 32  # tokens of a turn
 
 def engine(session: Session) -> Result:
     """Measure on a decoder of two slots over the same weights, which reuses what it has cached."""
+    if session.ranks is not None:
+        return NO_SIBLING
     decoder = sibling(session, replace(session.options, slots=2, prefix_reuse=True))
     longest = decoder.max_seq_len - 1
     lengths = [n for n in PREFILL_LENGTHS if n <= longest]

@@ -3,8 +3,7 @@
 import argparse
 import copy
 import gc
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,15 +20,18 @@ from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
 from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.kernels.interface import Kernels
-from orthrus_fast.loading import Options, build_decoder, check_max_seq_len, load, resolve
+from orthrus_fast.loading import Options, build_decoder, build_on_ranks, open_decoder, resolve
 from orthrus_fast.model import Transformer
 from orthrus_fast.prompts import PromptLine, read_prompts
 from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams
+from orthrus_fast.tensor_parallel import Ranks
+
+NO_SIBLING = {"skipped": "it makes decoders of its own, on one GPU alone"}
 
 
 class Session:
-    """``contexts``: the numbers of committed tokens at which passes are timed."""
+    """``contexts``: committed tokens at which passes are timed; ``ranks``: of a shared model."""
 
     def __init__(
         self, args: argparse.Namespace, options: Options, decoder: Decoder, contexts: Sequence[int]
@@ -37,13 +39,15 @@ class Session:
         self.args, self.options, self.decoder, self.contexts = args, options, decoder, contexts
         self.runner, self.width = decoder.runner, decoder.block_width
         self.device, self.drafting = self.runner.device, self.runner.model.has_draft_view
+        peers = decoder.engine.peers
+        self.ranks = peers if isinstance(peers, Ranks) else None
         limit = decoder.max_seq_len - args.new_tokens
         self.contexts_with_room = [n for n in contexts if n <= limit]  # for a whole decode
         self.sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
 
     @cached_property
     def baseline(self) -> EagerRunner:
-        """What AR is measured against: one row a pass without the promise."""
+        """What AR is measured against: one row a pass without the promise; not on ranks."""
         return make_baseline(self.decoder)
 
     @property
@@ -65,7 +69,7 @@ class Session:
         return Replay(self.runner, self.width, self.acceptance["accept"], seed)
 
 
-def build_session(args: argparse.Namespace) -> Session:
+def build_session(args: argparse.Namespace, call: Callable[[], object] | None = None) -> Session:
     """Check the arguments, load or draw the weights, build the decoder. Raises OrthrusError."""
     SamplingParams(args.temperature, args.top_k, args.top_p)
     if args.temperature == 0 and (args.top_k, args.top_p) != (None, None):
@@ -73,7 +77,7 @@ def build_session(args: argparse.Namespace) -> Session:
     path = args.checkpoint or ("" if args.shape else embedded_checkpoint())
     config = shape_config(args.shape) if args.shape else open_checkpoint(path).config
     names = ["device", "dtype", "slots", "runner", "attention", "compile_mode", "block_size"]
-    names += ["weights", "draft_weights"]
+    names += ["weights", "draft_weights", "tensor_parallel"]
     asked = {name: getattr(args, name) for name in names}
     options = Options(max_seq_len=choose_max_seq_len(args, config), **asked, prefix_reuse=False)
     settings = resolve(options, config)
@@ -85,9 +89,11 @@ def build_session(args: argparse.Namespace) -> Session:
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
     if not args.shape:
-        return Session(args, options, load(path, **asdict(options)), contexts)
+        decoder = open_decoder(path, options, None, (), None, call)
+        return Session(args, options, decoder, contexts)
     name = f"random weights of shape {args.shape}, seed {args.seed}"
-    decoder = build_decoder(name, config, partial(random_model, seed=args.seed), options)
+    build = partial(build_decoder, name, config, partial(random_model, seed=args.seed), options)
+    decoder = build_on_ranks(build, config, args.tensor_parallel, call, together=True)
     return Session(args, options, decoder, contexts)
 
 
@@ -116,7 +122,7 @@ def choose_max_seq_len(args: argparse.Namespace, config: ModelConfig) -> int:
     """Return what was asked for, or room for every part as far as the model's limit allows."""
     longest = max(*(args.contexts or CONTEXTS), *PREFILL_LENGTHS)
     room = min(longest + args.new_tokens, config.max_position_embeddings)
-    length = check_max_seq_len(args.max_seq_len or room, config)
+    length: int = args.max_seq_len or room
     if args.new_tokens >= length:
         n = args.new_tokens
         raise RequestError(f"new_tokens: {n} leaves no room for a prompt in max_seq_len {length}")

@@ -22,6 +22,7 @@ from orthrus_fast.cli.session import (
 )
 from orthrus_fast.cli.terminal import fail, printable
 from orthrus_fast.errors import PromptError, RequestError, TemplateError
+from orthrus_fast.launch import launched
 from orthrus_fast.options import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     parser = build_chat_parser(prog)
     args = parser.parse_args(arguments)
     check_flags(parser, args)
+    if launched().size > 1 and sys.stdin is not None and sys.stdin.isatty():
+        without = "start orthrus chat --tensor-parallel N without it"
+        raise RequestError(f"chat: under torchrun Ctrl-C ends more than an answer; {without}")
     begin_loading(args)
     if sys.stdin is None:
         raise RequestError("standard input: closed; a chat reads it")

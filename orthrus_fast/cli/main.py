@@ -19,6 +19,7 @@ from orthrus_fast import __version__
 from orthrus_fast.cli.flags import EXIT_CODES, NEAR
 from orthrus_fast.cli.terminal import drop_output, fail, prepare_streams, write_output
 from orthrus_fast.errors import OrthrusError, RequestError
+from orthrus_fast.launch import leave_talking_to_the_first
 
 COMMANDS = {
     "generate": "decode a prompt, or a file of prompts",
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file failed; 130: interrupted; 141: the reader of the output closed it.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    leave_talking_to_the_first()
     prepare_streams()
     # A warning of torch without NumPy, which nothing here uses.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

@@ -16,6 +16,7 @@ from orthrus_fast.cli.flags import build_serve_parser, spelled
 from orthrus_fast.cli.session import load_decoder, load_settings, say_loading
 from orthrus_fast.cli.terminal import printable, write_output
 from orthrus_fast.errors import RequestError
+from orthrus_fast.launch import launched
 
 if TYPE_CHECKING:
     from orthrus_fast.server.access import Access, Guard
@@ -96,6 +97,8 @@ def check_server_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and (value < least or (name == "port" and value > 65535)):
             raise RequestError(f"{spelled(name, args)} {value} is out of range")
+    if args.replicas is not None and launched().size > 1:
+        raise RequestError("--replicas does not go with torchrun: Ray starts its own processes")
     if args.replicas is not None and args.device not in (None, "cpu", "cuda"):
         raise RequestError(
             f"--device {args.device} does not go with --replicas: Ray gives out GPUs"

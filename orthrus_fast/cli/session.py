@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from orthrus_fast.cli.flags import spelled
 from orthrus_fast.cli.terminal import printable, progress_bar, render, write_output
 from orthrus_fast.errors import RequestError, TemplateError
+from orthrus_fast.launch import launched
 from orthrus_fast.options import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -27,7 +28,17 @@ def begin_loading(args: argparse.Namespace) -> None:
 
 
 def say_loading(args: argparse.Namespace) -> None:
-    """Say on a terminal what is loaded."""
+    """Say on a terminal what is loaded.
+
+    Of several processes that torchrun has started only the first returns: the others load, too, and
+    serve it to the end. Raises RequestError where they are not to share a model.
+    """
+    place = launched()
+    if args.tensor_parallel == 1 < place.size:
+        wanted = f"--tensor-parallel {place.size} has them share the model"
+        raise RequestError(f"torchrun started {place.size} processes; {wanted}")
+    if place.rank > 0:
+        load_decoder(args)
     if sys.stderr.isatty():
         name = printable(args.checkpoint or "the embedded checkpoint", True)
         print(f"loading {name} …", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from orthrus_fast.cli.flags import build_tune_parser
 from orthrus_fast.cli.terminal import write_output
 from orthrus_fast.errors import RequestError
+from orthrus_fast.launch import launched
 from orthrus_fast.options import PUBLIC_SHAPES
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 def run(arguments: Sequence[str], prog: str) -> int:
     """Measure tiles, keep them for this chip, print where they are; return the exit code."""
     args = build_tune_parser(prog).parse_args(arguments)
+    if launched().size > 1:
+        raise RequestError("tune: it measures one GPU; start it without torchrun")
     import torch
 
     if not torch.cuda.is_available():

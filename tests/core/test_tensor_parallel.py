@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,14 @@ from torch._C._distributed_c10d import HashStore
 import orthrus_fast
 from orthrus_fast import Decoder, Grammar, SamplingParams, loading, model
 from orthrus_fast.checkpoint import load_model, open_checkpoint, own_slices
-from orthrus_fast.engine.request import Inputs
+from orthrus_fast.engine.request import Inputs, Request
 from orthrus_fast.errors import RankError, RequestError, UnsupportedError
 from orthrus_fast.invariance import bits_of
 from orthrus_fast.kernels.tiled import TiledProducts, multiply
 from orthrus_fast.loading import memory_needed
 from orthrus_fast.tensor_parallel import Ranks
 from tests.checkpoints import kernels_for, write_checkpoint
+from tests.processes import free_port
 from tests.ranks import ThreadRanks, decoder_of, on_ranks
 
 CPU = torch.device("cpu")
@@ -409,21 +411,27 @@ def test_ranks_of_other_options_are_refused_on_both(small: Path) -> None:
     assert all(process.returncode for process in started), second
 
 
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def test_a_rank_that_has_read_other_tokens_says_so() -> None:
     ranks = Ranks(1, 2, HashStore())
     ranks._hear = lambda _: Inputs([], [], [], 5)  # type: ignore[method-assign]
     assert ranks.agree(Inputs([], [], [], 5)).digest == 5
     with pytest.raises(RankError, match="other tokens than the first rank's"):
         ranks.agree(Inputs([], [], [], 6))
+
+
+def test_a_rank_that_is_asked_by_itself_is_held_to_the_first() -> None:
+    """Its requests are its own, with their grammars; those of one that only serves are made."""
+    first = Request(0, [1, 2], 5, SamplingParams(), True)
+    own = replace(first, matcher=object())  # type: ignore[arg-type]
+    ranks = Ranks(1, 2, HashStore())
+    ranks._hear = lambda _: Inputs([first], [3], [], 5)  # type: ignore[method-assign]
+    agreed = ranks.agree(Inputs([own], [], [], 5))
+    assert agreed.requests[0] is own and agreed.cancelled == [3]
+    for others in ([], [own, own], [replace(own, prompt=[1, 3])]):
+        with pytest.raises(RankError, match="other texts than the first rank"):
+            ranks.agree(Inputs(others, [], [], 5))
+    ranks.localize = lambda request: replace(request, id=9)
+    assert ranks.agree(Inputs([], [], [], 5)).requests == [replace(first, id=9)]
 
 
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
