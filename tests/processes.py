@@ -20,7 +20,7 @@ def children_of(pid: int) -> list[int]:
 
 def wait_for_end(pid: int) -> None:
     """Wait until a process has ended, as it is about to."""
-    for _ in range(100):
+    for _ in range(600):
         if not Path(f"/proc/{pid}").exists():
             return
         time.sleep(0.1)

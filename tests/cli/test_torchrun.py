@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,11 +184,10 @@ def test_the_benchmark(tmp_path: Path) -> None:
     ],
 )
 def test_an_error_before_or_while_loading_ends_all(words: list[str], said: str) -> None:
-    begin = time.monotonic()
     done = Torchrun(*words, *TWO).end()
     [line] = errors_of(done)
     assert said in line and done.code == 1 and done.out == ""
-    assert time.monotonic() - begin < 25  # torchrun kills after 30
+    assert "forcefully exiting" not in done.err  # as torchrun ends those that do not by themselves
 
 
 class Served(Torchrun):
