@@ -260,6 +260,7 @@ class Ranks:
         except BaseException as error:
             known = self.failure  # what followed from it may be anything
             self.fail(error)
+            self._leave_group()
             if known is not None:
                 raise RankError(known) from None
             raise
@@ -274,6 +275,11 @@ class Ranks:
         with self._lock:
             self._is_over, self.failure = True, self.failure or "tensor_parallel: closed"
         self._end_others(_END)
+        self._leave_group()
+
+    def _leave_group(self) -> None:
+        """Wait for the group's threads: the last of a tensor's owners must not outlive Python."""
+        self._group = None
 
     def kernels(
         self,

@@ -91,9 +91,7 @@ def main() -> None:
             serve = Ranks.serve
             Ranks.serve = lambda self, step: report(step.__self__, serve, self)  # type: ignore
             decoder = build_on_ranks(
-                lambda ranks: build_decoder(*of, ranks=ranks),
-                checkpoint.config,
-                {"tensor_parallel": 2},
+                lambda ranks: build_decoder(*of, ranks=ranks), checkpoint.config, n_ranks, None
             )
         found = decode(decoder)
         if n_ranks > 1:

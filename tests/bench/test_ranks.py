@@ -257,7 +257,7 @@ def test_ctrl_c(when: str, tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     lines = [line for line in error.splitlines() if "tensor_parallel 2" not in line]
     assert lines == ["interrupted; the finished parts are in --json's file"]
     assert path.exists() == (when == "measuring")

@@ -5,6 +5,7 @@ Ranks are threads here, or processes where it is about these.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -432,6 +433,20 @@ def test_a_rank_that_is_asked_by_itself_is_held_to_the_first() -> None:
             ranks.agree(Inputs(others, [], [], 5))
     ranks.localize = lambda request: replace(request, id=9)
     assert ranks.agree(Inputs([], [], [], 5)).requests == [replace(first, id=9)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_of_a_group_end_before_python_does(fails: bool) -> None:
+    """Else one that then frees the last tensor of a gather, after Ctrl-C say, aborts all."""
+    ranks = Ranks(0, 1, HashStore())
+    assert torch.equal(ranks.gather(torch.ones(2)), torch.ones(1, 2))
+    assert ranks._group is not None
+    with contextlib.suppress(KeyboardInterrupt):
+        with ranks.ending_together():
+            if fails:
+                raise KeyboardInterrupt
+        ranks.close()
+    assert ranks._group is None
 
 
 def test_ctrl_c_waits_for_the_end_of_a_step() -> None:
