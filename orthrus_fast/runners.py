@@ -464,8 +464,13 @@ class CompiledRunner(EagerRunner):
 
         exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
         alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
-        full = full_precision_matmul(self.device)
-        with self._timed("compile"), full, alone, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            self._timed("compile"),
+            _compiler_errors(),
+            full_precision_matmul(self.device),
+            alone,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
             list(pool.map(run, jobs))
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
@@ -784,7 +789,8 @@ def _compiler_errors() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(getattr(error, "inner_exception", error), OSError):  # its cache, importing it
-            remedy = f"set TORCHINDUCTOR_CACHE_DIR to a directory that can be written, or {remedy}"
+            places = "TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR"
+            remedy = f"set {places} to directories that can be written, or {remedy}"
         elif not isinstance(
             error, (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
         ):

@@ -1086,6 +1086,24 @@ def test_kernels_are_built_for_what_passes_call_and_change_nothing(
     assert built == set(called)
 
 
+def test_kernels_that_cannot_be_kept_are_one_line(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unwritable:
+        def partials(self, *_: Any) -> Tensor:
+            raise PermissionError(13, "denied", "cache")
+
+        swiglu = lm_head_argmax = partials
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    old = load(tiny).runner
+    kernels = dataclasses.replace(old.model.kernels, products=Unwritable())  # type: ignore[arg-type]
+    old.model.kernels = kernels
+    runner = runners.CompiledRunner(old.model, old.state, old.cache, kernels)
+    with pytest.raises(UnsupportedError, match="denied.*TRITON_CACHE_DIR"):
+        runner.compile_kernels([1, 16])
+
+
 # The graph runner's own lines, with a stand-in for CUDA graphs
 
 
