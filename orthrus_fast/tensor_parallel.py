@@ -40,7 +40,8 @@ from orthrus_fast.launch import launched
 
 LOCALHOST = "127.0.0.1"  # all ranks are on one host
 PATIENCE = 300.0  # seconds that a rank may take for a step, compiling included
-_RUN = "import pickle, sys; pickle.load(sys.stdin.buffer)()"
+# Nothing comes where Ctrl-C was faster.
+_RUN = "import pickle, sys; call = sys.stdin.buffer.read(); call and pickle.loads(call)()"
 _KEY = "ORTHRUS_FAST_KEY"  # by which processes that were started here know each other
 _END = "end"  # what the first rank says when all went well
 _log = logging.getLogger("orthrus_fast")
@@ -80,8 +81,7 @@ class Ranks:
         secret = os.environ.get(_KEY) if self.rank > 0 else self._secret
         if self.rank == 0:
             key = secret or secrets.token_hex(32)
-            listening = Listener((LOCALHOST, 0), authkey=key.encode())
-            with self.ending_together(), listening as listener:
+            with Listener((LOCALHOST, 0), authkey=key.encode()) as listener:
                 # Only processes of torchrun's, which nobody handed a key, find it in the store.
                 self.store.set("address", f"{listener.address[1]} {'' if secret else key}")
                 self._in_background(self._accept, listener)
@@ -156,16 +156,15 @@ class Ranks:
 
     def _end_others(self, last_word: str | None) -> None:
         """Have the others end: by themselves after a last word, else at once."""
+        if last_word is None:
+            for child in self._children.values():
+                child.kill()
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 if last_word is not None:
                     link.send(last_word)
-            if last_word is None:
-                with contextlib.suppress(OSError):
+                else:
                     link.close()
-        for child in self._children.values():
-            if last_word is None:
-                child.kill()
 
     def _wait(self, is_so: Callable[[], bool]) -> None:
         with self._changed:
@@ -393,17 +392,21 @@ def start(size: int, call: Callable[[], object] | None) -> Ranks:
         store, rank, _ = next(rendezvous("env://"))
         name = _name(os.environ["MASTER_PORT"], store, rank)
         ranks = Ranks(rank, size, PrefixStore(name, store), name)
+        if rank > 0:
+            ranks.connect()
+            return ranks
     else:
         store = TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
         name = _name(store.port, store, 0)
         ranks = Ranks(0, size, PrefixStore(name, store), name)
-        ranks._secret = secrets.token_hex(32)
-        where = {"WORLD_SIZE": size, "MASTER_ADDR": LOCALHOST, "MASTER_PORT": store.port}
-        where[_KEY] = ranks._secret
-        ranks._children = {rank: _spawn(rank, where, call) for rank in range(1, size)}
-        for rank, child in ranks._children.items():
-            ranks._in_background(_report_end, ranks, rank, child)
-    ranks.connect()
+    with ranks.ending_together():
+        if n_ranks == 1:
+            ranks._secret = secrets.token_hex(32)
+            where = {"WORLD_SIZE": size, "MASTER_ADDR": LOCALHOST, "MASTER_PORT": store.port}
+            where[_KEY] = ranks._secret
+            for rank in range(1, size):
+                _spawn(ranks, rank, where, call)
+        ranks.connect()
     return ranks
 
 
@@ -413,9 +416,9 @@ def _name(port: int | str, store: Store, rank: int) -> str:
 
 
 def _spawn(
-    rank: int, where: Mapping[str, Any], call: Callable[[], object] | None
-) -> subprocess.Popen[bytes]:
-    """A process of a session of its own, so that Ctrl-C reaches the first rank alone.
+    ranks: Ranks, rank: int, where: Mapping[str, Any], call: Callable[[], object] | None
+) -> None:
+    """Start a process of a session of its own, so that Ctrl-C reaches the first rank alone.
 
     It has as many threads as this one, whoever set them: bits of a CPU's products depend on them.
     """
@@ -426,11 +429,11 @@ def _spawn(
     environment = {**os.environ, **of_rank, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _RUN]
     how: dict[str, Any] = {"stdin": subprocess.PIPE, "start_new_session": True}
-    child = subprocess.Popen(command, env=environment, **how)
+    child = ranks._children[rank] = subprocess.Popen(command, env=environment, **how)
+    ranks._in_background(_report_end, ranks, rank, child)
     assert child.stdin is not None
     with child.stdin:
         pickle.dump(call, child.stdin)
-    return child
 
 
 def _report_end(ranks: Ranks, rank: int, child: subprocess.Popen[bytes]) -> None:
