@@ -33,9 +33,12 @@ def fingerprint(decoder: Decoder) -> str:
     settings = settings_of(decoder.configuration)
     if settings["promise"] == ONE_ROW:
         settings = {name: value for name, value in settings.items() if name not in FREE}
-    what = [weights_digest(decoder.checkpoint), settings]
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    return f"fp_{digest[:12]}"
+    return f"fp_{digest_of([weights_digest(decoder.checkpoint), settings])[:12]}"
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

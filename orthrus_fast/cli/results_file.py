@@ -8,7 +8,6 @@ the line's fields that are no settings; one named as a field of results stands i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 from orthrus_fast.checkpoint import Checkpoint
 from orthrus_fast.decoder import Decoder
 from orthrus_fast.errors import RequestError
-from orthrus_fast.fingerprint import settings_of, weights_digest
+from orthrus_fast.fingerprint import digest_of, settings_of, weights_digest
 from orthrus_fast.prompts import MAX_LINE_BYTES, PromptLine, as_shown
 from orthrus_fast.results import Generation
 from orthrus_fast.sampling import SamplingParams, is_integer
@@ -55,8 +54,8 @@ def make_header(
         "orthrus_fast_results": FORMAT,
         "fingerprint": {
             "weights": weights_digest(checkpoint),
-            "settings": _digest(settings_of(configuration)),
-            "prompts": _digest(prompts),
+            "settings": digest_of(settings_of(configuration)),
+            "prompts": digest_of(prompts),
         },
         "prompts": len(lines),
         "seed": seed,
@@ -69,10 +68,6 @@ def sampling_settings(params: SamplingParams) -> dict[str, Any]:
     """Of the flags, as they stand in a header. The seed stands apart: a run may draw it."""
     settings = {name: getattr(params, name) for name in SAMPLING_FIELDS}
     return settings | ({"grammar": asdict(params.grammar)} if params.grammar else {})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
