@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orthrus_fast import matching
 from tests.checkpoints import write_checkpoint
 
 CHAT = (
@@ -28,6 +29,12 @@ def ctrl_c() -> None:
     """A background job of a script ignores it, and so would every program that a test starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine refuses no grammar."""
+    monkeypatch.setattr(matching, "PATIENCE", 120.0)
 
 
 @pytest.fixture(scope="module")

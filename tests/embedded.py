@@ -9,6 +9,7 @@ from typing import Any
 from orthrus_fast import Decoder
 
 MODEL = Path(__file__).resolve().parents[1] / "model"
+VOCAB, EOS = 4096, 2
 ENTRIES = [json.loads(line) for line in (MODEL / "heldout.jsonl").read_text().splitlines()]
 # All kinds; the card's figures are of all the prompts.
 HELD_OUT = [entry for entry in ENTRIES if entry.get("source") != "docstrings"]

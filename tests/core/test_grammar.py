@@ -19,8 +19,10 @@ from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.matching import Grammars, Matcher, allows
 from orthrus_fast.sampling import Settings
 from orthrus_fast.tokenizer import Tokenizer
+from tests.embedded import EOS, VOCAB
 
-VOCAB, EOS = 4096, 2
+pytestmark = pytest.mark.usefixtures("patient")
+
 RECORD = {
     "type": "object",
     "properties": {
@@ -45,22 +47,6 @@ SCHEMAS: dict[str, Any] = {
     },
     "free": {"type": "object", "patternProperties": {"^k[0-9]$": {"type": "null"}}},
 }
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine refuses nothing here."""
-    monkeypatch.setattr(matching, "PATIENCE", 120.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(embedded_checkpoint())
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, VOCAB, [EOS])
 
 
 def schema(source: Any) -> Grammar:

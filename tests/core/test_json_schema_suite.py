@@ -17,20 +17,19 @@ import jsonschema
 import pytest
 
 import orthrus_fast
-from orthrus_fast import Decoder, Grammar, SamplingParams, matching
+from orthrus_fast import Decoder, Grammar, SamplingParams
 from orthrus_fast.errors import RequestError
-from orthrus_fast.files import embedded_checkpoint
 from orthrus_fast.matching import Grammars, Matcher, allows
 from orthrus_fast.tokenizer import Tokenizer
 from tests.decoders import unchecked
-from tests.embedded import MODEL
+from tests.embedded import EOS, MODEL, VOCAB
 from tests.marks import slow_but
 
+pytestmark = pytest.mark.usefixtures("patient")
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "json_schema_suite.json"
 CASES: list[dict[str, Any]] = json.loads(FIXTURE.read_text(encoding="utf-8"))["cases"]
 PARTS = {"a dozen": CASES[::37]} | {f"{part} of 12": CASES[part::12] for part in range(12)}
 QUICK = ["a dozen"]
-VOCAB, EOS = 4096, 2
 
 ORDER = "properties come in the schema's order"
 POINT = "a whole number is written without a point"
@@ -69,22 +68,6 @@ INVALID_BUT_ALLOWED = {
     "optional/format/time: validation of time strings": SECOND,
     "optional/ecmascript-regex: ECMA 262 \\S matches everything but whitespace": SPACE,
 }
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine refuses nothing here."""
-    monkeypatch.setattr(matching, "PATIENCE", 120.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(embedded_checkpoint())
-
-
-@pytest.fixture(scope="module")
-def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer, VOCAB, [EOS])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from orthrus_fast.kernels.symmetric import ABSENT, NAN, Areas, Exchange, SharedP
 from orthrus_fast.kernels.tiles import default_tiles
 from tests.checkpoints import write_checkpoint
 from tests.kernel_compile import CHIPS, EVERY_CHIP, compile_for, rounding_as_a_gpu
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, VOCAB, MOST_ROWS = 64, 96, 40
@@ -253,9 +253,7 @@ def test_a_model_of_two_processes_is_one(tmp_path: Path) -> None:
     shape = {"num_attention_heads": 8, "intermediate_size": 128}
     write_checkpoint(directory, seed=2, eos_token_id=[], **shape)
     command = [sys.executable, "-m", "tests.interpreted_ranks", str(directory)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     how: dict[str, Any] = {"stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
     file = tmp_path / "two"
     started = [subprocess.Popen([*command, str(tmp_path / "one"), "1"], **how)]

@@ -35,7 +35,7 @@ from orthrus_fast.kernels.tiled import TiledProducts, multiply
 from orthrus_fast.loading import memory_needed
 from orthrus_fast.tensor_parallel import Ranks
 from tests.checkpoints import kernels_for, write_checkpoint
-from tests.processes import free_port
+from tests.processes import free_port, wait_for_end
 from tests.ranks import ThreadRanks, decoder_of, on_ranks
 
 CPU = torch.device("cpu")
@@ -369,12 +369,7 @@ def test_ranks_end_with_the_first(small: Path) -> None:
     )
     for how in ("kill", "leave"):
         out = subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True)
-        pid = int(out.stdout)
-        for _ in range(100):
-            if not Path(f"/proc/{pid}").exists():
-                break
-            time.sleep(0.1)
-        assert not Path(f"/proc/{pid}").exists()
+        wait_for_end(int(out.stdout))
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from orthrus_fast import Decoder, Grammar, SamplingParams, Stream, matching
+from orthrus_fast import Decoder, Grammar, SamplingParams, Stream
 from orthrus_fast.errors import RequestError
 from orthrus_fast.matching import Matcher
 from tests.checkpoints import write_checkpoint
 from tests.embedded import MODEL
 from tests.engine.solo import interrupt, load, skip_without_one_row, unpredictable
+
+pytestmark = pytest.mark.usefixtures("patient")
 
 RECORDS = {
     "type": "array",
@@ -46,12 +48,6 @@ SETTINGS = tuple(
     for grammar in GRAMMARS
     for temperature, seed, logprobs in ((0.0, None, False), (1.5, 3, False), (0.9, 4, True))
 )
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine refuses nothing here."""
-    monkeypatch.setattr(matching, "PATIENCE", 120.0)
 
 
 @pytest.fixture(scope="module")
