@@ -45,10 +45,15 @@ def attend(
     On the CPU ``start`` decides how much of the cache is read. Elsewhere all of it is, masked: so
     nothing waits for the device, and a CUDA graph can hold the call.
     """
-    if start.device.type == "cpu":
-        return _attend_tiles(q, k_cache, v_cache, start, slot, causal=causal)
-    k, v = k_cache, v_cache
-    if len(k_cache) > 1:  # with one slot there is nothing to gather, and so nothing to copy
+    by = _attend_tiles if start.device.type == "cpu" else _attend_whole
+    return by(q, k_cache, v_cache, start, slot, causal=causal)
+
+
+def _attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, slot: Tensor, *, causal: bool
+) -> Tensor:
+    """``attend`` over all of the cache."""
+    if len(k) > 1:  # with one slot there is nothing to gather, and so nothing to copy
         k, v = k[slot], v[slot]
     width, group = q.shape[1], q.shape[2] // k.shape[1]
     row = arange(width, device=start.device)
