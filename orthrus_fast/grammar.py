@@ -34,8 +34,7 @@ class Grammar:
             has = "has no source" if self.source else "needs a source"
             raise RequestError(f"grammar: {self.kind} {has}")
         most = MAX_SCHEMA if self.kind == "json_schema" else MAX_SOURCE
-        if len(self.source) > most:
-            n = len(self.source)
+        if (n := len(self.source)) > most:
             raise RequestError(f"grammar: {n} characters are more than {most}; shorten it")
 
     @staticmethod

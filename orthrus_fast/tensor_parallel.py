@@ -422,10 +422,9 @@ def _spawn(
 
     It has as many threads as this one, whoever set them: bits of a CPU's products depend on them.
     """
-    of_rank = {name: str(value) for name, value in where.items()}
-    of_rank |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    of_rank |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    paths = os.pathsep.join(filter(None, sys.path))
+    n_threads, paths = torch.get_num_threads(), os.pathsep.join(filter(None, sys.path))
+    of_rank = {**where, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": n_threads}
+    of_rank = {name: str(value) for name, value in of_rank.items()}
     environment = {**os.environ, **of_rank, "PYTHONPATH": paths}
     command = [sys.executable, "-c", _RUN]
     how: dict[str, Any] = {"stdin": subprocess.PIPE, "start_new_session": True}
