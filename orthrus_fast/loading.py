@@ -601,9 +601,8 @@ def _passes(config: ModelConfig, dtype: torch.dtype, max_seq_len: int, slots: in
     qkv = query + 2 * config.n_kv_heads * config.head_dim
     row += 4 * max(qkv, config.hidden_size) * torch.float32.itemsize
     outputs = sum(steps.PREFILL_WIDTHS) * config.hidden_size * dtype.itemsize  # prefill's graphs'
-    return (
-        GPU_GRAPHS + logits + splits + widest * row + outputs + _sent(config, dtype, widest, rows)
-    )
+    own = (widest + rows) * row + outputs  # the graphs of scores have a pool of their own
+    return GPU_GRAPHS + logits + splits + own + _sent(config, dtype, widest, rows)
 
 
 def _sent(config: ModelConfig, dtype: torch.dtype, n_rows: int, n_decoded: int) -> int:

@@ -579,7 +579,9 @@ class GraphRunner(CompiledRunner):
         self, model: Transformer, state: steps.State, cache: KVCache, kernels: Kernels
     ) -> None:
         super().__init__(model, state, cache, kernels)
-        self._pool = torch.cuda.graph_pool_handle()
+        # What one graph of a pool has computed may be written over by the replay of any other. Only
+        # scores have to outlast one: a pass over a prompt may come before they are judged.
+        self._pool, self._score_pool = (torch.cuda.graph_pool_handle() for _ in range(2))
         self._stream: torch.cuda.Stream | None = None
         self._draft_graphs: dict[_Kind, torch.cuda.CUDAGraph] = {}
         self._verify_graphs: dict[_Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
@@ -621,7 +623,8 @@ class GraphRunner(CompiledRunner):
         """A pass and, apart from it, what follows once there are masks."""
         self._allocated_masks()  # outside the graphs, which share it
         if width not in self._score_graphs:
-            graph, _ = self._capture(partial(EagerRunner.score, self, width))
+            score = partial(EagerRunner.score, self, width)
+            graph, _ = self._capture(score, self._score_pool)
             self._score_graphs[width] = graph, self.logits
         _, self.logits = self._score_graphs[width]
         judge = partial(EagerRunner.judge, self, width, sampling)
@@ -667,11 +670,13 @@ class GraphRunner(CompiledRunner):
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - begin) / repeats
 
-    def _capture(self, step: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+    def _capture(
+        self, step: Callable[[], _T], pool: Any = None
+    ) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
         if self._stream is None:  # torch's own is of one device, whichever captured first
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        how: dict[str, Any] = {"pool": self._pool, "stream": self._stream}
+        how: dict[str, Any] = {"pool": pool or self._pool, "stream": self._stream}
         with torch.cuda.graph(graph, capture_error_mode="thread_local", **how):
             out = step()
         return graph, out

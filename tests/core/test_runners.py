@@ -672,7 +672,10 @@ def test_memory_spelled_out() -> None:
 
 
 def test_memory_of_a_gpus_passes_is_that_of_the_graphs_that_are_kept() -> None:
-    """Each further slot's: logits of three graphs a width, and of sampling; attention's splits."""
+    """Each further slot's: logits of three graphs a width, and of sampling; attention's splits.
+
+    And the rows of a pass under a grammar, whose graphs share no memory with others.
+    """
     config = shape_config("1.7B")
     passes = [
         memory_needed(config, torch.bfloat16, CUDA, 4096, slots).passes for slots in (1, 2, 32)
@@ -681,7 +684,8 @@ def test_memory_of_a_gpus_passes_is_that_of_the_graphs_that_are_kept() -> None:
     masks = 2 * 32 * config.vocab_size
     splits = 32 * 16 * 18 * (128 + 2) * 4  # rows, heads, of 4160 keys
     n_logits = 3 * (1 + 4 + 8 + 16 + 32) + 3 * 32
-    assert passes[1] - passes[0] == n_logits * logits + masks + splits
+    row = 2 * (4 * 2048 + 2 * 2048 + 6144) + 4 * 4 * 4096  # bytes; four partial sums in float32
+    assert passes[1] - passes[0] == n_logits * logits + masks + splits + 32 * row
     assert passes[2] - passes[0] == 31 * (passes[1] - passes[0])
     assert passes[0] < 800_000_000
 
@@ -1108,30 +1112,44 @@ def test_kernels_that_cannot_be_kept_are_one_line(
 
 
 class StandInGraph:
-    """Replays by running the captured step again and writing over what capturing returned."""
+    """Replays by running the captured step again and writing over what capturing returned.
 
-    def __init__(self, runner: Any, step: Callable[[], Any]) -> None:
+    And over what graphs returned that were captured later into the same pool: they may have got
+    memory in which this one computes.
+    """
+
+    def __init__(self, runner: Any, step: Callable[[], Any], pool: Any) -> None:
         self.runner, self.step, self.n_replays = runner, step, 0
-        self.out, self.logits = step(), runner.logits
+        self.read = runner.logits  # by the step, unless it writes its own
+        self.out = step()
+        self.logits = None if runner.logits is self.read else runner.logits
+        self.graphs = runner.__dict__.setdefault("graphs_of_pools", {}).setdefault(pool, [])
+        self.graphs.append(self)
 
     def replay(self) -> None:
         self.n_replays += 1
-        held = self.runner.logits
+        for later in self.graphs[self.graphs.index(self) + 1 :]:
+            for tensor in (later.out, later.logits):
+                if tensor is not None:
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+        held, self.runner.logits = self.runner.logits, self.read
         fresh = self.step()
         if self.out is not None:
             self.out.copy_(fresh)
-        if self.runner.logits is not held:
+        if self.logits is not None:
             self.logits.copy_(self.runner.logits)
         self.runner.logits = held  # a graph runs no Python
 
 
-def stand_in_capture(runner: Any, step: Callable[[], Any]) -> tuple[StandInGraph, Any]:
-    graph = StandInGraph(runner, step)
+def stand_in_capture(
+    runner: Any, step: Callable[[], Any], pool: Any = None
+) -> tuple[StandInGraph, Any]:
+    graph = StandInGraph(runner, step, pool or runner._pool)
     return graph, graph.out
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, capture: Callable[[Any, Any], Any]) -> None:
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(runners.GraphRunner, "_capture", capture)
     monkeypatch.setattr(
         runners.GraphRunner, "lookahead", 0
@@ -1191,6 +1209,7 @@ def test_graphs_of_passes_and_of_what_follows_under_grammars(
     runner = decoder.engine.runner = graph_runner_of(decoder)
     for width in (1, 8):
         runner.prepare(width)
+    runner.prepare_prefill()  # whose graphs run while masks are made
     grammar = orthrus_fast.Grammar("json_object")
     params = [orthrus_fast.SamplingParams(t, seed=5, grammar=grammar) for t in (0.0, 1.5)]
     for mode in ("ar", "diffusion"):
@@ -1266,7 +1285,7 @@ def test_a_report_has_log_probabilities_of_what_was_emitted_alone() -> None:
 def test_a_capture_that_was_interrupted_is_made_up_for(
     tmp_path: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(self: Any, step: Callable[[], Any]) -> Any:
+    def capture(self: Any, step: Callable[[], Any], pool: Any = None) -> Any:
         attempts.append(step)
         if len(attempts) == 2:  # the draft is captured, verification is not
             raise KeyboardInterrupt
