@@ -670,9 +670,7 @@ class GraphRunner(CompiledRunner):
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - begin) / repeats
 
-    def _capture(
-        self, step: Callable[[], _T], pool: Any = None
-    ) -> tuple[torch.cuda.CUDAGraph, _T]:
+    def _capture(self, step: Callable[[], _T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _T]:
         graph = torch.cuda.CUDAGraph()
         if self._stream is None:  # torch's own is of one device, whichever captured first
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -866,6 +864,8 @@ def make_runner(
     """
     if name == "eager":
         return EagerRunner(model, state, cache)
+    if name == "graph" and not isinstance(model.kernels.products, PlainProducts):
+        return GraphRunner(model, state, cache, model.kernels)  # whose layers no compiler sees
     kernels = register_custom_ops(model.kernels, backend.custom_op())
     if name == "graph":
         return GraphRunner(model, state, cache, kernels)

@@ -62,10 +62,8 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     if isinstance(kernels.products, PlainProducts):
         return replace(kernels, products=replace(kernels.products, linear=padded_linear_op))
     from orthrus_fast.kernels import norm, rope
-    from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
+    from orthrus_fast.kernels.custom import CompiledProducts
 
-    if not isinstance(kernels.products, CustomProducts):
-        return kernels  # of several GPUs, which no compiler is given
     return replace(
         kernels,
         qk_norm_rope_write=rope.qk_norm_rope_write_op,

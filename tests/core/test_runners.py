@@ -1027,6 +1027,26 @@ def test_custom_kernels_become_custom_operators() -> None:
     assert opaque.add_norm is norm.add_norm_op
 
 
+def test_graphs_are_captured_of_the_models_own_kernels(
+    tiny: Path, plain_compile: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compiler sees them, so what follows the number of rows, or talks to other GPUs, may."""
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
+
+    class Shared(CustomProducts): ...
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    old = load(tiny).runner
+    of = (old.model, old.state, old.cache, sdpa.backend(CPU, torch.float32, 16))
+    for products in (CustomProducts(), Shared()):
+        old.model.kernels = dataclasses.replace(old.model.kernels, products=products)
+        runner = runners.make_runner("graph", *of)
+        assert runner.passes.kernels.products is products
+        compiled = runners.make_runner("compiled", *of)
+        assert isinstance(compiled.passes.kernels.products, CompiledProducts)
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_kernels_are_built_for_what_passes_call_and_change_nothing(
     tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
