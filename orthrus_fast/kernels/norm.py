@@ -22,15 +22,18 @@ PREFETCHERS = 64  # programs at least, where there is something to ask for
 
 @triton.jit
 def sum_partials(  # type: ignore[no-untyped-def]
-    first, stride, mask, N_PARTIALS: tl.constexpr
+    first, stride, mask, N_PARTIALS: tl.constexpr, VOLATILE: tl.constexpr = False
 ):
-    """The 1, 2 or 4 partial sums of a product, added pairwise, neighbours first."""
-    total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    """The 1, 2 or 4 partial sums of a product, added pairwise, neighbours first.
+
+    VOLATILE: as they are now, though others write them, and never from a multiprocessor's cache.
+    """
+    total = tl.load(first, mask=mask, other=0.0, volatile=VOLATILE).to(tl.float32)
     if N_PARTIALS > 1:
-        total += tl.load(first + stride, mask=mask, other=0.0)
+        total += tl.load(first + stride, mask=mask, other=0.0, volatile=VOLATILE)
     if N_PARTIALS > 2:
-        third = tl.load(first + 2 * stride, mask=mask, other=0.0)
-        total += third + tl.load(first + 3 * stride, mask=mask, other=0.0)
+        third = tl.load(first + 2 * stride, mask=mask, other=0.0, volatile=VOLATILE)
+        total += third + tl.load(first + 3 * stride, mask=mask, other=0.0, volatile=VOLATILE)
     return total
 
 
@@ -79,7 +82,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     if broken is not None:
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
         await_parts(partials + at, n_elements, inside, broken, N_PARTIALS)
-    update = sum_partials(partials + at, n_elements, inside, N_PARTIALS)
+    update = sum_partials(partials + at, n_elements, inside, N_PARTIALS, broken is not None)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if broken is None:
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
