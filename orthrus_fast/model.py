@@ -42,19 +42,19 @@ class Linear(nn.Module):
     """A weight [N, K], uninitialised, in the words of ``kernels.interface.Weight``.
 
     The kernels multiply with it. ``quantization`` puts fewer bits and their scales in its place.
-    K is one rank's share where ``n_ranks`` have one each.
+    K is one rank's share where ``n_ranks`` have one each, N where ``n_shares`` have.
     """
 
     scale: Tensor | None
     group_scale: Tensor | None
 
-    def __init__(self, n_inputs: int, n_outputs: int, n_ranks: int = 1) -> None:
+    def __init__(self, n_inputs: int, n_outputs: int, n_ranks: int = 1, n_shares: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_outputs, n_inputs))
         self.register_parameter("scale", None)
         self.register_parameter("group_scale", None)
-        self.n_inputs, self.n_ranks = n_inputs, n_ranks
-        self.split = k_split(n_outputs, n_inputs * n_ranks)
+        self.n_inputs, self.n_ranks, self.n_shares = n_inputs, n_ranks, n_shares
+        self.split = k_split(n_outputs * n_shares, n_inputs * n_ranks)
         # Whether all ranks' partial sums are those of the whole weight on one.
         self.sums_as_one = n_ranks == 1 or n_inputs % self.split == 0
         if not self.sums_as_one:
@@ -80,7 +80,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         n_all_heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv = Linear(config.hidden_size, n_all_heads * config.head_dim)
+        n_all_features = n_all_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, n_all_features, n_shares=config.n_ranks)
         self.o = Linear(config.n_heads * config.head_dim, config.hidden_size, config.n_ranks)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -133,7 +134,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size)
+        n_features = 2 * config.intermediate_size
+        self.gate_up = Linear(config.hidden_size, n_features, n_shares=config.n_ranks)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.n_ranks)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
@@ -193,7 +195,8 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size // config.n_ranks)
+        n_logits, n_ranks = config.vocab_size // config.n_ranks, config.n_ranks
+        self.lm_head = Linear(config.hidden_size, n_logits, n_shares=n_ranks)
 
     def share(self, other: Stack) -> None:
         """Take all from ``other`` but attention, which each view has for itself."""

@@ -61,6 +61,7 @@ class Shape(NamedTuple):
     end: str  # "", "swiglu" or "argmax"
     format: str = ""
     n_ranks: int = 1  # that have a share of K, of which k is one
+    n_shares: int = 1  # of N, of which n is one
 
     @property
     def key(self) -> str:
@@ -70,9 +71,9 @@ class Shape(NamedTuple):
     def split(self) -> int:
         if self.end:
             return self.k
-        n_inner = self.k * self.n_ranks
-        split = quantized_split(n_inner) if self.format else k_split(self.n, n_inner)
-        return self.k if self.n_ranks > 1 and self.k % split else split
+        n_columns, n_inner = self.n * self.n_shares, self.k * self.n_ranks
+        of_whole = quantized_split(n_inner) if self.format else k_split(n_columns, n_inner)
+        return self.k if self.n_ranks > 1 and self.k % of_whole else of_whole
 
 
 def product_shapes(
@@ -86,9 +87,10 @@ def product_shapes(
     for n_rows in rows:
         for linear in (*layer.linears(), head):
             shape = Shape(n_rows, len(linear.weight), linear.n_inputs, ends.get(linear, ""))
+            shape = shape._replace(n_ranks=linear.n_ranks, n_shares=linear.n_shares)
             for format in formats:
                 if not format or n_rows <= MOST_QUANTIZED:
-                    found[shape._replace(format=format, n_ranks=linear.n_ranks)] = None
+                    found[shape._replace(format=format)] = None
     return list(found)
 
 

@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import HashStore
 
 import orthrus_fast
 from orthrus_fast import Decoder, Grammar, SamplingParams, loading, model
+from orthrus_fast.bench.shapes import shape_config
 from orthrus_fast.checkpoint import load_model, open_checkpoint, own_slices
 from orthrus_fast.engine.request import Inputs, Request
 from orthrus_fast.errors import RankError, RequestError, UnsupportedError
@@ -137,8 +138,11 @@ def test_ranks_are_equal_to_one(
 
 
 def test_the_splits_of_a_weight_are_those_of_the_whole(tmp_path: Path) -> None:
-    """With ``k_split`` as it is: two sums, one a rank; a rank alone would make others."""
-    shape = {"num_attention_heads": 16, "intermediate_size": 256}
+    """With ``k_split`` as it is: two sums, one a rank; a rank alone would make others.
+
+    So it would of qkv, of which it has half the rows: fewer than columns, as in all public models.
+    """
+    shape = {"num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 256}
     directory = write_checkpoint(tmp_path / "model", eos_token_id=[], **shape)
 
     def run(ranks: ThreadRanks) -> tuple[Outcome, list[int]]:
@@ -147,6 +151,16 @@ def test_the_splits_of_a_weight_are_those_of_the_whole(tmp_path: Path) -> None:
 
     [(one, _)] = on_ranks(1, run)
     check_equal([found for found, _ in on_ranks(2, run)], one)
+
+
+@pytest.mark.parametrize("name", ["1.7B", "4B", "8B"])
+def test_the_sums_of_a_public_model_are_those_of_one(name: str) -> None:
+    """Each partial sum of as many columns, on two ranks and on one."""
+    config = shape_config(name)
+    with torch.device("meta"):
+        one, two = (model.Layer(of, causal=True).linears() for of in (config, config.share(1, 2)))
+    assert [linear.split for linear in two] == [linear.split for linear in one]
+    assert all(linear.sums_as_one for linear in two)
 
 
 def test_the_check_of_the_passes_holds_on_ranks(tmp_path: Path) -> None:
