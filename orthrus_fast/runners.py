@@ -30,7 +30,7 @@ from orthrus_fast.cache import KVCache
 from orthrus_fast.errors import RequestError, UnsupportedError, one_line
 from orthrus_fast.kernels.interface import Kernels, Sample
 from orthrus_fast.kernels.plain import PlainProducts
-from orthrus_fast.kernels.select import register_custom_ops
+from orthrus_fast.kernels.select import each_compiled_once, register_custom_ops
 from orthrus_fast.matching import Block
 from orthrus_fast.model import Layer, PassPositions, RMSNorm, Stack, Transformer
 from orthrus_fast.options import COMPILE_MODES, RUNNERS, listed
@@ -447,7 +447,7 @@ class CompiledRunner(EagerRunner):
     def compile_kernels(self, widths: Sequence[int]) -> None:
         """Have Triton compile side by side what passes would compile one after the other.
 
-        Widths ascend; the widest comes first, since many of the others have kernels in common.
+        And torch what is left, meanwhile. Widths ascend; the widest comes first.
         """
         products = self.model.kernels.products
         if isinstance(products, PlainProducts):
@@ -460,18 +460,31 @@ class CompiledRunner(EagerRunner):
         def run(job: Callable[[], object]) -> None:
             with torch.cuda.device(self.device):
                 torch.zeros(1, device=self.device)  # or there is no context in a new thread
-                job()
+                once(job)
 
         exchange = getattr(products, "exchange", None)  # with other GPUs, which take no part
         alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
         with (
             self._timed("compile"),
+            compiler_limits(),
             _compiler_errors(),
             full_precision_matmul(self.device),
             alone,
+            each_compiled_once() as once,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            list(pool.map(run, jobs))
+            results = pool.map(run, jobs)
+            self._compile_the_rest(widest)
+            list(results)
+
+    def _compile_the_rest(self, width: int) -> None:
+        """Run what torch.compile has of greedy blocks: what comes before layers and after them."""
+        rows = self.state.anchor[:, None].expand(-1, width).contiguous()
+        self.passes.embed(rows, self.state.length, self.state.slots)
+        vocab_size, dtype = self.model.config.vocab_size, self.model.embed_tokens.weight.dtype
+        logits = torch.zeros(*rows.shape, vocab_size, dtype=dtype, device=self.device)
+        with self._nothing_moves():
+            self._accept(rows, torch.zeros_like(rows), logits, sampling=False)
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
         """What launches each kernel of a pass over blocks of ``width``."""

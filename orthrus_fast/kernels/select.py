@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -93,3 +96,36 @@ _logprobs_op.register_fake(
 def _sample(logits: Tensor, position: Tensor, settings: Settings) -> Tensor:
     tokens: Tensor = _sample_op(logits, position, *settings)
     return tokens
+
+
+@contextlib.contextmanager
+def each_compiled_once() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """What runs jobs in several threads so that of all Triton kernels none is compiled twice.
+
+    A job skips the launches of which another one has begun to compile the kernel: their results are
+    nobody's. What runs in other threads knows nothing of it.
+    """
+    import triton
+
+    mine, lock, taken = threading.local(), threading.Lock(), set[tuple[str, str]]()
+
+    def run(job: Callable[[], object]) -> None:
+        mine.is_job = True
+        job()
+        mine.is_job = False
+
+    def skips(*, key: Any, fn: Any, **of: Any) -> bool | None:
+        if not getattr(mine, "is_job", False):
+            return before(key=key, fn=fn, **of) if before else None
+        kernel = f"{fn.module}.{fn.name}", str(key)
+        with lock:
+            is_taken = kernel in taken
+            taken.add(kernel)
+        return is_taken
+
+    runtime: Any = triton.knobs.runtime
+    before, runtime.jit_cache_hook = runtime.jit_cache_hook, skips
+    try:
+        yield run
+    finally:
+        runtime.jit_cache_hook = before

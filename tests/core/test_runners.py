@@ -12,8 +12,10 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1108,6 +1110,59 @@ def test_kernels_are_built_for_what_passes_call_and_change_nothing(
             old.prefill_chunk(torch.zeros(1, width, dtype=torch.int64), 0, 0)
     assert len(built) == 20 + 2 * 8
     assert built == set(called)
+
+
+def test_what_torch_compiles_is_compiled_beside_the_kernels(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that graphs' passes, of which that is all, are captured at once."""
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stand_in(monkeypatch, stand_in_capture)
+    compiled: list[str] = []
+
+    def compile(function: Any, **_: Any) -> Any:
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            compiled.append(function.__name__)
+            return graph.forward
+
+        return torch_compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    torch_compile: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", compile)
+    old = load(tiny).runner
+    plain = PlainProducts()
+    products = SimpleNamespace(
+        partials=plain.partials, swiglu=plain.swiglu, lm_head_argmax=plain.lm_head_argmax
+    )
+    kernels = dataclasses.replace(as_custom_ops(old.model.kernels), products=products)
+    old.model.kernels = kernels
+    runner = runners.GraphRunner(old.model, old.state, old.cache, kernels)
+    runner.compile_kernels([1, 8])
+    assert sorted(compiled) == ["accept_and_commit", "embed"]
+    runner.prepare(8)
+    assert len(compiled) == 2
+
+
+def test_no_kernel_is_compiled_twice() -> None:
+    """Jobs of all threads skip what another has begun; nobody else does."""
+    triton = pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+    from orthrus_fast.kernels.select import each_compiled_once
+
+    def launch(key: str) -> None:
+        if not runtime.jit_cache_hook(key=key, fn=SimpleNamespace(module="m", name="kernel")):
+            compiled.append(key)
+
+    runtime, compiled = triton.knobs.runtime, list[str]()
+    before = runtime.jit_cache_hook
+    keys = ["a", "b"] * 20
+    with each_compiled_once() as run, ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [partial(launch, key) for key in keys]))
+        assert sorted(compiled) == ["a", "b"]
+        launch("a")
+        list(pool.map(launch, keys[:8]))
+        assert len(compiled) == 2 + 1 + 8
+    assert runtime.jit_cache_hook is before
 
 
 def test_kernels_that_cannot_be_kept_are_one_line(
