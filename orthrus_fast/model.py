@@ -79,9 +79,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
-        n_all_heads = config.n_heads + 2 * config.n_kv_heads
-        n_all_features = n_all_heads * config.head_dim
-        self.qkv = Linear(config.hidden_size, n_all_features, n_shares=config.n_ranks)
+        n_all = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, n_all, n_shares=config.n_ranks)
         self.o = Linear(config.n_heads * config.head_dim, config.hidden_size, config.n_ranks)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -134,8 +133,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        n_features = 2 * config.intermediate_size
-        self.gate_up = Linear(config.hidden_size, n_features, n_shares=config.n_ranks)
+        n_all = 2 * config.intermediate_size
+        self.gate_up = Linear(config.hidden_size, n_all, n_shares=config.n_ranks)
         self.down = Linear(config.intermediate_size, config.hidden_size, config.n_ranks)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
@@ -195,8 +194,8 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, causal) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        n_logits, n_ranks = config.vocab_size // config.n_ranks, config.n_ranks
-        self.lm_head = Linear(config.hidden_size, n_logits, n_shares=n_ranks)
+        n_logits = config.vocab_size // config.n_ranks
+        self.lm_head = Linear(config.hidden_size, n_logits, n_shares=config.n_ranks)
 
     def share(self, other: Stack) -> None:
         """Take all from ``other`` but attention, which each view has for itself."""
