@@ -33,6 +33,11 @@ SHAPES = tuple(
     for config in MODELS.values()
     for shape in tuning.product_shapes(build_on_meta(config), formats=("", *DRAFT_WEIGHTS[1:]))
 )
+OF_TWO_RANKS = tuple(
+    shape
+    for config in MODELS.values()
+    for shape in tuning.product_shapes(build_on_meta(config.share(0, 2)), (32,), ("", "int4"))
+)
 SHARED = {f"sm_{chip}": shared for chip, shared in CHIPS.items()}
 COMMITTED: dict[str, Any] = json.loads(tiles.committed_table().read_text("utf-8"))["chips"]
 TILES = Tiles(16, 64, 32, False, False, 4, 2)
@@ -177,13 +182,18 @@ def test_the_committed_table_has_a_candidate_for_each_product_of_the_public_mode
     chip: str,
 ) -> None:
     table = tiles.read_table(tiles.committed_table(), chip)
-    shapes = {key: shape for shape in SHAPES for key in tiles.parse_table(entry_of(shape))}
-    assert set(table) <= set(shapes)
+    shapes, of_two = (
+        {key: shape for shape in some for key in tiles.parse_table(entry_of(shape))}
+        for some in (SHAPES, OF_TWO_RANKS)
+    )
+    assert set(table) <= set(shapes) | set(of_two)
     for key, shape in shapes.items():
         if key in table:
             assert table[key] in list(tuning.candidates(shape, SHARED[chip]))
         elif not shape.format:  # no pass has so many logits
             assert (shape.n_rows, shape.end) == (2048, "argmax")
+    for key in set(table) - set(shapes):
+        assert table[key] in list(tuning.candidates(of_two[key], SHARED[chip]))
 
 
 def entry_of(shape: Shape) -> dict[str, Any]:
