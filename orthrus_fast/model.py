@@ -255,23 +255,20 @@ class Transformer(nn.Module):
         cos, sin = rope_table(self.config, capacity, weight.dtype)
         self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
 
-    def compiled(self, kernels: Kernels, compile: Callable[..., Any], layers: bool) -> Transformer:
+    def compiled(self, compile: Callable[..., Any]) -> Transformer:
         """The same model over the same weights, with ``compile`` applied to the parts of a pass.
 
         One layer is compiled, not the stack: its code serves them all, so that compiling takes
-        seconds at any depth. ``kernels`` must be custom operators or code for the compiler to see.
-        Without ``layers``, of which kernels leave nothing to compile, only the embedding is.
+        seconds at any depth. Kernels must be custom operators or code for the compiler to see.
         ``compile`` is told the sizes of each argument's dimensions by name: R and T vary.
         """
         twin = copy.copy(self)
-        twin.kernels = kernels
         embed = compile(twin.embed, "RT", "R", "R")
         # Views, because other compiled steps know the sizes of the tensors themselves.
         twin.embed = lambda *of: embed(*(t.view_as(t) for t in of))  # type: ignore[method-assign]
-        if layers:
-            at = PassPositions("R", "R", "RT", "RT.", "RT.")  # type: ignore[arg-type]
-            twin.run_layer = compile(Layer.forward, None, "RT.", ".RT.", at)
-            twin.final_norm = compile(twin.final_norm, None, "RT.", ".RT.")  # type: ignore[method-assign]
+        at = PassPositions("R", "R", "RT", "RT.", "RT.")  # type: ignore[arg-type]
+        twin.run_layer = compile(Layer.forward, None, "RT.", ".RT.", at)
+        twin.final_norm = compile(twin.final_norm, None, "RT.", ".RT.")  # type: ignore[method-assign]
         return twin
 
     def forward(
@@ -290,10 +287,13 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, PassPositions]:
         """The embeddings [R, T, hidden_size] of the tokens, and where the rows sit."""
+        weight, tables = self.embed_tokens.weight, (self.rope_cos, self.rope_sin)
+        if self.kernels.embed is not None:
+            x, positions, cos, sin = self.kernels.embed(tokens, start, weight, *tables)
+            return x, PassPositions(start, slot, positions, cos, sin)
         positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        x = F.embedding(tokens, self.embed_tokens.weight)
-        return x, PassPositions(start, slot, positions, cos, sin)
+        cos, sin = (table[positions] for table in tables)
+        return F.embedding(tokens, weight), PassPositions(start, slot, positions, cos, sin)
 
     def final_norm(self, stack: Stack, x: Tensor, update: Tensor) -> Tensor:
         """The norm of the residual stream after the last update."""

@@ -9,6 +9,7 @@ the host through a mailbox, so that a GPU can be a cycle ahead of whoever reads.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import struct
@@ -335,6 +336,7 @@ class EagerRunner:
             self.eos,
             self._sample(sampling),
             self.passes.kernels.logprobs,
+            self.passes.kernels.commit_accepted,
         )
 
     def _sample(self, sampling: bool) -> Sample | None:
@@ -383,16 +385,20 @@ class CompiledRunner(EagerRunner):
         self._options = compiler_options(compile_mode)
         trees = bool(self._options["triton.cudagraphs"])
         self._cudagraph_trees = trees and self.device.type != "cpu"
-        self.passes = model.compiled(kernels, self._compile, self._compiles_layers)
+        self._prepared: set[tuple[int, bool]] = set()
+        self.passes = copy.copy(model)
+        self.passes.kernels = kernels
+        if not self._compiles:
+            return
+        self.passes = self.passes.compiled(self._compile)
         if self.device.type == "cpu":  # where the eager layers' bits are others
             self.prefilling = self.passes
         state_and = (None, "BT", "BT", "BTV")
         self._accept_and_commit = self._compile(steps.accept_and_commit, *state_and)
         self._sample_block = self._compile(steps.sample_block, None, "BTV")
-        self._prepared: set[tuple[int, bool]] = set()
 
     @property
-    def _compiles_layers(self) -> bool:
+    def _compiles(self) -> bool:
         return True
 
     def _compile(self, function: Callable[..., _T], *sizes: Any) -> Callable[..., _T]:
@@ -447,7 +453,7 @@ class CompiledRunner(EagerRunner):
     def compile_kernels(self, widths: Sequence[int]) -> None:
         """Have Triton compile side by side what passes would compile one after the other.
 
-        And torch what is left, meanwhile. Widths ascend; the widest comes first.
+        Widths ascend; the widest comes first.
         """
         products = self.model.kernels.products
         if isinstance(products, PlainProducts):
@@ -466,25 +472,13 @@ class CompiledRunner(EagerRunner):
         alone = contextlib.nullcontext() if exchange is None else exchange.rehearsal()
         with (
             self._timed("compile"),
-            compiler_limits(),
             _compiler_errors(),
             full_precision_matmul(self.device),
             alone,
             each_compiled_once() as once,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            results = pool.map(run, jobs)
-            self._compile_the_rest(widest)
-            list(results)
-
-    def _compile_the_rest(self, width: int) -> None:
-        """Run what torch.compile has of greedy blocks: what comes before layers and after them."""
-        rows = self.state.anchor[:, None].expand(-1, width).contiguous()
-        self.passes.embed(rows, self.state.length, self.state.slots)
-        vocab_size, dtype = self.model.config.vocab_size, self.model.embed_tokens.weight.dtype
-        logits = torch.zeros(*rows.shape, vocab_size, dtype=dtype, device=self.device)
-        with self._nothing_moves():
-            self._accept(rows, torch.zeros_like(rows), logits, sampling=False)
+            list(pool.map(run, jobs))
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
         """What launches each kernel of a pass over blocks of ``width``."""
@@ -583,7 +577,7 @@ class CompiledRunner(EagerRunner):
 class GraphRunner(CompiledRunner):
     """Replays the steps from CUDA graphs, a cycle ahead of the reader.
 
-    Layers whose kernels are custom are captured as they stand: they have nothing for a compiler.
+    Custom kernels are captured as they stand: they leave nothing to a compiler.
     """
 
     lookahead = 1
@@ -608,7 +602,7 @@ class GraphRunner(CompiledRunner):
         )
 
     @property
-    def _compiles_layers(self) -> bool:
+    def _compiles(self) -> bool:
         return isinstance(self.model.kernels.products, PlainProducts)
 
     @property
@@ -878,7 +872,7 @@ def make_runner(
     if name == "eager":
         return EagerRunner(model, state, cache)
     if name == "graph" and not isinstance(model.kernels.products, PlainProducts):
-        return GraphRunner(model, state, cache, model.kernels)  # whose layers no compiler sees
+        return GraphRunner(model, state, cache, model.kernels)  # which no compiler sees
     kernels = register_custom_ops(model.kernels, backend.custom_op())
     if name == "graph":
         return GraphRunner(model, state, cache, kernels)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orthrus_fast.cache import KVCache
-from orthrus_fast.kernels.interface import Logprobs, Sample
+from orthrus_fast.kernels.interface import CommitAccepted, Logprobs, Sample
 from orthrus_fast.kernels.plain_sampling import choose
 from orthrus_fast.model import Transformer
 from orthrus_fast.sampling import NO_TOKEN, SamplingParams, Settings
@@ -206,24 +206,36 @@ def accept_and_commit(
     eos: Tensor,
     sample: Sample | None,
     logprobs: Logprobs,
+    kernel: CommitAccepted | None = None,
 ) -> Tensor:
-    """Accept and commit, in place -> the cycle's report [B, T+3] int64 for the host.
+    """Accept and commit, in place -> the cycle's report for the host.
+
+    That is ``commit_accepted``'s, which ``kernel`` may stand for; with ``sample``, T more columns
+    have the bits of the targets' float32 log-probabilities.
+    """
+    target = greedy if sample is None else sample_block(state, logits, sample)
+    report = (kernel or commit_accepted)(state, block, target, greedy, logits, eos)
+    if sample is not None:
+        target = report[:, : block.shape[1]].contiguous()
+        bits = logprobs(logits, target).view(torch.int32).long()
+        report = torch.cat((report, bits), dim=1)
+    return report
+
+
+def commit_accepted(
+    state: State, block: Tensor, target: Tensor, greedy: Tensor, logits: Tensor, eos: Tensor
+) -> Tensor:
+    """Accept and commit, in place -> a report [B, T+3] int64.
 
     A row holds the target tokens [T], how many of them were emitted, how many of these were
     proposed, and whether the slot is done. ``target[:, i]`` is what AR puts after ``block[:, : i +
     1]``, or NO_TOKEN, which ends the slot, where the greatest logit is not finite or any is NaN.
-    With ``sample`` T more columns have the bits of the targets' float32 log-probabilities.
     """
-    target = greedy if sample is None else sample_block(state, logits, sample)
     target = _where_finite(target, logits, greedy)
     n_accepted = accept(block, target) * state.drafting
     n_new = commit(state, target, n_accepted, eos)
     columns = (n_new, torch.minimum(n_accepted, n_new), state.done)
-    report = torch.cat((target, torch.stack(columns, dim=1)), dim=1)
-    if sample is not None:
-        bits = logprobs(logits, target).view(torch.int32).long()
-        report = torch.cat((report, bits), dim=1)
-    return report
+    return torch.cat((target, torch.stack(columns, dim=1)), dim=1)
 
 
 def _where_finite(tokens: Tensor, logits: Tensor, greedy: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the memory for its beginning while it leaves the memory idle. It never changes a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -185,9 +186,24 @@ class Logprobs(Protocol):
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor: ...
 
 
+class Embed(Protocol):
+    """tokens [R, T] from positions ``start`` [R] on -> x [R, T, hidden_size], positions [R, T].
+
+    And the rows [R, T, head_dim] there of the rotary tables ``cos`` and ``sin`` [S, head_dim].
+    ``weight`` [V, hidden_size] has the embeddings.
+    """
+
+    def __call__(
+        self, tokens: Tensor, start: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+CommitAccepted = Callable[..., Tensor]  # see ``steps.commit_accepted``
+
+
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of each operation that has several."""
+    """One implementation of each operation that has several; None: PyTorch's, or a compiler's."""
 
     attend: Attend
     qk_norm_rope_write: QkNormRopeWrite
@@ -195,3 +211,5 @@ class Kernels:
     products: Products
     sample: Sample
     logprobs: Logprobs
+    embed: Embed | None = None
+    commit_accepted: CommitAccepted | None = None

@@ -41,7 +41,7 @@ def select_kernels(
         kernels = replace(kernels, sample=sample, logprobs=logprobs)
     if why_no_triton(device, dtype, head_dim):
         return kernels
-    from orthrus_fast.kernels import norm, rope
+    from orthrus_fast.kernels import blocks, norm, rope
     from orthrus_fast.kernels.custom import CustomProducts
 
     return replace(
@@ -49,6 +49,8 @@ def select_kernels(
         qk_norm_rope_write=rope.qk_norm_rope_write,
         add_norm=norm.add_norm,
         products=CustomProducts(),
+        embed=blocks.embed,
+        commit_accepted=blocks.commit_accepted,
     )
 
 
@@ -59,7 +61,7 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     so that their bits are those of eager code, in which a first token is chosen; the compiler
     should see through the rest. Triton's products and sampling always are.
     """
-    kernels = replace(kernels, attend=attend)
+    kernels = replace(kernels, attend=attend, embed=None, commit_accepted=None)
     if kernels.sample is plain_sampling.sample:
         kernels = replace(kernels, sample=_sample, logprobs=_logprobs_op)
     if isinstance(kernels.products, PlainProducts):

@@ -1112,36 +1112,22 @@ def test_kernels_are_built_for_what_passes_call_and_change_nothing(
     assert built == set(called)
 
 
-def test_what_torch_compiles_is_compiled_beside_the_kernels(
+def test_graphs_of_custom_kernels_need_no_compiler(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that graphs' passes, of which that is all, are captured at once."""
-    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     stand_in(monkeypatch, stand_in_capture)
-    compiled: list[str] = []
-
-    def compile(function: Any, **_: Any) -> Any:
-        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            compiled.append(function.__name__)
-            return graph.forward
-
-        return torch_compile(function, backend=backend, fullgraph=True, dynamic=False)
-
-    torch_compile: Any = torch.compile
-    monkeypatch.setattr(torch, "compile", compile)
-    old = load(tiny).runner
-    plain = PlainProducts()
+    old, plain = load(tiny).runner, PlainProducts()
     products = SimpleNamespace(
         partials=plain.partials, swiglu=plain.swiglu, lm_head_argmax=plain.lm_head_argmax
     )
-    kernels = dataclasses.replace(as_custom_ops(old.model.kernels), products=products)
+    kernels = dataclasses.replace(old.model.kernels, products=products)
     old.model.kernels = kernels
+    before = dict(counters["stats"])
     runner = runners.GraphRunner(old.model, old.state, old.cache, kernels)
-    runner.compile_kernels([1, 8])
-    assert sorted(compiled) == ["accept_and_commit", "embed"]
-    runner.prepare(8)
-    assert len(compiled) == 2
+    for width in (8, 1):
+        runner.prepare(width)
+    assert check(runner, (1, 8), [64], prefill=False).holds
+    assert dict(counters["stats"]) == before
 
 
 def test_no_kernel_is_compiled_twice() -> None:
