@@ -15,6 +15,7 @@ from orthrus_fast.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 END = b"data: [DONE]\n\n"  # of a stream
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
@@ -97,7 +98,8 @@ class ChatChoice(Choice):
         return {"index": self.index, "delta": delta, "finish_reason": None, "logprobs": None}
 
     def _add(self, chunk: Chunk, final: bool) -> tuple[Json, int]:
-        parts = self._parser.push("".join(chunk.pieces[: chunk.n_accepted]))
+        drafted = chunk.pieces[: chunk.n_accepted]
+        parts = self._parser.push("".join(drafted)) if drafted else []
         n_drafted = sum(len(part.reasoning + part.content) for part in parts)
         parts += self._parser.push("".join(chunk.pieces[chunk.n_accepted :]))
         parts += self._parser.finish() if final else []
@@ -213,4 +215,4 @@ def report(result: Generation | None) -> Json:
 
 def event(content: Json) -> bytes:
     """A server-sent event."""
-    return b"data: %s\n\n" % json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"data: %s\n\n" % _ENCODER.encode(content).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -312,13 +313,16 @@ class Sending(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
-
-        async def within_time(message: Any) -> None:
-            with anyio.fail_after(SEND_SECONDS):
-                await send(message)
-
+        clock = asyncio.get_running_loop().time
         try:
-            await super().__call__(scope, receive, within_time)
+            with anyio.fail_after(None) as limit:
+
+                async def within_time(message: Any) -> None:
+                    limit.deadline = clock() + SEND_SECONDS
+                    await send(message)
+                    limit.deadline = math.inf
+
+                await super().__call__(scope, receive, within_time)
         except TimeoutError:
             pass  # an incomplete response, which closes the connection
         finally:
