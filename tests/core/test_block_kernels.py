@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="needs triton (the test extra has it on Lin
 from orthrus_fast.kernels import blocks
 
 CPU = torch.device("cpu")
-CAPACITY, VOCAB = 64, 5
+CAPACITY, VOCAB = 96, 5
 
 
 def random_state(random: torch.Generator, n_slots: int, width: int) -> steps.State:
@@ -34,10 +34,10 @@ def random_state(random: torch.Generator, n_slots: int, width: int) -> steps.Sta
         return torch.randint(n, shape, generator=random)
 
     state = steps.State.create(n_slots, CAPACITY, width, CPU)
-    state.length.copy_(below(CAPACITY - width, n_slots))
-    state.max_length.copy_(state.length + below(width + 3, n_slots))
+    state.length.copy_(below(CAPACITY - 2 * width, n_slots))
+    state.max_length.copy_(state.length + below(2 * width + 3, n_slots))
     state.tokens.copy_(below(VOCAB, n_slots, CAPACITY))
-    for tensor, odds in ((state.done, 4), (state.drafting, 5)):
+    for tensor, odds in ((state.done, 5), (state.drafting, 3)):
         tensor.copy_(below(odds, n_slots) == 0)
     state.drafting.logical_not_()
     state.anchor.copy_(below(VOCAB, n_slots))
@@ -53,7 +53,7 @@ def copied(state: steps.State) -> steps.State:
     return replace(state, **{name: getattr(state, name).clone() for name in names})
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     n_slots=st.integers(1, 4),
