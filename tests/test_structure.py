@@ -43,7 +43,7 @@ LIMITS = {
     "engine": 930,
     "tuning": 280,
     "bench": 1750,
-    "server": 1870,  # without its page
+    "server": 1880,  # without its page
     "model.py": 400,
     "benchmarks/report.py": 645,
 }
