@@ -460,6 +460,7 @@ class CompiledRunner(EagerRunner):
             return
         *others, widest = widths
         jobs = [*self._block_jobs(widest), *self._prefill_jobs()]
+        jobs += [] if self._compiles else [self._commit_job(widest)]
         jobs += [job for width in others for job in self._block_jobs(width)]
 
         @torch.inference_mode()
@@ -481,7 +482,10 @@ class CompiledRunner(EagerRunner):
             list(pool.map(run, jobs))
 
     def _block_jobs(self, width: int) -> list[Callable[[], object]]:
-        """What launches each kernel of a pass over blocks of ``width``."""
+        """What launches each kernel of a pass over blocks of ``width``.
+
+        Where the rows sit is computed here: a job may skip launches (``each_compiled_once``).
+        """
         model, state = self.model, self.state
         x, at = model.embed(state.anchor[:, None].expand(-1, width), state.length, state.slots)
         # Verification is causal and keeps the logits, the draft neither.
@@ -492,6 +496,13 @@ class CompiledRunner(EagerRunner):
             jobs += self._layer_jobs(model.drafter, x, at)
             jobs.append(partial(model.greedy, x, False, model.drafter))
         return jobs
+
+    def _commit_job(self, width: int) -> Callable[[], object]:
+        """What launches what follows a pass, while no slot moves."""
+        block = self.state.anchor[:, None].expand(-1, width).contiguous()
+        shape = (*block.shape, self.model.config.vocab_size)
+        logits = self.model.embed_tokens.weight.new_empty(shape)
+        return partial(self._accept, block, torch.zeros_like(block), logits, False)
 
     def _prefill_jobs(self) -> list[Callable[[], object]]:
         """What launches each kernel of passes over prompts."""

@@ -121,7 +121,7 @@ def commit_accepted(
         *(block, target, greedy, logits, eos, report, state.length, state.anchor, state.tokens),
         *(state.max_length, state.done.view(torch.uint8), state.drafting.view(torch.uint8)),
         *(width, len(eos), logits.shape[-1], state.tokens.shape[1], NO_TOKEN),
-        *(triton.next_power_of_2(width), overlap),
+        *(max(triton.next_power_of_2(width), 32), overlap),  # one binary for most widths
         num_warps=1,
         launch_pdl=overlap,
     )

@@ -1124,6 +1124,10 @@ def test_graphs_of_custom_kernels_need_no_compiler(
     old.model.kernels = kernels
     before = dict(counters["stats"])
     runner = runners.GraphRunner(old.model, old.state, old.cache, kernels)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    held = contents(runner.state)
+    runner.compile_kernels([1, 8])
+    assert all(map(torch.equal, contents(runner.state), held))
     for width in (8, 1):
         runner.prepare(width)
     assert check(runner, (1, 8), [64], prefill=False).holds
