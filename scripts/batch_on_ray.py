@@ -3,9 +3,10 @@
     python -m scripts.batch_on_ray --decoders 8 --prompts-file prompts.jsonl --output results.jsonl
 
 The other flags are those of `orthrus generate`. It starts Ray on this machine, or takes the cluster
-at RAY_ADDRESS; each decoder has a GPU, or a core where the cluster has none or --device is cpu. The
-prompts, the results and the checkpoint, if it is a directory, lie where every machine finds them.
-A run that was killed is resumed by the same command, or by `orthrus generate` with the same flags.
+at RAY_ADDRESS; each decoder has as many GPUs as --tensor-parallel says, or cores where the cluster
+has none or --device is cpu. The prompts, the results and the checkpoint, if it is a directory, lie
+where every machine finds them. A run that was killed is resumed by the same command, or by `orthrus
+generate` with the same flags.
 """
 
 from __future__ import annotations
@@ -92,8 +93,9 @@ def main() -> int:
         ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         on_gpus = args.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-        each = {"num_gpus": 1} if on_gpus else {"num_cpus": 1}
-        there = ray.remote(planned).options(**each).remote(args, lines, asked)
+        each = {"num_gpus" if on_gpus else "num_cpus": args.tensor_parallel}
+        alone = ray.remote(max_calls=1, **each)(planned)  # its process ends, and frees the memory
+        there = alone.remote(args, lines, asked)
         args, header, params = ray.get(there)
         todo, params, seed = begin(results, header, lines, params)
         done = decoded(args, each, header, todo, params)
