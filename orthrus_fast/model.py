@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orthrus_fast.cache import KVCache
@@ -255,14 +254,15 @@ class Transformer(nn.Module):
         cos, sin = rope_table(self.config, capacity, weight.dtype)
         self.rope_cos, self.rope_sin = cos.to(weight.device), sin.to(weight.device)
 
-    def compiled(self, compile: Callable[..., Any]) -> Transformer:
+    def compiled(self, kernels: Kernels, compile: Callable[..., Any]) -> Transformer:
         """The same model over the same weights, with ``compile`` applied to the parts of a pass.
 
         One layer is compiled, not the stack: its code serves them all, so that compiling takes
-        seconds at any depth. Kernels must be custom operators or code for the compiler to see.
+        seconds at any depth. ``kernels`` must be custom operators or code for the compiler to see.
         ``compile`` is told the sizes of each argument's dimensions by name: R and T vary.
         """
         twin = copy.copy(self)
+        twin.kernels = kernels
         embed = compile(twin.embed, "RT", "R", "R")
         # Views, because other compiled steps know the sizes of the tensors themselves.
         twin.embed = lambda *of: embed(*(t.view_as(t) for t in of))  # type: ignore[method-assign]
@@ -287,13 +287,9 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor, start: Tensor, slot: Tensor) -> tuple[Tensor, PassPositions]:
         """The embeddings [R, T, hidden_size] of the tokens, and where the rows sit."""
-        weight, tables = self.embed_tokens.weight, (self.rope_cos, self.rope_sin)
-        if self.kernels.embed is not None:
-            x, positions, cos, sin = self.kernels.embed(tokens, start, weight, *tables)
-            return x, PassPositions(start, slot, positions, cos, sin)
-        positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = (table[positions] for table in tables)
-        return F.embedding(tokens, weight), PassPositions(start, slot, positions, cos, sin)
+        tables = (self.embed_tokens.weight, self.rope_cos, self.rope_sin)
+        x, *rows = self.kernels.embed(tokens, start, *tables)
+        return x, PassPositions(start, slot, *rows)
 
     def final_norm(self, stack: Stack, x: Tensor, update: Tensor) -> Tensor:
         """The norm of the residual stream after the last update."""

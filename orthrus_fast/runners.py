@@ -386,11 +386,11 @@ class CompiledRunner(EagerRunner):
         trees = bool(self._options["triton.cudagraphs"])
         self._cudagraph_trees = trees and self.device.type != "cpu"
         self._prepared: set[tuple[int, bool]] = set()
-        self.passes = copy.copy(model)
-        self.passes.kernels = kernels
         if not self._compiles:
+            self.passes = copy.copy(model)
+            self.passes.kernels = kernels
             return
-        self.passes = self.passes.compiled(self._compile)
+        self.passes = model.compiled(kernels, self._compile)
         if self.device.type == "cpu":  # where the eager layers' bits are others
             self.prefilling = self.passes
         state_and = (None, "BT", "BT", "BTV")
@@ -499,7 +499,7 @@ class CompiledRunner(EagerRunner):
 
     def _commit_job(self, width: int) -> Callable[[], object]:
         """What launches what follows a pass, while no slot moves."""
-        block = self.state.anchor[:, None].expand(-1, width).contiguous()
+        block = steps.make_block(self.state, width)
         shape = (*block.shape, self.model.config.vocab_size)
         logits = self.model.embed_tokens.weight.new_empty(shape)
         return partial(self._accept, block, torch.zeros_like(block), logits, False)
@@ -882,9 +882,9 @@ def make_runner(
     """
     if name == "eager":
         return EagerRunner(model, state, cache)
-    if name == "graph" and not isinstance(model.kernels.products, PlainProducts):
-        return GraphRunner(model, state, cache, model.kernels)  # which no compiler sees
-    kernels = register_custom_ops(model.kernels, backend.custom_op())
+    kernels = model.kernels
+    if name == "compiled" or isinstance(kernels.products, PlainProducts):  # a compiler sees them
+        kernels = register_custom_ops(kernels, backend.custom_op())
     if name == "graph":
         return GraphRunner(model, state, cache, kernels)
     return CompiledRunner(model, state, cache, kernels, compile_mode)

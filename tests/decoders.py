@@ -28,6 +28,12 @@ def committed(decoder: Decoder, layer: int) -> tuple[Tensor, Tensor]:
     return k[0, :, :length].transpose(0, 1), v[0, :, :length].transpose(0, 1)
 
 
+def contents(state: steps.State) -> list[Tensor]:
+    """Copies of what cycles move, and of what bounds them."""
+    names = ("length", "anchor", "tokens", "done", "max_length")
+    return [getattr(state, name).clone() for name in names]
+
+
 def always_drafting(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a load, with a draft of the whole block in every cycle of mode diffusion."""
     path = directory / "config.json"

@@ -1,7 +1,7 @@
 """What a pass over a block begins with and what follows it, a kernel each.
 
-They do what ``Transformer.embed`` and ``steps.accept_and_commit`` do in PyTorch, where that takes a
-dozen launches. Nothing here is computed but whole numbers.
+They do what ``plain.embed`` and ``steps.commit_accepted`` do in PyTorch, where that takes a dozen
+launches. Nothing here is computed but whole numbers.
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ def _embed_kernel(  # type: ignore[no-untyped-def]
 def embed(
     tokens: Tensor, start: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens [R, T] from positions ``start`` [R] on -> x [R, T, hidden_size], positions [R, T].
-
-    And the rows [R, T, head_dim] there of the rotary tables ``cos`` and ``sin`` [S, head_dim].
-    ``weight`` [V, hidden_size] has the embeddings.
-    """
+    """See ``interface.Embed``."""
     (n_rows, width), (size, head_dim) = tokens.shape, (weight.shape[1], cos.shape[1])
     assert weight.is_contiguous() and cos.is_contiguous() and sin.is_contiguous()
     x = weight.new_empty(n_rows, width, size)
@@ -79,7 +75,6 @@ def _commit_kernel(  # type: ignore[no-untyped-def]
     is_end = chosen == NO_TOKEN
     for i in range(n_ends):
         is_end |= chosen == tl.load(eos + i)
-    is_end &= inside
 
     proposed = tl.load(block + at + 1, mask=t < width - 1, other=0)
     is_stop = (proposed != chosen) | (t >= width - 1)
@@ -89,7 +84,7 @@ def _commit_kernel(  # type: ignore[no-untyped-def]
     before, most = tl.load(length + slot), tl.load(max_length + slot)
     was_done = tl.load(done + slot)
     room = tl.where(was_done != 0, 0, most - before - 1)
-    keep = (t < width) & (t <= last) & (t < room)
+    keep = (t <= last) & (t < room)
     n_new = tl.sum(keep.to(tl.int32), 0)
     after = before + n_new
 

@@ -203,7 +203,7 @@ CommitAccepted = Callable[..., Tensor]  # see ``steps.commit_accepted``
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of each operation that has several; None: PyTorch's, or a compiler's."""
+    """One implementation of each operation that has several."""
 
     attend: Attend
     qk_norm_rope_write: QkNormRopeWrite
@@ -211,5 +211,5 @@ class Kernels:
     products: Products
     sample: Sample
     logprobs: Logprobs
-    embed: Embed | None = None
-    commit_accepted: CommitAccepted | None = None
+    embed: Embed
+    commit_accepted: CommitAccepted | None = None  # None: that of ``steps``

@@ -72,7 +72,7 @@ padded_linear_op.register_fake(
 
 def plain_kernels(attend: Attend) -> Kernels:
     """The kernels of plain PyTorch, and ``attend``."""
-    return Kernels(attend, qk_norm_rope_write, add_norm, PlainProducts(), sample, logprobs)
+    return Kernels(attend, qk_norm_rope_write, add_norm, PlainProducts(), sample, logprobs, embed)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,14 @@ class PlainProducts:
 
     def _product(self, x: Tensor, weight: Weight, gated: bool) -> Tensor:
         return self.linear(x, dequantize(weight, x.dtype), self.row_multiple, gated)
+
+
+def embed(
+    tokens: Tensor, start: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``interface.Embed``."""
+    positions = start[:, None].long() + torch.arange(tokens.shape[1], device=tokens.device)
+    return F.embedding(tokens, weight), positions, cos[positions], sin[positions]
 
 
 def add_norm(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orthrus_fast.kernels import plain_sampling
 from orthrus_fast.kernels.interface import Attend, Kernels
-from orthrus_fast.kernels.plain import PlainProducts, padded_linear_op, plain_kernels
+from orthrus_fast.kernels.plain import PlainProducts, embed, padded_linear_op, plain_kernels
 from orthrus_fast.sampling import Settings
 
 
@@ -61,7 +61,7 @@ def register_custom_ops(kernels: Kernels, attend: Attend) -> Kernels:
     so that their bits are those of eager code, in which a first token is chosen; the compiler
     should see through the rest. Triton's products and sampling always are.
     """
-    kernels = replace(kernels, attend=attend, embed=None, commit_accepted=None)
+    kernels = replace(kernels, attend=attend, embed=embed, commit_accepted=None)
     if kernels.sample is plain_sampling.sample:
         kernels = replace(kernels, sample=_sample, logprobs=_logprobs_op)
     if isinstance(kernels.products, PlainProducts):

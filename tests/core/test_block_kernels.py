@@ -17,6 +17,7 @@ from torch import Tensor
 from orthrus_fast import load, steps
 from orthrus_fast.sampling import NO_TOKEN
 from tests.checkpoints import write_checkpoint
+from tests.decoders import contents
 from tests.kernel_compile import EVERY_CHIP, compile_for, interpreted, read_before_waiting
 
 pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
@@ -42,10 +43,6 @@ def random_state(random: torch.Generator, n_slots: int, width: int) -> steps.Sta
     state.drafting.logical_not_()
     state.anchor.copy_(below(VOCAB, n_slots))
     return state
-
-
-def contents(state: steps.State) -> list[Tensor]:
-    return [getattr(state, name) for name in ("length", "anchor", "tokens", "done", "max_length")]
 
 
 def copied(state: steps.State) -> steps.State:

@@ -34,7 +34,6 @@ from orthrus_fast.invariance import check
 from orthrus_fast.kernels.interface import Kernels, Weight
 from orthrus_fast.kernels.plain import PlainProducts, padded_linear, plain_kernels
 from orthrus_fast.kernels.plain import add_norm as plain_add_norm
-from orthrus_fast.kernels.plain_sampling import logprobs, sample
 from orthrus_fast.kernels.select import register_custom_ops
 from orthrus_fast.loading import memory_needed
 from orthrus_fast.options import COMPILE_MODES, ONE_ROW, RUNNERS
@@ -42,7 +41,7 @@ from orthrus_fast.results import Generation
 from orthrus_fast.runners import check_runner
 from orthrus_fast.sampling import Settings
 from tests.checkpoints import write_checkpoint
-from tests.decoders import always_drafting, committed, prefill_logits, start, unchecked
+from tests.decoders import always_drafting, committed, contents, prefill_logits, start, unchecked
 from tests.embedded import HELD_OUT, MODEL, prompt_of
 from tests.judge import Judge
 from tests.marks import slow_but
@@ -809,10 +808,6 @@ def test_an_interrupted_call_leaves_the_decoder_usable(
     assert [facts(result) for result in decoder.generate(PROMPTS, 20)] == expected
 
 
-def contents(state: steps.State) -> list[Tensor]:
-    return [state.length.clone(), state.anchor.clone(), state.tokens.clone(), state.done.clone()]
-
-
 @pytest.mark.parametrize("runner", ["eager", "compiled"])
 @pytest.mark.parametrize("drafting", [True, False])
 def test_a_cycle_past_the_end_changes_nothing(
@@ -1021,7 +1016,12 @@ def test_custom_kernels_become_custom_operators() -> None:
     from orthrus_fast.kernels.custom import CompiledProducts, CustomProducts
 
     products = CustomProducts()
-    own = Kernels(sdpa.attend, rope.qk_norm_rope_write, norm.add_norm, products, sample, logprobs)
+    own = dataclasses.replace(
+        plain_kernels(sdpa.attend),
+        qk_norm_rope_write=rope.qk_norm_rope_write,
+        add_norm=norm.add_norm,
+        products=products,
+    )
     opaque = as_custom_ops(own)
     assert isinstance(opaque.products, CompiledProducts)
     assert opaque.attend is as_custom_ops(own).attend
@@ -1054,6 +1054,7 @@ def test_kernels_are_built_for_what_passes_call_and_change_nothing(
     tiny: Path, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each product and norm its own end, of as many rows; of both views, and for prompts."""
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
     called: list[tuple[str, tuple[int, ...], tuple[int, ...], bool]] = []
 
     plain = PlainProducts()
@@ -1115,6 +1116,7 @@ def test_kernels_are_built_for_what_passes_call_and_change_nothing(
 def test_graphs_of_custom_kernels_need_no_compiler(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
     stand_in(monkeypatch, stand_in_capture)
     old, plain = load(tiny).runner, PlainProducts()
     products = SimpleNamespace(
@@ -1158,6 +1160,8 @@ def test_no_kernel_is_compiled_twice() -> None:
 def test_kernels_that_cannot_be_kept_are_one_line(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("triton", reason="needs triton (the test extra has it on Linux)")
+
     class Unwritable:
         def partials(self, *_: Any) -> Tensor:
             raise PermissionError(13, "denied", "cache")
