@@ -210,6 +210,7 @@ def cycles(part: Result, key: str = "context") -> Iterator[Row]:
             key: f"{at[key]}, width {at['width']}" if several else str(at[key]),
             "tokens/cycle, REPLAYED": f"{found} ±{error} (of {expected})",
             "drafting": spread(rates["diffusion"]),
+            **({"width by load": spread(rates["adaptive"])} if "adaptive" in rates else {}),
             "AR": spread(rates["ar"]),
             "AR baseline": spread(rates["ar_baseline"]) if "ar_baseline" in rates else "–",
             "speed-up": f"{at['speedup_over_faster_ar']:.2f}",
