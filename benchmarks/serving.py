@@ -5,7 +5,8 @@
 One process has the decoder and serves it; the clients are another process, so that they take no
 time of the server's. Rounds of the bare engine (``as_completed``, with the same prompts) and of
 clients alternate, and a figure is the median of rounds. Every streamed text is compared with the
-text that the decoder gives alone. Times are the client's: from the first byte sent to the first
+text that the decoder gives alone. ``--accept`` replays drafts that are right that often, where a
+model of random weights would draft nothing that is. Times are the client's: from the first byte sent to the first
 event with text (first token), and between events (gaps).
 """
 
@@ -29,10 +30,12 @@ from typing import Any
 if __name__ == "__main__":  # from a checkout that is not installed, too
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 from rich.console import Console
 
 from orthrus_fast.bench.clocks import summary
 from orthrus_fast.bench.common import REPOSITORY, Result, log
+from orthrus_fast.bench.decoding import Replay, patched, share_of_right_drafts
 from orthrus_fast.bench.flags import Parser, check_flags, positive, positives
 from orthrus_fast.bench.results import Report
 from orthrus_fast.bench.tables import print_table
@@ -133,7 +136,28 @@ class Comparison:
         chats = [line["messages"] for line in lines if "messages" in line]
         self.decoder, self.max_tokens = decoder, max_tokens
         self.prompts = [chats[i % len(chats)] for i in range(n_requests)]
-        self.texts = [r.text for r in decoder.generate(self.prompts, max_tokens)]
+        self.results = decoder.generate(self.prompts, max_tokens)
+        self.texts = [result.text for result in self.results]
+
+    @contextlib.contextmanager
+    def replayed(self, tokens_per_cycle: float | None) -> Iterator[None]:
+        """Within, drafts are right so often that cycles give so many tokens; None: as they are."""
+        if tokens_per_cycle is None:
+            yield
+            return
+        runner, width = self.decoder.engine.runner, self.decoder.block_width
+        replay = Replay(runner, width, share_of_right_drafts(tokens_per_cycle, width), seed=0)
+        known: dict[tuple[int, ...], Any] = {}
+        for prompt, result in zip(self.prompts, self.results, strict=True):
+            ids = self.decoder.encode(prompt)
+            known[tuple(ids)] = torch.tensor(ids + result.tokens, device=runner.device)
+
+        def open_slot(slot: int, prompt: list[int], *how: Any) -> None:
+            replay.set_text(slot, known[tuple(prompt)])
+            type(runner).open(runner, slot, prompt, *how)
+
+        with patched(runner, draft=replay.draft, open=open_slot):
+            yield
 
     def bare(self, one_by_one: bool) -> Result:
         """The engine alone: a request after another, or as many as there are slots."""
@@ -232,6 +256,7 @@ def build_parser() -> Parser:
     add("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     clients = "numbers of clients, of closed loops"
     add("--clients", type=positives, default=[1, 8, 32, 64], metavar="N,…", help=clients)
+    add("--accept", type=float, metavar="N", help="tokens per cycle of drafts that are replayed")
     add_load_flags(parser, requests=64, rounds=3)
     parser.set_defaults(shape=None, block_size=None, prompts_file=None)
     return parser
@@ -256,7 +281,7 @@ def measure(args: argparse.Namespace, report: Report) -> Result:
     report.describe(decoder.configuration)
     compared = Comparison(decoder, args.requests, args.new_tokens)
     part: Result = {"requests": args.requests, "new_tokens": args.new_tokens, "at": []}
-    with served(decoder, max_waiting=1000) as port:
+    with compared.replayed(args.accept), served(decoder, max_waiting=1000) as port:
         for n_clients in args.clients:
             part["at"].append(at_once(compared, port, n_clients, args.rounds))
             report.add("parts", "serving", part)

@@ -22,38 +22,68 @@ PREFETCHERS = 64  # programs at least, where there is something to ask for
 
 @triton.jit
 def sum_partials(  # type: ignore[no-untyped-def]
-    first, stride, mask, N_PARTIALS: tl.constexpr, VOLATILE: tl.constexpr = False
+    first, stride, mask, N_PARTIALS: tl.constexpr
 ):
-    """The 1, 2 or 4 partial sums of a product, added pairwise, neighbours first.
-
-    VOLATILE: as they are now, though others write them, and never from a multiprocessor's cache.
-    """
-    total = tl.load(first, mask=mask, other=0.0, volatile=VOLATILE).to(tl.float32)
+    """The 1, 2 or 4 partial sums of a product, added pairwise, neighbours first."""
+    total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     if N_PARTIALS > 1:
-        total += tl.load(first + stride, mask=mask, other=0.0, volatile=VOLATILE)
+        total += tl.load(first + stride, mask=mask, other=0.0)
     if N_PARTIALS > 2:
-        third = tl.load(first + 2 * stride, mask=mask, other=0.0, volatile=VOLATILE)
-        total += third + tl.load(first + 3 * stride, mask=mask, other=0.0, volatile=VOLATILE)
+        third = tl.load(first + 2 * stride, mask=mask, other=0.0)
+        total += third + tl.load(first + 3 * stride, mask=mask, other=0.0)
     return total
 
 
 @triton.jit
-def await_parts(  # type: ignore[no-untyped-def]
-    first, stride, mask, broken, N_PARTIALS: tl.constexpr
-):
-    """Until what other GPUs send here has come (``symmetric``), or nobody shall wait any more.
+def is_absent(words):  # type: ignore[no-untyped-def]
+    """Which words other GPUs have not sent yet (``symmetric.ABSENT``)."""
+    return words.to(tl.int32, bitcast=True) == -1
+
+
+@triton.jit
+def await_words(words, mask, broken):  # type: ignore[no-untyped-def]
+    """What other GPUs send here, once it has come or nobody shall wait any more.
 
     All threads of a program leave at once, for the decision is a sum over all of them.
     """
     n_absent = 1
+    came = tl.load(words, mask=mask, other=0, volatile=True)
     while n_absent > 0:
-        # Not yet what they sent: these are the bits of -1.
-        absent = tl.load(first, mask=mask, other=0, volatile=True).to(tl.int32, bitcast=True) == -1
-        for part in tl.static_range(1, N_PARTIALS):
-            more = tl.load(first + part * stride, mask=mask, other=0, volatile=True)
-            absent |= more.to(tl.int32, bitcast=True) == -1
+        came = tl.load(words, mask=mask, other=0, volatile=True)
+        absent = is_absent(came) & (tl.load(broken, volatile=True) == 0)
+        n_absent = tl.sum(absent.to(tl.int32))
+    return came
+
+
+@triton.jit
+def await_sum(  # type: ignore[no-untyped-def]
+    row, stride, column, inside, broken, BLOCK: tl.constexpr, N_PARTIALS: tl.constexpr
+):
+    """``sum_partials`` of a row that all GPUs send, once it has come or nobody shall wait any more.
+
+    Until its first words have come only these are asked for, for the product needs the memory.
+    """
+    last = row + (N_PARTIALS - 1) * stride
+    waits = True
+    while waits:
+        waits = is_absent(tl.load(row, volatile=True)) | is_absent(tl.load(last, volatile=True))
+        waits &= tl.load(broken, volatile=True) == 0
+    total = tl.zeros((BLOCK,), tl.float32)
+    n_absent = 1
+    while n_absent > 0:
+        total = tl.load(row + column, mask=inside, other=0.0, volatile=True)
+        part = tl.load(last + column, mask=inside, other=0.0, volatile=True)
+        absent = is_absent(total) | is_absent(part)
+        if N_PARTIALS > 2:
+            second = tl.load(row + stride + column, mask=inside, other=0.0, volatile=True)
+            third = tl.load(row + 2 * stride + column, mask=inside, other=0.0, volatile=True)
+            absent |= is_absent(second) | is_absent(third)
+            total += second
+            part += third  # of two numbers the order does not matter
+        total += part
         absent &= tl.load(broken, volatile=True) == 0
         n_absent = tl.sum(absent.to(tl.int32))
+    return total
 
 
 @triton.jit
@@ -66,26 +96,33 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     """One row: x plus the partials' sum, rounded to x's dtype at each step, then its norm.
 
     Programs without a row only ask for their share of the next weight. With ``broken`` the partials
-    come from other GPUs, and their places are emptied.
+    come from other GPUs, and their places are emptied. Then nobody waits for the product to be
+    done: it started this kernel when all before it was, and its sums say when they have come.
     """
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     release(OVERLAP)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    wait(OVERLAP)
+    if broken is None:
+        wait(OVERLAP)
     program, n_programs = tl.program_id(0), tl.num_programs(0)
     if program >= n_elements // SIZE:
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
         return
-    at = program.to(tl.int64) * SIZE + column
+    begin = program.to(tl.int64) * SIZE
+    at = begin + column
     dtype = x.dtype.element_ty
-    if broken is not None:
+    if broken is None:
+        update = sum_partials(partials + at, n_elements, inside, N_PARTIALS)
+    else:
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
-        await_parts(partials + at, n_elements, inside, broken, N_PARTIALS)
-    update = sum_partials(partials + at, n_elements, inside, N_PARTIALS, broken is not None)
+        row = partials + begin
+        update = await_sum(row, n_elements, column, inside, broken, BLOCK, N_PARTIALS)
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if broken is None:
         fetch(prefetch, program, n_programs, REGION, OVERLAP)
+    else:
+        wait(OVERLAP)  # the product may still read what lies where the results go
     row = (row + update.to(dtype).to(tl.float32)).to(dtype)
     tl.store(total + at, row, mask=inside)
     row = row.to(tl.float32)

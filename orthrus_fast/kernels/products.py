@@ -147,7 +147,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     Programs that share a weight tile are neighbours, for the cache.
     """
     COLUMNS: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N  # of out in a tile
-    release(OVERLAP)
+    release(OVERLAP and others is None)
     first_row, first_column = tl.program_id(0) * BLOCK_M, tl.program_id(1) * COLUMNS
     split = tl.program_id(2)
     row = first_row + tl.arange(0, BLOCK_M)
@@ -157,6 +157,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     # Past the edges the last row is read again, and not stored: no mask in the loop.
     weight_row = tl.minimum(weight_row, n_columns - 1) + index // COLUMNS * n_columns
     wait(OVERLAP)
+    release(OVERLAP and others is not None)  # a norm that waits for nothing but sums
     if DESCRIPTORS and SWIGLU:
         result = _swiglu_by_descriptors(
             x, weight, first_row, first_column, n_columns, dtype, K, BLOCK_M, COLUMNS, BLOCK_K

@@ -144,7 +144,7 @@ def _quantized_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One tile of out [P, n_rows, n_columns], as ``products._product_kernel`` has it."""
     COLUMNS: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
-    release(OVERLAP)
+    release(OVERLAP and others is None)
     first_column, split = tl.program_id(1) * COLUMNS, tl.program_id(2)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     index = tl.arange(0, BLOCK_N)
@@ -152,6 +152,7 @@ def _quantized_kernel(  # type: ignore[no-untyped-def]
     weight_index += index // COLUMNS * n_columns
     of_weight = tl.load(scale + weight_index)
     wait(OVERLAP)
+    release(OVERLAP and others is not None)  # a norm that waits for nothing but sums
     total = _partial_sum(
         x + tl.minimum(row, n_rows - 1).to(tl.int64) * K,
         weight + weight_index.to(tl.int64) * ROW, group_scale + weight_index,

@@ -26,7 +26,7 @@ from torch import Tensor
 from orthrus_fast.kernels import norm, products, quantized
 from orthrus_fast.kernels.custom import CustomProducts
 from orthrus_fast.kernels.interface import Weight, fitting
-from orthrus_fast.kernels.norm import await_parts
+from orthrus_fast.kernels.norm import await_words
 from orthrus_fast.kernels.overlap import overlaps, wait
 from orthrus_fast.kernels.products import Room, store_everywhere
 from orthrus_fast.kernels.tiles import find_tiles
@@ -172,10 +172,9 @@ def _join_argmax_kernel(  # type: ignore[no-untyped-def]
         tl.store(others[other] + row * 2 + word, pair)
     tl.store(winners + place, pair)
     of_rank = winners + (tl.arange(0, N_RANKS) * n_rows + row) * 2
-    everywhere = tl.full((N_RANKS,), True, tl.int1)
-    await_parts(of_rank, 1, everywhere, broken, 2)
-    value = tl.load(of_rank, volatile=True).to(tl.float32, bitcast=True)
-    ids = tl.load(of_rank + 1, volatile=True)
+    came = await_words(of_rank[:, None] + word[None, :], N_RANKS > 0, broken)
+    values, ids = tl.split(came)
+    value = values.to(tl.float32, bitcast=True)
     tl.debug_barrier()
     tl.store(of_rank, -1)
     tl.store(of_rank + 1, -1)
@@ -200,10 +199,9 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         at = begin + tl.arange(0, BLOCK)
         row, column = at // n_columns, at % n_columns
         target = row.to(tl.int64) * (N_RANKS * n_columns) + column
-        await_parts(everything + at, n_words, at < n_words, broken, N_RANKS)
         for rank in tl.static_range(N_RANKS):
             of_rank = everything + rank * n_words + at
-            came = tl.load(of_rank, mask=at < n_words, volatile=True)
+            came = await_words(of_rank, at < n_words, broken)
             tl.store(out + target + rank * n_columns, came, mask=at < n_words)
             tl.debug_barrier()
             tl.store(of_rank, -1, mask=at < n_words)

@@ -206,6 +206,9 @@ def test_kernels_compile_for_every_chip(chip: int, n_ranks: int) -> None:
     norms = compile_of(norm._add_norm_kernel, chip, types, constants)
     for ptx in (joins, gathers, norms):
         assert "ld.volatile.global" in ptx
+    if chip >= 90:  # it reads sums before the product is done, and writes after that
+        waits = norms.index("griddepcontrol.wait")
+        assert norms.rindex("ld.volatile.global") < waits < norms.index("st.global")
 
 
 @pytest.mark.parametrize("chip", EVERY_CHIP)
@@ -219,6 +222,8 @@ def test_products_for_all_ranks_compile(chip: int) -> None:
     constants |= {"DESCRIPTORS": False, "SWIGLU": False, "ARGMAX": False, "STORE": True}
     constants |= {"REGION": (0, 0, 0), "HOW": (tiles.num_warps, tiles.num_stages)}
     ptx = compile_of(products._product_kernel, chip, types, constants)
+    if chip >= 90:  # the norm after it must find all before the product done
+        assert ptx.index("griddepcontrol.wait") < ptx.index("griddepcontrol.launch_dependents")
     stores = [line for line in ptx.splitlines() if "st.global" in line]
     assert stores and all(".v4" in line for line in stores)  # whole sectors go over the link
 
