@@ -163,19 +163,24 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             x, weight, first_row, first_column, n_columns, dtype, K, BLOCK_M, COLUMNS, BLOCK_K
         )
     else:
-        for partial in tl.static_range(N_PARTIALS if JOINED else 1):
-            part = _partial_sum(
-                x, weight, (split + partial) * SPLIT, first_row, row, n_rows, first_column,
-                weight_row, K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
-            )  # fmt: skip
-            if partial == 0:
-                total = part
-            elif partial == 2:
-                pair = part
-            elif partial == 3:
-                total += pair + part
-            else:
-                total += part
+        total = _partial_sum(
+            x, weight, split * SPLIT, first_row, row, n_rows, first_column, weight_row,
+            K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+        )  # fmt: skip
+        if JOINED:
+            pair = total
+            # Not unrolled: ptxas would find no registers for all, and have the products wait.
+            for number in range(1, N_PARTIALS):
+                part = _partial_sum(
+                    x, weight, number * SPLIT, first_row, row, n_rows, first_column, weight_row,
+                    K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+                )  # fmt: skip
+                if number == 2:
+                    pair = part
+                elif number == 3:
+                    total += pair + part
+                else:
+                    total += part
         if SWIGLU:
             halves = tl.permute(tl.reshape(total, (2, COLUMNS, BLOCK_M)), (1, 2, 0))
             gate, up = tl.split(halves)
