@@ -47,12 +47,11 @@ def await_words(words, mask, broken):  # type: ignore[no-untyped-def]
     All threads of a program leave at once, for the decision is a sum over all of them.
     """
     n_absent = 1
-    came = tl.load(words, mask=mask, other=0, volatile=True)
     while n_absent > 0:
-        came = tl.load(words, mask=mask, other=0, volatile=True)
-        absent = is_absent(came) & (tl.load(broken, volatile=True) == 0)
+        absent = is_absent(tl.load(words, mask=mask, other=0, volatile=True))
+        absent &= tl.load(broken, volatile=True) == 0
         n_absent = tl.sum(absent.to(tl.int32))
-    return came
+    return tl.load(words, mask=mask, other=0, volatile=True)
 
 
 @triton.jit

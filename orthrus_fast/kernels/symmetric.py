@@ -172,9 +172,8 @@ def _join_argmax_kernel(  # type: ignore[no-untyped-def]
         tl.store(others[other] + row * 2 + word, pair)
     tl.store(winners + place, pair)
     of_rank = winners + (tl.arange(0, N_RANKS) * n_rows + row) * 2
-    came = await_words(of_rank[:, None] + word[None, :], N_RANKS > 0, broken)
-    values, ids = tl.split(came)
-    value = values.to(tl.float32, bitcast=True)
+    value = await_words(of_rank, N_RANKS > 0, broken).to(tl.float32, bitcast=True)
+    ids = await_words(of_rank + 1, N_RANKS > 0, broken)
     tl.debug_barrier()
     tl.store(of_rank, -1)
     tl.store(of_rank + 1, -1)
