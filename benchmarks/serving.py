@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py --json result.json
 
-One process has the decoder and serves it; the clients are another process, so that they take no
-time of the server's. Rounds of the bare engine (``as_completed``, with the same prompts) and of
-clients alternate, and a figure is the median of rounds. Every streamed text is compared with the
-text that the decoder gives alone. ``--accept`` replays drafts that are right that often, where a
-model of random weights would draft nothing that is. Times are the client's: from the first byte sent to the first
-event with text (first token), and between events (gaps).
+As ``orthrus serve`` does, one process has the decoder and another the connections; the clients are
+a third, so that they take no time of the server's. Rounds of the bare engine (``as_completed``,
+with the same prompts) and of clients alternate, and a figure is the median of rounds. Every
+streamed text is compared with the text that the decoder gives alone. ``--accept`` replays drafts
+that are right that often, where a model of random weights would draft nothing that is. Times are
+the client's: from the first byte sent to the first event with text (first token), and between
+events (gaps).
 """
 
 from __future__ import annotations
@@ -113,19 +114,20 @@ def run_clients(order: Result) -> Result:
 @contextlib.contextmanager
 def served(decoder: Any, max_waiting: int) -> Iterator[int]:
     """A server of the decoder; its port."""
-    from orthrus_fast.server.app import ServerSettings, create_app
-    from orthrus_fast.server.listening import make_server
+    from orthrus_fast.server.app import ServerSettings
+    from orthrus_fast.server.front import Front
 
-    app = create_app(decoder, ServerSettings("model", "fp_benchmark", max_waiting=max_waiting))
-    server = make_server(app, drain_seconds=5)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield int(listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join()
+    settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        front, ready = Front(decoder, settings, listener, drain=5), threading.Event()
+        thread = threading.Thread(target=front.relay, args=(ready.set,))
+        thread.start()
+        try:
+            assert ready.wait(120), "the front did not start"
+            yield int(listener.getsockname()[1])
+        finally:
+            front.end()
+            thread.join()
 
 
 class Comparison:

@@ -14,13 +14,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from operator import index
 from typing import Any, cast, overload
 
 from torch import Tensor
 
 from orthrus_fast.answer import Answer
 from orthrus_fast.checkpoint import Checkpoint
+from orthrus_fast.encoding import Encoder, Prompt, is_chat
 from orthrus_fast.engine.engine import Engine
 from orthrus_fast.engine.request import Request, Update
 from orthrus_fast.errors import OrthrusError, PromptError, RequestError, UnsupportedError
@@ -33,7 +33,6 @@ from orthrus_fast.runners import EagerRunner
 from orthrus_fast.sampling import SamplingParams, is_integer
 from orthrus_fast.tokenizer import Tokenizer
 
-Prompt = str | list[int] | list[dict[str, Any]]
 Sampling = SamplingParams | Sequence[SamplingParams | None] | None
 Budget = int | Sequence[int | None] | None
 Prompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[Prompt]
@@ -60,6 +59,7 @@ class Decoder:
         self.name = name
         self.engine = engine
         self.tokenizer = tokenizer
+        self.encoder = Encoder(name, tokenizer)
         self.checkpoint = checkpoint
         self.config = engine.runner.model.config
         self.block_width = self.config.block_size or 1  # a plain Qwen3 drafts nothing
@@ -160,14 +160,14 @@ class Decoder:
             raise RequestError(
                 f"{n} prompts, but sampling has {len(settings)} and max_new_tokens {len(budgets)}"
             )
-        self._check_template_arguments(prompts, template_arguments)
+        self.encoder.check_arguments(prompts, template_arguments)
         drafting, resolved = self._check(budgets, settings, mode)
 
         inbox: deque[Update] = deque()  # of all of them
 
         def submitted() -> Iterator[Stream | Generation]:
             for one, budget, params in zip(prompts, budgets, resolved, strict=True):
-                arguments = template_arguments if _is_chat(one) else {}
+                arguments = template_arguments if is_chat(one) else {}
                 try:
                     yield self._submit(one, budget, params, drafting, arguments, inbox)
                 except OrthrusError as error:
@@ -245,18 +245,7 @@ class Decoder:
 
     def encode(self, prompt: Prompt, **template_arguments: Any) -> list[int]:
         """The ids of a prompt: text as it stands, messages through the checkpoint's template."""
-        self._check_template_arguments([prompt], template_arguments)
-        if isinstance(prompt, list) and all(hasattr(part, "__index__") for part in prompt):
-            return [part if isinstance(part, bool) else index(part) for part in prompt]  # type: ignore[arg-type]
-        if not _is_chat(prompt) and not isinstance(prompt, str):
-            kinds = {type(part).__name__ for part in prompt} if isinstance(prompt, list) else set()
-            kind = type(prompt).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
-            raise PromptError(f"prompt: {kind} is not a string, or a list of messages or of ids")
-        if self.tokenizer is None:
-            raise PromptError(f"{self.name}: has no tokenizer.json; pass ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.encode_chat(prompt, **template_arguments)  # type: ignore[arg-type]
+        return self.encoder.encode(prompt, **template_arguments)
 
     def next_logits(self, prompt: Prompt, **template_arguments: Any) -> Tensor:
         """Logits [V] of the token after ``prompt``, by prefill, in the model's dtype."""
@@ -269,19 +258,6 @@ class Decoder:
         if update.logits is None:
             raise OrthrusError(update.error or "decoding failed")
         return update.logits
-
-    def _check_template_arguments(
-        self, prompts: Sequence[object], arguments: Mapping[str, Any]
-    ) -> None:
-        """Raises RequestError for arguments that none of the prompts would heed."""
-        if arguments and not any(map(_is_chat, prompts)):
-            names = ", ".join(arguments)
-            raise RequestError(f"{names}: for a chat template; the prompt is no list of messages")
-        if self.tokenizer is None or not self.tokenizer.has_chat_template:
-            return  # which encoding says
-        for name, value in arguments.items():
-            if value is not None and not self.tokenizer.chat_template.mentions(name):
-                raise RequestError(f"{name}: the chat template of {self.name} has no such variable")
 
     def _check(
         self,
@@ -487,11 +463,6 @@ class Stream:
     def result(self) -> Generation:
         """All that came so far; complete once the stream is exhausted."""
         return self._answer.result()
-
-
-def _is_chat(prompt: object) -> bool:
-    """Whether ``prompt`` is a list of messages."""
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) for m in prompt)
 
 
 def _is_batch(prompt: object) -> bool:

@@ -33,7 +33,8 @@ from orthrus_fast.checkpoint import (
 )
 from orthrus_fast.config import ModelConfig
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.engine.engine import Engine, Limits
+from orthrus_fast.engine.engine import Engine
+from orthrus_fast.engine.request import Limits
 from orthrus_fast.engine.width import Times, WidthPolicy
 from orthrus_fast.errors import RequestError, UnsupportedError, is_out_of_memory, shown
 from orthrus_fast.files import embedded_checkpoint

@@ -67,6 +67,11 @@ class Tokenizer:
         return cls(path, backend, named, chat_template)
 
     @property
+    def directory(self) -> Path:
+        """Where its files are."""
+        return self._path.parent
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.chat_template)
 

@@ -8,8 +8,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from orthrus_fast.cli.flags import build_serve_parser, spelled
@@ -19,7 +18,7 @@ from orthrus_fast.errors import RequestError
 from orthrus_fast.launch import launched
 
 if TYPE_CHECKING:
-    from orthrus_fast.server.access import Access, Guard
+    from orthrus_fast.server.access import Access
 
 OF_RAY = {
     "RAY_AUTH_MODE": "token",  # without one a cluster runs whatever it is sent
@@ -36,45 +35,54 @@ def run(arguments: Sequence[str], prog: str) -> int:
     check_server_flags(args)
     say_loading(args)
     from orthrus_fast.server.access import Access, read_keys
-    from orthrus_fast.server.listening import make_server
     from orthrus_fast.server.protocol import served_name
 
     access = Access(args.host, read_keys(args.api_key_file), tuple(args.allowed_host))
     allow_connections()
     args.served_model_name = args.served_model_name or served_name(args.checkpoint)
-    application = one_decoder if args.replicas is None else several_replicas
-    with bind(args.host, args.port) as listener, application(args, access) as app:
-        server = make_server(app, args.drain_seconds)
-        for number in (signal.SIGTERM, signal.SIGINT):  # which uvicorn raises again at its end
-            signal.signal(number, server.handle_exit)
+    with bind(args.host, args.port) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host
         where = f"http://{host}:{listener.getsockname()[1]}"
-        said = printable(args.served_model_name, True)
-        write_output(f"serving {said!r} on {where}/v1, and a page to chat on at {where}/\n")
-        print("Ctrl-C ends the server", file=sys.stderr, flush=True)
-        server.run(sockets=[listener])
+        said = f"serving {printable(args.served_model_name, True)!r} on {where}/v1"
+
+        def ready() -> None:
+            write_output(f"{said}, and a page to chat on at {where}/\n")
+            print("Ctrl-C ends the server", file=sys.stderr, flush=True)
+
+        serve = serve_decoder if args.replicas is None else serve_replicas
+        serve(args, access, listener, ready)
     return 0
 
 
-@contextmanager
-def one_decoder(args: argparse.Namespace, access: Access) -> Iterator[Guard]:
-    """The application over a decoder in this process."""
+def serve_decoder(
+    args: argparse.Namespace, access: Access, listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    """Serve a decoder of this process, whose clients another one talks to."""
     from orthrus_fast.fingerprint import fingerprint
-    from orthrus_fast.server.app import ServerSettings, create_app
+    from orthrus_fast.server.app import ServerSettings
+    from orthrus_fast.server.front import SIGNALS, Front
 
     decoder = load_decoder(args)
     how = (fingerprint(decoder), access, args.mode, args.max_waiting)
-    yield create_app(decoder, ServerSettings(args.served_model_name, *how))
+    settings = ServerSettings(args.served_model_name, *how)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the front, too, until it minds its own
+    front = Front(decoder, settings, listener, args.drain_seconds)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: front.end())
+    front.relay(ready)
 
 
-@contextmanager
-def several_replicas(args: argparse.Namespace, access: Access) -> Iterator[Guard]:
-    """The application before decoders in processes that Ray starts."""
+def serve_replicas(
+    args: argparse.Namespace, access: Access, listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    """Serve decoders in processes that Ray starts."""
     for name, value in OF_RAY.items():  # which it reads when it is imported
         os.environ.setdefault(name, value)
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # else Ray writes one to a file
     import torch
 
+    from orthrus_fast.server.front import SIGNALS
+    from orthrus_fast.server.listening import make_server
     from orthrus_fast.server.ray import Arguments, create_front, local_replicas
 
     on_gpus = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
@@ -88,7 +96,11 @@ def several_replicas(args: argparse.Namespace, access: Access) -> Iterator[Guard
         max_waiting=args.max_waiting,
     )
     with local_replicas(settings, args.replicas, on_gpus) as replicas:
-        yield create_front(replicas, access)
+        server = make_server(create_front(replicas, access), args.drain_seconds)
+        for number in SIGNALS:  # which uvicorn raises again at its end
+            signal.signal(number, server.handle_exit)
+        ready()
+        server.run(sockets=[listener])
 
 
 def check_server_flags(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orthrus_fast import steps
-from orthrus_fast.engine.request import Inputs, Peers, Request, Update
+from orthrus_fast.engine.request import Inputs, Limits, Peers, Request, Update
 from orthrus_fast.engine.scheduler import Admission, Scheduler, Sequence
 from orthrus_fast.engine.width import Times, WidthPolicy
 from orthrus_fast.errors import OrthrusError, PromptError, QueueFullError, RequestError, one_line
@@ -26,19 +26,7 @@ from orthrus_fast.matching import Block, Matcher
 from orthrus_fast.runners import EagerRunner, SlotOutput
 from orthrus_fast.sampling import NO_TOKEN
 
-MAX_GAP = 0.05  # seconds between a text's tokens while somebody else's prompt is prefilled
-MAX_WAITING = 1024  # requests
 _log = logging.getLogger("orthrus_fast")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What requests have to fit into."""
-
-    max_seq_len: int  # prompt and new tokens
-    positions: int  # the model's own limit of it
-    waiting: int = MAX_WAITING  # requests that have no slot yet
-    max_gap: float = MAX_GAP
 
 
 @dataclass(frozen=True)
@@ -153,22 +141,10 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         vocab_size = self.runner.model.config.vocab_size
-        self.check_length(len(request.prompt), request.max_new_tokens)
+        self.limits.check_length(len(request.prompt), request.max_new_tokens)
         for token in request.prompt:
             if isinstance(token, bool) or not 0 <= token < vocab_size:
                 raise PromptError(f"prompt: {token!r} is no id below {vocab_size}")
-
-    def check_length(self, n: int, budget: int) -> None:
-        """Raise PromptError where a prompt of ``n`` tokens and ``budget`` new ones don't fit."""
-        limit, positions = self.limits.max_seq_len, self.limits.positions
-        if n == 0:
-            raise PromptError("prompt: empty; it needs at least one token")
-        if n + budget > limit:
-            raise PromptError(
-                f"prompt: {n} tokens + max_new_tokens {budget} = {n + budget}, over max_seq_len "
-                f"{limit} (the model's own limit is {positions}); shorten the prompt or lower "
-                "max_new_tokens" + (", or raise max_seq_len" if limit < positions else "")
-            )
 
     def _take_in(self) -> None:
         """What callers have asked for, and how long launches took, since the last step."""

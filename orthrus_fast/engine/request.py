@@ -6,11 +6,39 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from orthrus_fast.errors import PromptError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from orthrus_fast.matching import Matcher
     from orthrus_fast.sampling import SamplingParams
+
+
+MAX_GAP = 0.05  # seconds between a text's tokens while somebody else's prompt is prefilled
+MAX_WAITING = 1024  # requests
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests have to fit into."""
+
+    max_seq_len: int  # prompt and new tokens
+    positions: int  # the model's own limit of it
+    waiting: int = MAX_WAITING  # requests that have no slot yet
+    max_gap: float = MAX_GAP
+
+    def check_length(self, n: int, budget: int) -> None:
+        """Raise PromptError where a prompt of ``n`` tokens and ``budget`` new ones don't fit."""
+        limit, positions = self.max_seq_len, self.positions
+        if n == 0:
+            raise PromptError("prompt: empty; it needs at least one token")
+        if n + budget > limit:
+            raise PromptError(
+                f"prompt: {n} tokens + max_new_tokens {budget} = {n + budget}, over max_seq_len "
+                f"{limit} (the model's own limit is {positions}); shorten the prompt or lower "
+                "max_new_tokens" + (", or raise max_seq_len" if limit < positions else "")
+            )
 
 
 @dataclass(frozen=True)

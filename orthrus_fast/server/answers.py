@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthrus_fast.results import Chunk, Generation
+from orthrus_fast.server.jobs import Piece
 from orthrus_fast.server.parsing import AnswerParser, ToolCall
-from orthrus_fast.server.worker import Piece
 from orthrus_fast.tokenizer import Tokenizer
 
 Json = dict[str, Any]

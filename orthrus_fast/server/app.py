@@ -1,4 +1,7 @@
-"""The application: OpenAI's endpoints, the page, health and metrics, over one decoder."""
+"""The application: OpenAI's endpoints, the page, health and metrics, over one decoder.
+
+Which may be in another process: what is asked of it goes through ``jobs``.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from orthrus_fast.decoder import Decoder
+from orthrus_fast.encoding import Encoder
+from orthrus_fast.engine.request import Limits
 from orthrus_fast.errors import OrthrusError, RequestError
 from orthrus_fast.options import MODES
 from orthrus_fast.server.access import Access, Guard, error_object, policy_of
 from orthrus_fast.server.answers import END, Answer, ChatChoice, Choice, TextChoice, event
+from orthrus_fast.server.jobs import Job, Jobs, News, Task
 from orthrus_fast.server.metrics import Metrics
 from orthrus_fast.server.parsing import THOUGHT
 from orthrus_fast.server.protocol import (
@@ -38,7 +44,7 @@ from orthrus_fast.server.protocol import (
     seed_of,
     status_of,
 )
-from orthrus_fast.server.worker import Job, Task, Worker
+from orthrus_fast.server.worker import Worker
 from orthrus_fast.tokenizer import Tokenizer
 
 MAX_BODY = 2**23  # bytes of a request
@@ -61,17 +67,49 @@ class ServerSettings:
     max_waiting: int = 256
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an application knows of its decoder, besides its tokenizer."""
+
+    name: str
+    slots: int
+    limits: Limits
+    modes: tuple[str, ...]
+
+    @staticmethod
+    def of(decoder: Decoder) -> Facts:
+        """Those of a decoder."""
+        modes = tuple(MODES) if decoder.runner.model.has_draft_view else ("ar",)
+        return Facts(decoder.name, decoder.slots, decoder.engine.limits, modes)
+
+
 def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
-    """The ASGI application. Raises RequestError for a decoder that has no tokenizer."""
-    service = Service(decoder, settings)
+    """The ASGI application over a decoder in this process.
+
+    Raises RequestError for one that has no tokenizer.
+    """
+    service = Service(Facts.of(decoder), decoder.tokenizer, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        worker = start_worker(decoder, service.jobs)
         yield
-        service.worker.stop()
+        worker.stop()
 
     return Guard(service.app(lifespan), settings.access, service.answered)
+
+
+def start_worker(decoder: Decoder, jobs: Jobs) -> Worker:
+    """Have a thread decode the jobs of the event loop that this runs in."""
+    loop = asyncio.get_running_loop()
+
+    def tell(news: list[News]) -> None:
+        loop.call_soon_threadsafe(jobs.hear, news)
+
+    worker = Worker(decoder, tell)
+    jobs.order = worker.order
+    worker.start()
+    return worker
 
 
 def bare_app(lifespan: Any = None) -> FastAPI:
@@ -100,14 +138,14 @@ async def refused(request: Request, error: Exception) -> Response:
 class Service:
     """The endpoints."""
 
-    def __init__(self, decoder: Decoder, settings: ServerSettings) -> None:
-        if decoder.tokenizer is None:
-            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+    def __init__(self, facts: Facts, tokenizer: Tokenizer | None, settings: ServerSettings) -> None:
+        if tokenizer is None:
+            raise RequestError(f"{facts.name} has no tokenizer.json, which a server needs")
         self.metrics = Metrics()
-        self.worker = Worker(decoder, settings.max_waiting, self.metrics.saw)
-        self.metrics.show(lambda: self.worker.n_running, lambda: self.worker.n_waiting)
-        self._decoder, self._settings = decoder, settings
-        self._tokenizer: Tokenizer = decoder.tokenizer
+        self.jobs = Jobs(facts.slots, settings.max_waiting, self.metrics.saw)
+        self.metrics.show(lambda: self.jobs.n_running, lambda: self.jobs.n_waiting)
+        self._facts, self._settings, self._tokenizer = facts, settings, tokenizer
+        self._encode = Encoder(facts.name, tokenizer).encode
         self._page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         self._policy = policy_of(self._page)
         self._started = int(time.time())
@@ -135,8 +173,7 @@ class Service:
         body = parse(ChatBody, await read_body(request))
         self._check(body)
         messages = [message.for_template() for message in body.messages]
-        encode = self._decoder.encode
-        ids = await asyncio.to_thread(encode, messages, **body.template_arguments)
+        ids = await asyncio.to_thread(self._encode, messages, **body.template_arguments)
         in_thought = self._tokenizer.decode(ids[-8:], skip_special=False).rstrip().endswith(THOUGHT)
         how = (self._tokenizer, body.logprobs, in_thought, bool(body.offered))
         choices = [ChatChoice(index, *how) for index in range(body.n)]
@@ -147,7 +184,7 @@ class Service:
         """The continuations of raw prompts."""
         body = parse(CompletionBody, await read_body(request))
         self._check(body)
-        prompts = await asyncio.to_thread(lambda: list(map(self._decoder.encode, body.prompts)))
+        prompts = await asyncio.to_thread(lambda: list(map(self._encode, body.prompts)))
         budget, with_logprobs = body.max_tokens or DEFAULT_COMPLETION, body.logprobs is not None
         tasks = self._tasks(body, prompts, budget, with_logprobs)
         how = (self._tokenizer, with_logprobs)
@@ -164,7 +201,7 @@ class Service:
     ) -> list[Task]:
         """The choices of each prompt, a seed each. Raises PromptError for a prompt too long."""
         for ids in prompts:  # here, since the worker, which checks it again, has better to do
-            self._decoder.engine.check_length(len(ids), budget or 1)
+            self._facts.limits.check_length(len(ids), budget or 1)
         seed = secrets.randbits(48) if body.seed is None else body.seed
         settings = [body.sampling(seed_of(seed, choice), logprobs) for choice in range(body.n)]
         mode = body.mode or self._settings.mode
@@ -182,9 +219,7 @@ class Service:
         model, fingerprint = self._settings.model, self._settings.fingerprint
         n_prompt = sum(len(task.ids) for task in tasks[:: body.n])
         answer = Answer(kind, model, fingerprint, choices, n_prompt)
-        if (grammar := tasks[0].sampling.grammar) is not None:  # here, or the worker would
-            await asyncio.to_thread(self._decoder.compile_grammar, grammar)
-        job = await self.worker.submit(tasks, request.scope["orthrus_key"])
+        job = await self.jobs.submit(tasks, request.scope["orthrus_key"])
         if body.stream:
             return Sending(events(job, answer, body.with_usage), job.close, EVENTS)
         try:
@@ -204,15 +239,15 @@ class Service:
 
     def _model(self) -> dict[str, Any]:
         kind = {"object": "model", "created": self._started, "owned_by": "orthrus-fast"}
-        modes = MODES if self._decoder.runner.model.has_draft_view else ("ar",)
-        more = {"max_model_len": self._decoder.max_seq_len, "modes": modes}
+        facts = self._facts
+        more = {"max_model_len": facts.limits.max_seq_len, "modes": facts.modes}
         return {"id": self._settings.model, **kind, **more}
 
     async def health(self) -> Response:
         """Whether texts are decoded."""
-        if self.worker.is_alive:
+        if self.jobs.failure is None:
             return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the worker has ended"}, 503)
+        return JSONResponse({"status": self.jobs.failure}, 503)
 
     async def exposition(self) -> Response:
         """What was counted."""

@@ -11,7 +11,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 
 from orthrus_fast.results import Stats
-from orthrus_fast.server.worker import Piece
+from orthrus_fast.server.jobs import Piece
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 PER_CYCLE = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -56,10 +56,10 @@ class Metrics:
         """A request got this status. ``path`` is a route's, not what somebody typed."""
         self._requests.labels(path, str(status)).inc()
 
-    def saw(self, piece: Piece, seconds: float, is_first: bool) -> None:
-        """A piece came, so long after the one before it, or after its text was queued."""
+    def saw(self, piece: Piece) -> None:
+        """A piece came."""
         self._tokens.inc(len(piece.chunk.tokens))
-        (self._first if is_first else self._gaps).observe(seconds)
+        (self._first if piece.is_first else self._gaps).observe(piece.seconds)
         if piece.result is not None:
             self._texts.labels(piece.result.finish_reason).inc()
             if piece.result.stats is not None:

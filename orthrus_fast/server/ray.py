@@ -40,11 +40,13 @@ from orthrus_fast.server.access import Access, Guard, error_object, is_loopback,
 from orthrus_fast.server.answers import END, event
 from orthrus_fast.server.app import (
     EVENTS,
+    Facts,
     Sending,
     ServerSettings,
     Service,
     bare_app,
     read_body,
+    start_worker,
     unless_gone,
 )
 from orthrus_fast.server.metrics import merged
@@ -95,9 +97,10 @@ class Replica:
         self._fingerprint = fingerprint(decoder)
         name = arguments.model or served_name(arguments.checkpoint)
         more: dict[str, Any] = {"mode": arguments.mode, "max_waiting": arguments.max_waiting}
-        self._service = Service(decoder, ServerSettings(name, self._fingerprint, **more))
+        settings = ServerSettings(name, self._fingerprint, **more)
+        self._service = Service(Facts.of(decoder), decoder.tokenizer, settings)
         self._app = self._service.app()
-        self._service.worker.start()
+        start_worker(decoder, self._service.jobs)
 
     async def answer(
         self, scope: Scope, body: bytes, asked: str | None
@@ -126,8 +129,8 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raise RuntimeError where texts are no longer decoded: Ray then replaces the replica."""
-        if not self._service.worker.is_alive:
-            raise RuntimeError("the worker has ended")
+        if (failure := self._service.jobs.failure) is not None:
+            raise RuntimeError(failure)
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """The replica's name, and what it counted."""

@@ -1,79 +1,30 @@
-"""The one thread that steps the engine, and what it hands to the event loop's requests."""
+"""The one thread that steps the engine for a server: takes orders, and tells what comes of them."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from orthrus_fast.decoder import Decoder, Stream
 from orthrus_fast.engine.request import Update
-from orthrus_fast.errors import QueueFullError, RequestError
-from orthrus_fast.results import Chunk, Generation
-from orthrus_fast.sampling import SamplingParams
+from orthrus_fast.results import Generation
+from orthrus_fast.server.jobs import NOTHING, Begin, Begun, Ended, News, Order, Piece
 
-NOTHING = Chunk([], [], 0)
+COMPILERS = 4  # threads that compile grammars
+FAILURE_SECONDS = 1.0  # after which an idle thread looks whether the engine can still decode
 _log = logging.getLogger("orthrus_fast")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A text to decode. ``max_new_tokens`` None: all that fits."""
-
-    ids: list[int]
-    max_new_tokens: int | None
-    sampling: SamplingParams
-    mode: str | None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A chunk of the text ``index`` of a job; with the last one comes the result."""
-
-    index: int
-    chunk: Chunk
-    result: Generation | None = None
-
-
-class Job:
-    """The texts of one request; lives in the event loop. Whoever has it calls ``close``."""
-
-    def __init__(self, worker: Worker, n_texts: int) -> None:
-        self._worker = worker
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._n_taken = 0  # texts whose end was taken
-        self._n_texts = n_texts
-        self.n_running = n_texts  # texts that have not ended
-        self.streams: list[Stream] = []  # the worker's
-
-    async def take(self) -> list[Piece]:
-        """All the pieces that have come, one at least; empty once every text has ended."""
-        if self._n_taken == self._n_texts:
-            return []
-        pieces = [await self._pieces.get()]
-        while not self._pieces.empty():
-            pieces.append(self._pieces.get_nowait())
-        self._n_taken += sum(piece.result is not None for piece in pieces)
-        return pieces
-
-    def put(self, piece: Piece) -> None:
-        """Take in a piece, from the worker."""
-        self._pieces.put_nowait(piece)
-
-    def close(self) -> None:
-        """End what has not ended, within a step of the engine."""
-        self._worker.close(self)
 
 
 @dataclass
 class _Text:
     """A text that is under way."""
 
-    job: Job
+    job: int
     index: int
     stream: Stream
     since: float  # when its last piece came, or, before the first one, when it was queued
@@ -81,30 +32,24 @@ class _Text:
 
 
 class Worker:
-    """Owns a decoder. ``submit`` and what it returns belong to the event loop ``start`` ran in.
+    """Owns a decoder. ``order`` may be called from any thread, and calls ``tell`` from several."""
 
-    ``watch`` is called, in the worker's thread, with every piece, the seconds since the one before
-    it, and whether it is its text's first: then these are since the text was queued. At most
-    ``max_waiting`` texts wait for a slot.
-    """
-
-    def __init__(
-        self, decoder: Decoder, max_waiting: int, watch: Callable[[Piece, float, bool], None]
-    ) -> None:
+    def __init__(self, decoder: Decoder, tell: Callable[[list[News]], None]) -> None:
         self.decoder = decoder
-        self.n_texts = 0  # that have been admitted and have not ended
-        self._capacity = decoder.slots + max_waiting
-        self._watch = watch
+        self._tell = tell
         self._inbox: deque[Update] = deque()
         self._texts: dict[int, _Text] = {}  # by the engine's id
-        self._orders: deque[Callable[[], None]] = deque()
+        self._streams: dict[int, list[Stream]] = {}  # by job
+        self._orders: deque[Order] = deque()
+        self._compiling: set[int] = set()  # jobs whose grammar is compiled
+        self._left: set[int] = set()  # those of them that have been left
+        self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._has_failed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve, from within the event loop."""
-        self._loop = asyncio.get_running_loop()
+        """Begin to serve."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -113,64 +58,32 @@ class Worker:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread runs, and can decode."""
-        return self._thread.is_alive() and self.decoder.engine.failure is None
+    def order(self, order: Order) -> None:
+        """Take an order; all of a job's texts are queued or none."""
+        if isinstance(order, Begin) and order.tasks[0].sampling.grammar is not None:
+            self._compiling.add(order.job)
+            self._compilers.submit(self._compile, order)
+        else:
+            self._put(order)
 
-    @property
-    def n_running(self) -> int:
-        """Texts that have a slot, as far as known here."""
-        return min(self.n_texts, self.decoder.slots)
-
-    @property
-    def n_waiting(self) -> int:
-        """Texts that wait for a slot."""
-        return self.n_texts - self.n_running
-
-    async def submit(self, tasks: list[Task], reuse_key: str) -> Job:
-        """Queue all of the tasks or none.
-
-        Raises QueueFullError, and PromptError and RequestError for what can't be decoded.
-        """
-        if len(tasks) > self._capacity:
-            raise RequestError(f"{len(tasks)} texts in one request, over {self._capacity}")
-        if self.n_texts + len(tasks) > self._capacity:
-            raise QueueFullError(
-                f"queue: {self.n_texts} texts are decoded or wait already, of {self._capacity} "
-                f"at most, and this request has {len(tasks)}; try again later"
-            )
-        job = Job(self, len(tasks))
-        self.n_texts += len(tasks)
-        accepted: asyncio.Future[None] = self._loop.create_future()
-        self._order(lambda: self._begin(job, tasks, reuse_key, accepted))
-        try:
-            await accepted
-        except BaseException:
-            job.close()
-            raise
-        return job
-
-    def close(self, job: Job) -> None:
-        """End what has not ended of a job."""
-        if job.n_running:
-            self.n_texts -= job.n_running
-            job.n_running = 0
-            self._order(lambda: self._end(job))
-
-    def _order(self, what: Callable[[], None]) -> None:
+    def _put(self, order: Order) -> None:
         with self._wake:
-            self._orders.append(what)
+            self._orders.append(order)
             self._wake.notify()
 
-    def _hand_over(self, news: list[tuple[Job, Piece]]) -> None:
-        for job, piece in news:
-            if job.n_running:  # else it was closed meanwhile
-                job.put(piece)
-                if piece.result is not None:
-                    job.n_running -= 1
-                    self.n_texts -= 1
+    def _compile(self, order: Begin) -> None:
+        """Compile a job's grammar, which the engine's thread would otherwise."""
+        grammar = order.tasks[0].sampling.grammar
+        assert grammar is not None
+        try:
+            self.decoder.compile_grammar(grammar)
+            self._put(order)
+        except Exception as error:
+            self._compiling.discard(order.job)
+            self._left.discard(order.job)
+            self._tell([Begun(order.job, error)])
 
     # From here on: the worker's thread.
 
@@ -178,7 +91,7 @@ class Worker:
         while self._wait():
             try:
                 while self._orders:
-                    self._orders.popleft()()
+                    self._obey(self._orders.popleft())
                 self.decoder.step()
                 self._deliver()
             except Exception as error:  # of this program: the engine reports those of the device
@@ -188,34 +101,51 @@ class Worker:
         """Wait for something to do; False once the thread is to end."""
         with self._wake:
             while not (self._orders or self._stopping or self.decoder.engine.has_work):
-                self._wake.wait()
+                self._wake.wait(FAILURE_SECONDS)
+                self._look_for_failure()
             return not self._stopping
 
-    def _begin(
-        self, job: Job, tasks: list[Task], reuse_key: str, accepted: asyncio.Future[None]
-    ) -> None:
-        """Queue the texts of a job; what is refused of them tells ``accepted``."""
-        error: Exception | None = None
-        try:
-            for index, task in enumerate(tasks):
-                room = self.decoder.max_seq_len - len(task.ids)
-                budget = max(1, room) if task.max_new_tokens is None else task.max_new_tokens
-                how = (budget, task.sampling, task.mode, self._inbox, reuse_key)
-                stream = self.decoder.submit(task.ids, *how)
-                job.streams.append(stream)
-                self._texts[stream.id] = _Text(job, index, stream, time.perf_counter())
-        except Exception as refused:
-            error = refused
-        self._loop.call_soon_threadsafe(_settle, accepted, error)
+    def _look_for_failure(self) -> None:
+        """Tell of it, once, where the engine's other ranks have ended."""
+        failure = self.decoder.engine.failure
+        if failure is not None and not self._has_failed:
+            self._has_failed = True
+            self._tell([Ended(failure)])
 
-    def _end(self, job: Job) -> None:
-        for stream in job.streams:
+    def _obey(self, order: Order) -> None:
+        if isinstance(order, Begin):
+            self._begin(order)
+            return
+        if order.job in self._compiling:
+            self._left.add(order.job)
+        for stream in self._streams.pop(order.job, []):
             if self._texts.pop(stream.id, None) is not None:
                 stream.close()
 
+    def _begin(self, order: Begin) -> None:
+        """Queue the texts of a job; what is refused of them is told."""
+        self._compiling.discard(order.job)
+        if order.job in self._left:
+            self._left.discard(order.job)
+            return
+        error: Exception | None = None
+        streams = self._streams[order.job] = []
+        try:
+            for index, task in enumerate(order.tasks):
+                room = self.decoder.max_seq_len - len(task.ids)
+                budget = max(1, room) if task.max_new_tokens is None else task.max_new_tokens
+                how = (budget, task.sampling, task.mode, self._inbox, order.reuse_key)
+                stream = self.decoder.submit(task.ids, *how)
+                streams.append(stream)
+                self._texts[stream.id] = _Text(order.job, index, stream, time.perf_counter())
+        except Exception as refused:  # whoever hears of it orders the others' end
+            error = refused
+        self._tell([Begun(order.job, error)])
+
     def _deliver(self) -> None:
-        """Make pieces of the updates that have come, and hand them over."""
-        news, now = [], time.perf_counter()
+        """Make pieces of the updates that have come, and tell them."""
+        news: list[News] = []
+        now = time.perf_counter()
         while self._inbox:
             update = self._inbox.popleft()
             if (text := self._texts.get(update.id)) is None:  # it was closed
@@ -224,29 +154,26 @@ class Worker:
             result = None
             if text.stream.is_over:
                 result = text.stream.result
-                del self._texts[update.id]
-            piece = Piece(text.index, chunk, result)
-            self._watch(piece, now - text.since, not text.is_begun)
+                self._forget(text)
+            since, is_first = text.since, not text.is_begun
+            news.append(Piece(text.job, text.index, chunk, result, now - since, is_first))
             text.since, text.is_begun = now, True
-            news.append((text.job, piece))
         if news:
-            self._loop.call_soon_threadsafe(self._hand_over, news)
+            self._tell(news)
+        self._look_for_failure()
+
+    def _forget(self, text: _Text) -> None:
+        """Drop a text that has ended, and its job with the last one."""
+        del self._texts[text.stream.id]
+        if all(stream.is_over for stream in self._streams[text.job]):
+            del self._streams[text.job]
 
     def _fail(self, error: Exception) -> None:
         """End all texts with an error."""
         _log.error("the server's worker failed", exc_info=error)
-        failed = Generation.failed(error, None)
-        news = [(text.job, Piece(text.index, NOTHING, failed)) for text in self._texts.values()]
-        for text in self._texts.values():
+        failed, texts = Generation.failed(error, None), list(self._texts.values())
+        for text in texts:
             text.stream.close()
         self._texts.clear()
-        self._loop.call_soon_threadsafe(self._hand_over, news)
-
-
-def _settle(accepted: asyncio.Future[None], error: Exception | None) -> None:
-    if accepted.done():  # the client left meanwhile
-        return
-    if error is None:
-        accepted.set_result(None)
-    else:
-        accepted.set_exception(error)
+        self._streams.clear()
+        self._tell([Piece(one.job, one.index, NOTHING, failed, 0.0, False) for one in texts])

@@ -16,7 +16,8 @@ import orthrus_fast
 from orthrus_fast.cli.chat import find_command, fit
 from orthrus_fast.cli.main import main
 from orthrus_fast.cli.session import encode
-from orthrus_fast.decoder import Decoder, Prompt
+from orthrus_fast.decoder import Decoder
+from orthrus_fast.encoding import Prompt
 from orthrus_fast.results import Chunk, Generation
 from tests.checkpoints import write_checkpoint
 from tests.cli.terminals import terminal

@@ -15,7 +15,7 @@ import pytest
 
 from orthrus_fast import Decoder
 from orthrus_fast.server import listening
-from orthrus_fast.server.worker import Job, Worker
+from orthrus_fast.server.jobs import Job, Jobs
 from tests.server.serving import Running, load, serving, until, write_chatting
 
 LONG: Any = {"prompt": [5, 6, 7], "max_tokens": 1500, "mode": "ar"}
@@ -130,13 +130,13 @@ def test_a_cancelled_text_gets_no_cycle_after_the_next_step(
     """The worker may be about to step when it hears of it, and be at a cycle."""
     cycles = count_cycles(running.decoder)
     ended: list[int] = []
-    close = Worker.close
+    close = Jobs.close
 
-    def closed(worker: Worker, job: Job) -> None:
-        close(worker, job)
+    def closed(jobs: Jobs, job: Job) -> None:
+        close(jobs, job)
         ended.append(len(cycles))
 
-    monkeypatch.setattr(Worker, "close", closed)
+    monkeypatch.setattr(Jobs, "close", closed)
     client, _ = begun(running)
     client.close()
     until(lambda: bool(ended) and not running.decoder.engine.has_work)

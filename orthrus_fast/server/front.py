@@ -1,0 +1,135 @@
+"""A process of its own for a server's connections, so that they take no time of the engine's.
+
+The interpreter runs one thread of a process at a time: beside many clients the engine's would wait
+for its turn, and the device for the engine. The process that has the decoder keeps it, and the
+front asks for texts through a pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from orthrus_fast.decoder import Decoder
+from orthrus_fast.errors import OrthrusError, RequestError
+from orthrus_fast.server.access import Guard
+from orthrus_fast.server.app import Facts, ServerSettings, Service
+from orthrus_fast.server.jobs import Jobs, News, Order
+from orthrus_fast.server.listening import make_server
+from orthrus_fast.server.worker import Worker
+from orthrus_fast.tokenizer import Tokenizer
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOST = "the process that has the decoder has ended; its log says why"
+
+
+class Front:
+    """A process that serves clients on ``listener``, and the worker that decodes for it here.
+
+    Raises RequestError for a decoder that has no tokenizer.
+    """
+
+    def __init__(
+        self, decoder: Decoder, settings: ServerSettings, listener: socket.socket, drain: int
+    ) -> None:
+        if decoder.tokenizer is None:
+            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, other = spawn.Pipe()
+        how = (other, listener, Facts.of(decoder), decoder.tokenizer.directory, settings, drain)
+        self._process = spawn.Process(target=run_front, args=how, name="front", daemon=True)
+        self._process.start()
+        other.close()
+        self._sending = threading.Lock()
+        self._worker = Worker(decoder, self._tell)
+        self._is_to_end = False
+
+    def relay(self, ready: Callable[[], None]) -> None:
+        """Decode what the front asks for until it ends; ``ready`` is called when it listens.
+
+        Raises OrthrusError where it has failed.
+        """
+        self._worker.start()
+        try:
+            while True:
+                order: Order | None = pickle.loads(self._pipe.recv_bytes())
+                ready() if order is None else self._worker.order(order)
+        except (EOFError, ConnectionError):
+            pass
+        finally:
+            self._worker.stop()
+            self._pipe.close()
+            self._process.join()
+        if self._process.exitcode and not self._is_to_end:
+            raise OrthrusError(f"the server's front ended with code {self._process.exitcode}")
+
+    def end(self) -> None:
+        """Have the front finish what runs, within its time, and then end."""
+        self._is_to_end = True
+        self._process.terminate()
+
+    def _tell(self, news: list[News]) -> None:
+        data = pickle.dumps(news, pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(OSError), self._sending:  # it has ended, which ``relay`` sees
+            self._pipe.send_bytes(data)
+
+
+def run_front(
+    pipe: Connection,
+    listener: socket.socket,
+    facts: Facts,
+    directory: Path,
+    settings: ServerSettings,
+    drain_seconds: int,
+) -> None:
+    """The front's process."""
+    service = Service(facts, Tokenizer.from_directory(directory), settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        connect(pipe, service.jobs, lambda: setattr(server, "should_exit", True))
+        yield
+
+    app = Guard(service.app(lifespan), settings.access, service.answered)
+    server = make_server(app, drain_seconds)
+    for number in SIGNALS:  # which uvicorn raises again at its end
+        signal.signal(number, server.handle_exit)
+    server.run(sockets=[listener])
+
+
+def connect(pipe: Connection, jobs: Jobs, end: Callable[[], None]) -> None:
+    """Send the orders of jobs through a pipe and have them hear what comes; ``end`` with it.
+
+    Call it in their event loop. That it is done is sent first.
+    """
+    loop = asyncio.get_running_loop()
+
+    def order(one: Order | None) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which ``receive`` sees
+            pipe.send_bytes(pickle.dumps(one, pickle.HIGHEST_PROTOCOL))
+
+    def receive() -> None:
+        try:
+            while True:
+                news: list[News] = pickle.loads(pipe.recv_bytes())
+                loop.call_soon_threadsafe(jobs.hear, news)
+        except (EOFError, OSError):
+            loop.call_soon_threadsafe(jobs.lose, LOST)
+            end()
+        except RuntimeError:
+            pass  # the loop has ended before
+
+    jobs.order = order
+    threading.Thread(target=receive, name="news", daemon=True).start()
+    order(None)
