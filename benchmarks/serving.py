@@ -138,7 +138,8 @@ class Comparison:
         chats = [line["messages"] for line in lines if "messages" in line]
         self.decoder, self.max_tokens = decoder, max_tokens
         self.prompts = [chats[i % len(chats)] for i in range(n_requests)]
-        self.results = decoder.generate(self.prompts, max_tokens)
+        # Without drafts, so that the engine learns nothing of them before they are replayed.
+        self.results = decoder.generate(self.prompts, max_tokens, mode="ar")
         self.texts = [result.text for result in self.results]
 
     @contextlib.contextmanager
