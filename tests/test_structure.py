@@ -21,7 +21,7 @@ FLOORS = [
     ["files", "grammar", "results"],
     ["config", "hub", "chat_template", "sampling"],
     ["cache", "tokenizer", "prompts"],
-    ["kernels", "matching", "text"],
+    ["encoding", "kernels", "matching", "text"],
     ["attention"],
     ["model"],
     ["quantization", "steps"],
@@ -39,11 +39,11 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 10680,
+    "the core": 10750,
     "engine": 930,
     "tuning": 280,
     "bench": 1750,
-    "server": 1880,  # without its page
+    "server": 2190,  # without its page
     "model.py": 400,
     "benchmarks/report.py": 645,
 }

@@ -114,6 +114,33 @@ def _partial_sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _sum(  # type: ignore[no-untyped-def]
+    x, weight, split, first_row, row, n_rows, first_column, weight_row,
+    K: tl.constexpr, SPLIT: tl.constexpr, N_JOINED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The partial sum ``split`` of a tile, or the sum of the first ``N_JOINED``, pairwise."""
+    total = _partial_sum(
+        x, weight, split * SPLIT, first_row, row, n_rows, first_column, weight_row,
+        K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+    )  # fmt: skip
+    pair = total
+    # Not unrolled: ptxas would find no registers for all, and have each product wait.
+    for number in range(1, N_JOINED):
+        part = _partial_sum(
+            x, weight, number * SPLIT, first_row, row, n_rows, first_column, weight_row,
+            K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+        )  # fmt: skip
+        if number == 2:
+            pair = part
+        elif number == 3:
+            total += pair + part
+        else:
+            total += part
+    return total
+
+
+@triton.jit
 def greatest(result, column, n_columns):  # type: ignore[no-untyped-def]
     """Each row's greatest value in a tile [columns, rows], and where it is; at a tie the lowest.
 
@@ -163,24 +190,10 @@ def _product_kernel(  # type: ignore[no-untyped-def]
             x, weight, first_row, first_column, n_columns, dtype, K, BLOCK_M, COLUMNS, BLOCK_K
         )
     else:
-        total = _partial_sum(
-            x, weight, split * SPLIT, first_row, row, n_rows, first_column, weight_row,
-            K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
+        total = _sum(
+            x, weight, split, first_row, row, n_rows, first_column, weight_row, K, SPLIT,
+            N_PARTIALS if JOINED else 1, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
         )  # fmt: skip
-        if JOINED:
-            pair = total
-            # Not unrolled: ptxas would find no registers for all, and have the products wait.
-            for number in range(1, N_PARTIALS):
-                part = _partial_sum(
-                    x, weight, number * SPLIT, first_row, row, n_rows, first_column, weight_row,
-                    K, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, DESCRIPTORS,
-                )  # fmt: skip
-                if number == 2:
-                    pair = part
-                elif number == 3:
-                    total += pair + part
-                else:
-                    total += part
         if SWIGLU:
             halves = tl.permute(tl.reshape(total, (2, COLUMNS, BLOCK_M)), (1, 2, 0))
             gate, up = tl.split(halves)

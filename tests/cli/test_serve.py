@@ -22,7 +22,7 @@ from orthrus_fast.server.access import read_keys
 from orthrus_fast.server.protocol import served_name
 from tests.cli.test_generate import ROOT, assert_refused, run
 from tests.engine.solo import load
-from tests.server.serving import write_chatting
+from tests.server.serving import until, write_chatting
 
 KEY = "a-key-of-some-length"
 
@@ -144,6 +144,26 @@ def test_a_signal_lets_what_runs_end_and_exits_with_0(checkpoint: Path, number: 
     tokens = [json.loads(line[6:])["choices"][0]["orthrus"]["n_tokens"] for line in events[:-1]]
     assert sum(tokens) >= 399
     assert "Traceback" not in code[1]
+
+
+def test_nothing_is_left_of_a_server_whose_decoder_dies(checkpoint: Path) -> None:
+    served = Served("--checkpoint", str(checkpoint), "--device", "cpu")
+    body = {"prompt": "x", "max_tokens": 1500, "stream": True, "mode": "ar"}
+    url = f"{served.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        served.process.kill()
+        assert "the process that has the decoder has ended" in [line for line in lines if line][-1]
+    until(lambda: not is_answered(served.url))
+    served.process.communicate(timeout=20)  # the front holds its outputs
+
+
+def is_answered(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code > 0
+    except httpx.TransportError:
+        return False
 
 
 def test_the_readmes_examples_work_against_the_embedded_model() -> None:

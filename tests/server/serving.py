@@ -7,16 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
-import uvicorn
 
 from orthrus_fast import Decoder
 from orthrus_fast.server.access import Access, Guard
 from orthrus_fast.server.app import ServerSettings, create_app
+from orthrus_fast.server.front import Front
 from orthrus_fast.server.listening import make_server
 from tests.checkpoints import write_checkpoint
 from tests.engine.solo import load
@@ -35,8 +36,8 @@ def write_chatting(directory: Path, eos: Sequence[int] = ()) -> Path:
 class Served:
     """A server that runs: its address."""
 
-    def __init__(self, url: str, server: uvicorn.Server) -> None:
-        self.url, self.server = url, server
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -53,8 +54,8 @@ class Served:
 class Running(Served):
     """A server of a decoder in this process."""
 
-    def __init__(self, decoder: Decoder, served: Served) -> None:
-        super().__init__(served.url, served.server)
+    def __init__(self, decoder: Decoder, url: str) -> None:
+        super().__init__(url)
         self.decoder = decoder
 
 
@@ -67,21 +68,41 @@ def serving_app(app: Guard) -> Iterator[Served]:
     thread.start()
     try:
         until(lambda: server.started)
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
+        yield Served(address_of(listener))
     finally:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
 
 
+def address_of(listener: socket.socket) -> str:
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
 @contextlib.contextmanager
 def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
-    """A server of ``decoder``; ends with the block."""
-    access = settings.pop("access", Access())
-    model = settings.pop("model", "tiny")
-    app = create_app(decoder, ServerSettings(model, "fp_tiny", access, **settings))
-    with serving_app(app) as served:
-        yield Running(decoder, served)
+    """A server of ``decoder`` in this process; ends with the block."""
+    with serving_app(create_app(decoder, settings_of(**settings))) as served:
+        yield Running(decoder, served.url)
+
+
+@contextlib.contextmanager
+def fronting(decoder: Decoder, drain: int = 5, **settings: Any) -> Iterator[tuple[Running, Front]]:
+    """The same with a front, as ``orthrus serve`` has it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        front, ready = Front(decoder, settings_of(**settings), listener, drain), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            relaying = pool.submit(front.relay, ready.set)
+            try:
+                until(lambda: ready.is_set() or relaying.done(), 60)
+                yield Running(decoder, address_of(listener)), front
+            finally:
+                front.end()
+                relaying.result(20)
+
+
+def settings_of(model: str = "tiny", access: Access = Access(), **more: Any) -> ServerSettings:  # noqa: B008
+    return ServerSettings(model, "fp_tiny", access, **more)
 
 
 def until(holds: Callable[[], bool], seconds: float = 20) -> None:
@@ -116,4 +137,4 @@ def telling(decoder: Decoder, text: str) -> Iterator[None]:
         del decoder.tokenizer.detokenizer
 
 
-__all__ = ["Access", "Running", "load", "serving", "telling", "until", "write_chatting"]
+__all__ = ["Access", "Running", "fronting", "load", "serving", "telling", "until", "write_chatting"]

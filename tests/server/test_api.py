@@ -13,7 +13,7 @@ import pytest
 
 from orthrus_fast import Decoder, SamplingParams
 from orthrus_fast.server.protocol import seed_of
-from tests.server.serving import Running, load, serving, telling, write_chatting
+from tests.server.serving import Running, fronting, load, serving, telling, write_chatting
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 SAMPLED: Any = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
@@ -30,10 +30,15 @@ def alone(checkpoint: Path) -> Decoder:
     return load(checkpoint, prefix_reuse=False)
 
 
-@pytest.fixture(scope="module")
-def running(checkpoint: Path) -> Iterator[Running]:
-    with serving(load(checkpoint, slots=3)) as running:
-        yield running
+@pytest.fixture(scope="module", params=["here", "behind a front"])
+def running(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    decoder = load(checkpoint, slots=3)
+    if request.param == "here":
+        with serving(decoder) as running:
+            yield running
+    else:
+        with fronting(decoder) as (running, _):
+            yield running
 
 
 @pytest.fixture

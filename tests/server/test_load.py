@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from orthrus_fast import Decoder, SamplingParams
-from tests.server.serving import Running, load, serving, until, write_chatting
+from tests.server.serving import Running, fronting, load, until, write_chatting
 
 pytestmark = pytest.mark.slow
 N_REQUESTS = 96
@@ -81,7 +81,7 @@ def alone(decoder: Decoder, body: dict[str, Any]) -> str:
 @pytest.mark.parametrize("n_clients", [1, 8, 64])
 def test_a_load_leaves_nothing_and_changes_no_text(checkpoint: Path, n_clients: int) -> None:
     solo, decoder = load(checkpoint, prefix_reuse=False), load(checkpoint, slots=4)
-    with serving(decoder) as running:
+    with fronting(decoder) as (running, _):
         texts = asyncio.run(all_at_once(running, n_clients))
         for text, (body, leave_after) in zip(texts, cases(), strict=True):
             expected = alone(solo, body)
@@ -107,7 +107,7 @@ def test_equal_requests_wait_equally(checkpoint: Path) -> None:
         async with httpx.AsyncClient(timeout=120) as http:
             await asyncio.gather(*(client(http, url, number) for number in range(16)))
 
-    with serving(decoder) as running:
+    with fronting(decoder) as (running, _):
         asyncio.run(everybody(f"{running.url}/v1/completions"))
     for round_end in (16, 32, 48):  # when so many have ended, nobody is a round behind
         counts = [ended[:round_end].count(number) for number in range(16)]

@@ -13,10 +13,22 @@ import httpx
 import openai
 import pytest
 
-from orthrus_fast import Decoder
+from orthrus_fast import Decoder, Grammar, SamplingParams
+from orthrus_fast.engine.engine import Engine
+from orthrus_fast.errors import OrthrusError
 from orthrus_fast.server import listening
-from orthrus_fast.server.jobs import Job, Jobs
-from tests.server.serving import Running, load, serving, until, write_chatting
+from orthrus_fast.server.front import Front
+from orthrus_fast.server.jobs import Begin, Ended, Job, Jobs, Leave, News, Piece, Task
+from orthrus_fast.server.worker import Worker
+from tests.server.serving import (
+    Running,
+    fronting,
+    load,
+    serving,
+    settings_of,
+    until,
+    write_chatting,
+)
 
 LONG: Any = {"prompt": [5, 6, 7], "max_tokens": 1500, "mode": "ar"}
 SHORT: Any = {"prompt": [8, 9], "max_tokens": 4}
@@ -259,25 +271,66 @@ def test_the_gauges_fall_back_to_nought(running: Running) -> None:
     assert metric(running, "orthrus_waiting") == 0
 
 
-# The end
+# The end, and processes that die
 
 
 def test_what_runs_is_finished_before_the_end(checkpoint: Path) -> None:
-    with serving(load(checkpoint)) as running:
+    with fronting(load(checkpoint)) as (running, front):
         client, lines = begun(running, {**LONG, "max_tokens": 300})
-        running.server.should_exit = True
+        front.end()
         assert "data: [DONE]" in list(lines)
         client.close()
-        until(lambda: not running.server.servers[0].is_serving())
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{running.url}/health")
 
 
 def test_the_end_does_not_wait_for_ever(checkpoint: Path) -> None:
-    with serving(load(checkpoint)) as running:
-        running.server.config.timeout_graceful_shutdown = 0
+    with fronting(load(checkpoint), drain=0) as (running, front):
         client, lines = begun(running)
-        running.server.should_exit = True
+        front.end()
         with pytest.raises(httpx.RemoteProtocolError):
             list(lines)
         client.close()
+
+
+def test_a_front_that_dies_ends_the_server(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        front = Front(load(checkpoint), settings_of(), listener, drain=5)
+        front._process.kill()
+        with pytest.raises(OrthrusError, match="front ended with code -9"):
+            front.relay(lambda: None)
+        assert not front._worker._thread.is_alive()
+
+
+def test_an_engine_that_has_failed_refuses_all(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a rank has died: health says why, and so does every answer."""
+    with fronting(load(checkpoint)) as (running, _):
+        client, lines = begun(running)
+        monkeypatch.setattr(Engine, "failure", "rank 1 has ended")
+        assert "rank 1 has ended" in [line for line in lines if line][-1]
+        client.close()
+        health = httpx.get(f"{running.url}/health")
+        assert health.status_code == 503 and health.json()["status"] == "rank 1 has ended"
+        refused = running.post("/v1/completions", SHORT)
+        assert refused.status_code == 500 and "rank 1 has ended" in refused.text
+
+
+def test_a_job_that_is_left_while_its_grammar_is_compiled_never_begins(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, told, go_on = load(checkpoint), list[News](), threading.Event()
+    worker = Worker(decoder, told.extend)
+    monkeypatch.setattr(decoder, "compile_grammar", lambda grammar: go_on.wait(20))
+    worker.start()
+    params = SamplingParams(grammar=Grammar("regex", "a+"))
+    worker.order(Begin(1, [Task([1], 5, params, None)], ""))
+    worker.order(Leave(1))
+    until(lambda: not worker._orders)
+    go_on.set()
+    worker.order(Begin(2, [Task([1], 2, SamplingParams(), None)], ""))
+    until(lambda: any(isinstance(one, Piece) and one.result for one in told))
+    worker.stop()
+    assert {one.job for one in told if not isinstance(one, Ended)} == {2}
+    assert not worker._left and not worker._compiling and not worker._streams
