@@ -246,11 +246,12 @@ def _nothing(ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-unt
 def _attend_tile(queries, keys, values, seen, sums, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The running maximum, sum and weighted values of each row, with one more tile of keys.
 
-    The maximum is that of the scores before they are scaled.
+    The maximum is that of the scores before they are scaled. ``seen`` None: all are.
     """
     row_max, row_sum, acc = sums
     scores = tl.dot(queries, tl.trans(tl.load(keys)), input_precision="ieee")
-    scores = tl.where(seen, scores, -float("inf"))
+    if seen is not None:
+        scores = tl.where(seen, scores, -float("inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     base = tl.where(new_max == -float("inf"), 0.0, new_max)  # of a row that has seen no key yet
     weights = tl.exp2(tl.fma(scores, SCALE, (base * -SCALE)[:, None]))
@@ -286,6 +287,29 @@ def _join_rows(sums, part, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
     return row_max, row_sum, _join(sums[2], shrink[:, None], part[2], weight[:, None])
 
 
+@triton.jit
+def _attend_split(  # type: ignore[no-untyped-def]
+    queries, keys, values, split, end, n_seen_by_all, last, SCALE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, LINES: tl.constexpr, WALKS: tl.constexpr, ROW_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):  # fmt: skip
+    """The maximum, sum and weighted values of each row over the keys of a split, up to ``end``."""
+    key, dim = tl.arange(0, KEY_TILE), tl.arange(0, HEAD_DIM)
+    inner = key[:, None] * HEAD_DIM + dim[None, :]  # of a tile, which is whole: it divides S
+    part = _nothing(ROW_TILE, HEAD_DIM)
+    begin, end = _split_begin(split, LINES), tl.minimum(end, _split_begin(split + 1, LINES))
+    if WALKS:  # most tiles are seen whole, and are sooner done without a mask
+        n_whole = tl.maximum(tl.minimum(end, n_seen_by_all) - begin, 0) // KEY_TILE
+        for first in range(begin, begin + n_whole * KEY_TILE, KEY_TILE):
+            tile = first * HEAD_DIM + inner
+            part = _attend_tile(queries, keys + tile, values + tile, None, part, SCALE)
+        begin += n_whole * KEY_TILE
+    for first in range(begin, end, KEY_TILE):
+        tile, seen = first * HEAD_DIM + inner, _visible(first + key, last)
+        part = _attend_tile(queries, keys + tile, values + tile, seen, part, SCALE)
+    return part
+
+
 @triton.jit(do_not_specialize=["width", "n_splits"])  # one binary for blocks of every width
 def _split_kernel(  # type: ignore[no-untyped-def]
     q, k_cache, v_cache, start, slot, out, partial_max, partial_sum, partial_acc, prefetch,
@@ -319,16 +343,14 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     cache_row = (tl.load(slot + block).to(tl.int64) * N_KV_HEADS + kv_head) * capacity * HEAD_DIM
     wait(OVERLAP)
     queries = tl.load(q + q_row[:, None] * HEAD_DIM + dim[None, :], mask=in_block, other=0.0)
+    n_seen_by_all = length - width + first_row // GROUP + 1 if CAUSAL else length
     sums = _nothing(ROW_TILE, HEAD_DIM)  # of the splits that are joined
     # A loop within a loop: where one loop joined at a split's end, its products would run in turn.
     for at_split in range(split, _splits_of(end, LINES) if WALKS else split + 1):
-        part = _nothing(ROW_TILE, HEAD_DIM)
-        stop = tl.minimum(end, _split_begin(at_split + 1, LINES))
-        for first_key in range(_split_begin(at_split, LINES), stop, KEY_TILE):
-            key = first_key + tl.arange(0, KEY_TILE)
-            tile = cache_row + key[:, None] * HEAD_DIM + dim[None, :]  # whole: it divides S
-            seen = _visible(key, last)
-            part = _attend_tile(queries, k_cache + tile, v_cache + tile, seen, part, SCALE)
+        part = _attend_split(
+            queries, k_cache + cache_row, v_cache + cache_row, at_split, end, n_seen_by_all, last,
+            SCALE, HEAD_DIM, LINES, WALKS, ROW_TILE, KEY_TILE,
+        )  # fmt: skip
         sums = _join_rows(sums, part, SCALE) if WALKS else part
     if block == 0:  # now that its keys and values are here
         n_programs = tl.num_programs(1) * (1 if WALKS else _splits_of(length, LINES))
