@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib import resources
@@ -22,6 +23,7 @@ from orthrus_fast.kernels.formats import GROUP, PLACES
 from orthrus_fast.kernels.interface import LARGEST_STEP, Weight
 from orthrus_fast.options import TILED_ROWS
 
+NEAR = 1.5  # at most so many times, in all, are N and K of a near product doubled or halved
 # (one of TILED_ROWS, N, K, the weight's format)
 Table = dict[tuple[int, int, int, str], "Tiles"]
 
@@ -60,19 +62,37 @@ def find_tiles(x: Tensor, weight: Tensor) -> Tiles:
     """The tiles of x [..., K] times weight [N, K]."""
     n_columns, n_inner = weight.shape
     n_rows = x.numel() // n_inner
-    shared, table = _of_device(x.device)
-    tiles = table.get((row_class(n_rows), n_columns, n_inner, "")) if x.itemsize == 2 else None
-    return tiles or default_tiles(n_rows, x.itemsize, shared)
+    key = (row_class(n_rows), n_columns, n_inner, "")
+    tiles = _of_table(x.device, key) if x.itemsize == 2 else None
+    return tiles or default_tiles(n_rows, x.itemsize, _of_device(x.device)[0])
 
 
 def find_quantized_tiles(x: Tensor, weight: Weight) -> Tiles:
     """The tiles of x [..., K] times a weight in fewer bits [N, K]."""
     n_rows, n_columns = x.numel() // weight.n_inputs, len(weight.weight)
-    shared, table = _of_device(x.device)
     key = (row_class(n_rows), n_columns, weight.n_inputs, weight.format)
-    tiles = table.get(key) if x.itemsize == 2 else None
-    places = PLACES[weight.format]
+    tiles, places = _of_table(x.device, key) if x.itemsize == 2 else None, PLACES[weight.format]
+    shared = _of_device(x.device)[0]
     return tiles or default_quantized_tiles(n_rows, places, x.itemsize, shared)
+
+
+@functools.cache
+def _of_table(device: torch.device, key: tuple[int, int, int, str]) -> Tiles | None:
+    """The tiles of a product in the tables, or else of the nearest one there, if it is near.
+
+    So the shares of several GPUs, of which few are in a table, have those of the whole, or nearly.
+    """
+    table, (n_rows, n, k, format) = _of_device(device)[1], key
+
+    def distance(other: tuple[int, int, int, str]) -> float:
+        return abs(math.log2(n / other[1])) + abs(math.log2(k / other[2]))
+
+    alike = [other for other in table if (other[0], other[3]) == (n_rows, format)]
+    nearest = min(alike, key=distance, default=None)
+    if nearest is None or distance(nearest) > NEAR:
+        return None
+    tiles = table[nearest]
+    return None if tiles.descriptors and k % 8 else tiles  # which want 16 bytes aligned
 
 
 def default_quantized_tiles(n_rows: int, places: int, itemsize: int, shared: int) -> Tiles:

@@ -46,6 +46,7 @@ TILES = Tiles(16, 64, 32, False, False, 4, 2)
 def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {(rows, 70, 520, ""): TILES._replace(block_m=rows) for rows in (16, 32, 2048)}
     monkeypatch.setattr(tiles, "_of_device", lambda device: (99 * 1024, table))
+    monkeypatch.setattr(tiles, "_of_table", tiles._of_table.__wrapped__)  # which would keep them
     weight = torch.empty(70, 520, dtype=torch.bfloat16)
 
     def of(*shape: int, weight: Tensor = weight) -> Tiles:
@@ -58,6 +59,13 @@ def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.M
         assert of(n_rows) == default_tiles(n_rows, 2, 99 * 1024)
     assert of(16, weight=torch.empty(520, 70).bfloat16()) == default_tiles(16, 2, 99 * 1024)
     assert of(16, weight=weight.float()) == default_tiles(16, 4, 99 * 1024)
+    shares = [torch.empty(*shape).bfloat16() for shape in ((35, 520), (70, 260), (24, 520))]
+    near = [of(16, weight=share) for share in shares]
+    assert near == [table[16, 70, 520, ""]] * 2 + [default_tiles(16, 2, 99 * 1024)]
+    table[16, 24, 530, ""] = TILES._replace(descriptors=True)
+    narrow = [torch.empty(*shape).bfloat16() for shape in ((24, 528), (24, 529))]
+    assert of(16, weight=narrow[0]).descriptors  # whose rows are whole pieces of 16 bytes
+    assert of(16, weight=narrow[1]) == default_tiles(16, 2, 99 * 1024)
 
 
 DEFAULT_CLASSES = (16, 32, 64, 128, 2048)  # of TILED_ROWS, that have tiles of their own by default
