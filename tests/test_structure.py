@@ -39,7 +39,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MOST_LINES = 50  # of a function; of a Triton kernel without its long signature and its docstring
 LIMITS = {
-    "the core": 10780,
+    "the core": 10800,
     "engine": 930,
     "tuning": 280,
     "bench": 1750,
