@@ -24,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,23 +112,37 @@ def run_clients(order: Result) -> Result:
     return {"seconds": time.perf_counter() - begin, "answers": done}
 
 
-@contextlib.contextmanager
-def served(decoder: Any, max_waiting: int) -> Iterator[int]:
-    """A server of the decoder; its port."""
-    from orthrus_fast.server.app import ServerSettings
-    from orthrus_fast.server.front import Front
+class Served:
+    """A server of the decoder, which decodes in the thread that made it, as bare rounds do."""
 
-    settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
-        front, ready = Front(decoder, settings, listener, drain=5), threading.Event()
-        thread = threading.Thread(target=front.relay, args=(ready.set,))
-        thread.start()
-        try:
-            assert ready.wait(120), "the front did not start"
-            yield int(listener.getsockname()[1])
-        finally:
-            front.end()
-            thread.join()
+    def __init__(self, decoder: Any, max_waiting: int) -> None:
+        from orthrus_fast.server.app import ServerSettings
+        from orthrus_fast.server.front import Front
+
+        settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.port = int(self._listener.getsockname()[1])
+        self._front = Front(decoder, settings, self._listener, drain=5)
+
+    def __enter__(self) -> Served:
+        ready = threading.Event()
+        self._front.start(ready.set)
+        assert ready.wait(120), "the front did not start"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._front.end()
+        self._front.decode()
+        self._front.join()
+        self._listener.close()
+
+    def during(self, clients: Callable[[], Result]) -> Result:
+        """Serve while ``clients`` runs in another thread; its result."""
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(clients)
+            running.add_done_callback(lambda _: self._front.pause())
+            self._front.decode()
+            return running.result()
 
 
 class Comparison:
@@ -175,19 +190,15 @@ class Comparison:
         return {"rate": n_tokens / seconds, "cpu": cpu, "first": firsts}
 
     def by_clients(
-        self, port: int, n_clients: int, rate: float | None = None, leaving: bool = False
+        self, served: Served, n_clients: int, rate: float | None = None, leaving: bool = False
     ) -> Result:
         """The same requests of clients; with ``leaving`` a third of them leave early."""
         settings = {"stream": True, "temperature": 0, "max_tokens": self.max_tokens}
         bodies = [json.dumps({**settings, "messages": one}) for one in self.prompts]
         after = [1 + i % 4 if leaving and i % 3 == 0 else None for i in range(len(bodies))]
-        order: Result = {"port": port, "clients": n_clients, "rate": rate}
+        order: Result = {"port": served.port, "clients": n_clients, "rate": rate}
         order |= {"bodies": bodies, "leave_after": after}
-        command = [sys.executable, __file__, "--clients-process"]
-        done = subprocess.run(
-            command, input=json.dumps(order), capture_output=True, text=True, check=True
-        )
-        result: Result = json.loads(done.stdout)
+        result = served.during(lambda: in_another_process(order))
         answers = result["answers"]
         assert all(one["status"] == 200 for one in answers), "a request was refused"
         stayed = [one for one, leave in zip(answers, after, strict=True) if leave is None]
@@ -222,22 +233,24 @@ def described(result: Result) -> Result:
     }
 
 
-def cpu_of(name: str) -> float:
-    """Seconds that a thread of this process has computed, whatever else the machine does."""
-    [thread] = [one for one in threading.enumerate() if one.name == name]
-    assert thread.ident is not None
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+def in_another_process(order: Result) -> Result:
+    """What the clients' process says."""
+    command = [sys.executable, __file__, "--clients-process"]
+    text = json.dumps(order)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    said: Result = json.loads(done.stdout)
+    return said
 
 
-def at_once(compared: Comparison, port: int, n_clients: int, rounds: int) -> Result:
+def at_once(compared: Comparison, served: Served, n_clients: int, rounds: int) -> Result:
     """A closed loop against the bare engine, in alternating rounds."""
     log(f"{n_clients} clients")
     bare, clients = [], []
     for _ in range(rounds):
         bare.append(compared.bare(one_by_one=n_clients == 1))
-        before = cpu_of("engine")
-        clients.append(described(compared.by_clients(port, n_clients)))
-        clients[-1]["cpu"] = cpu_of("engine") - before
+        before = time.thread_time()
+        clients.append(described(compared.by_clients(served, n_clients)))
+        clients[-1]["cpu"] = time.thread_time() - before
     ratios = [c["tokens_per_second"] / b["rate"] for b, c in zip(bare, clients, strict=True)]
     of_cpu = [b["cpu"] / c.pop("cpu") for b, c in zip(bare, clients, strict=True)]
     middle = sorted(clients, key=lambda one: one["tokens_per_second"])[len(clients) // 2]
@@ -248,6 +261,15 @@ def at_once(compared: Comparison, port: int, n_clients: int, rounds: int) -> Res
         firsts = [first for one in bare for first in one["first"]]
         result["engine_first_token_ms"] = milliseconds(firsts)
     return result
+
+
+def wait_for_the_end(decoder: Any) -> Result:
+    """Until the engine has nothing left of clients that have gone."""
+    begin = time.perf_counter()
+    while decoder.engine.has_work:
+        assert time.perf_counter() - begin < 10, "a request is stuck"
+        time.sleep(0.01)
+    return {}
 
 
 def build_parser() -> Parser:
@@ -284,18 +306,16 @@ def measure(args: argparse.Namespace, report: Report) -> Result:
     report.describe(decoder.configuration)
     compared = Comparison(decoder, args.requests, args.new_tokens)
     part: Result = {"requests": args.requests, "new_tokens": args.new_tokens, "at": []}
-    with compared.replayed(args.accept), served(decoder, max_waiting=1000) as port:
+    with compared.replayed(args.accept), Served(decoder, max_waiting=1000) as served:
         for n_clients in args.clients:
-            part["at"].append(at_once(compared, port, n_clients, args.rounds))
+            part["at"].append(at_once(compared, served, n_clients, args.rounds))
             report.add("parts", "serving", part)
         rate = part["at"][-1]["requests_per_second"] / 2
         log(f"an open loop of {rate:.2f} requests/s, of whose clients a third leave")
-        leaving = compared.by_clients(port, 0, rate, leaving=True)
+        leaving = compared.by_clients(served, 0, rate, leaving=True)
         part["open_loop"] = {"rate": rate, **described(leaving)}
         report.add("parts", "serving", part)
-        begin = time.perf_counter()
-        while decoder.engine.has_work:
-            assert time.perf_counter() - begin < 10, "a request is stuck"
+        served.during(lambda: wait_for_the_end(decoder))
     return part
 
 

@@ -69,7 +69,9 @@ def serve_decoder(
     front = Front(decoder, settings, listener, args.drain_seconds)
     for number in SIGNALS:
         signal.signal(number, lambda *_: front.end())
-    front.relay(ready)
+    front.start(ready)
+    front.decode()
+    front.join()
 
 
 def serve_replicas(

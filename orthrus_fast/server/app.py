@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -92,14 +93,15 @@ def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker = start_worker(decoder, service.jobs)
+        worker, thread = start_worker(decoder, service.jobs)
         yield
         worker.stop()
+        thread.join()
 
     return Guard(service.app(lifespan), settings.access, service.answered)
 
 
-def start_worker(decoder: Decoder, jobs: Jobs) -> Worker:
+def start_worker(decoder: Decoder, jobs: Jobs) -> tuple[Worker, threading.Thread]:
     """Have a thread decode the jobs of the event loop that this runs in."""
     loop = asyncio.get_running_loop()
 
@@ -108,8 +110,9 @@ def start_worker(decoder: Decoder, jobs: Jobs) -> Worker:
 
     worker = Worker(decoder, tell)
     jobs.order = worker.order
-    worker.start()
-    return worker
+    thread = threading.Thread(target=worker.run, name="engine", daemon=True)
+    thread.start()
+    return worker, thread
 
 
 def bare_app(lifespan: Any = None) -> FastAPI:

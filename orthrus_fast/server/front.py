@@ -55,33 +55,44 @@ class Front:
         self._worker = Worker(decoder, self._tell)
         self._is_to_end = False
 
-    def relay(self, ready: Callable[[], None]) -> None:
-        """Decode what the front asks for until it ends; ``ready`` is called when it listens.
+    def start(self, ready: Callable[[], None]) -> None:
+        """Begin to take orders; ``ready`` is called, in another thread, when the front listens."""
+        threading.Thread(target=self._receive, args=(ready,), name="orders", daemon=True).start()
 
-        Raises OrthrusError where it has failed.
+    def decode(self) -> None:
+        """Decode what the front asks for, until it ends or ``pause`` is called in another thread.
+
+        Call it in the thread that loaded the model: on a CPU OpenMP gives each thread that computes
+        threads of its own, and all are slow where they are more than the machine has (a fourth, of
+        the embedded model on two cores).
         """
-        self._worker.start()
-        try:
-            while True:
-                order: Order | None = pickle.loads(self._pipe.recv_bytes())
-                ready() if order is None else self._worker.order(order)
-        except (EOFError, ConnectionError):
-            pass
-        finally:
-            self._worker.stop()
-            self._pipe.close()
-            self._process.join()
-        if self._process.exitcode and not self._is_to_end:
-            raise OrthrusError(f"the server's front ended with code {self._process.exitcode}")
+        self._worker.run()
+
+    def pause(self) -> None:
+        """Have ``decode`` return; texts wait until it is called again."""
+        self._worker.stop()
 
     def end(self) -> None:
         """Have the front finish what runs, within its time, and then end."""
         self._is_to_end = True
         self._process.terminate()
 
+    def join(self) -> None:
+        """Wait for the front's end. Raises OrthrusError where it has failed."""
+        self._process.join()
+        if self._process.exitcode and not self._is_to_end:
+            raise OrthrusError(f"the server's front ended with code {self._process.exitcode}")
+
+    def _receive(self, ready: Callable[[], None]) -> None:
+        with contextlib.suppress(EOFError, OSError):  # it has ended
+            while True:
+                order: Order | None = pickle.loads(self._pipe.recv_bytes())
+                ready() if order is None else self._worker.order(order)
+        self._worker.stop()
+
     def _tell(self, news: list[News]) -> None:
         data = pickle.dumps(news, pickle.HIGHEST_PROTOCOL)
-        with contextlib.suppress(OSError), self._sending:  # it has ended, which ``relay`` sees
+        with contextlib.suppress(OSError), self._sending:  # it has ended, which ``_receive`` sees
             self._pipe.send_bytes(data)
 
 

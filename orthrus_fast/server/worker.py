@@ -1,4 +1,4 @@
-"""The one thread that steps the engine for a server: takes orders, and tells what comes of them."""
+"""What steps the engine for a server, in one thread: takes orders, and tells what comes of them."""
 
 from __future__ import annotations
 
@@ -46,19 +46,24 @@ class Worker:
         self._compilers = ThreadPoolExecutor(COMPILERS, "grammar")
         self._wake = threading.Condition()
         self._stopping = self._has_failed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
-        """Begin to serve."""
-        self._thread.start()
+    def run(self) -> None:
+        """Decode what is ordered, in this thread, until ``stop`` is called in another one."""
+        while self._wait():
+            try:
+                while self._orders:
+                    self._obey(self._orders.popleft())
+                self.decoder.step()
+                self._deliver()
+            except Exception as error:  # of this program: the engine reports those of the device
+                self._fail(error)
+        self._stopping = False
 
     def stop(self) -> None:
-        """End the thread after the step that it is at, and with it all texts."""
+        """Have ``run`` return after the step that it is at; another run goes on from there."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
-        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def order(self, order: Order) -> None:
         """Take an order; all of a job's texts are queued or none."""
@@ -85,20 +90,10 @@ class Worker:
             self._left.discard(order.job)
             self._tell([Begun(order.job, error)])
 
-    # From here on: the worker's thread.
-
-    def _run(self) -> None:
-        while self._wait():
-            try:
-                while self._orders:
-                    self._obey(self._orders.popleft())
-                self.decoder.step()
-                self._deliver()
-            except Exception as error:  # of this program: the engine reports those of the device
-                self._fail(error)
+    # From here on: the thread that runs.
 
     def _wait(self) -> bool:
-        """Wait for something to do; False once the thread is to end."""
+        """Wait for something to do; False once ``run`` is to end."""
         with self._wake:
             while not (self._orders or self._stopping or self.decoder.engine.has_work):
                 self._wake.wait(FAILURE_SECONDS)

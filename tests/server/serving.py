@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +90,17 @@ def fronting(decoder: Decoder, drain: int = 5, **settings: Any) -> Iterator[tupl
     """The same with a front, as ``orthrus serve`` has it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         front, ready = Front(decoder, settings_of(**settings), listener, drain), threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            relaying = pool.submit(front.relay, ready.set)
-            try:
-                until(lambda: ready.is_set() or relaying.done(), 60)
-                yield Running(decoder, address_of(listener)), front
-            finally:
-                front.end()
-                relaying.result(20)
+        front.start(ready.set)
+        decoding = threading.Thread(target=front.decode)
+        decoding.start()
+        try:
+            until(lambda: ready.is_set() or not decoding.is_alive(), 60)
+            yield Running(decoder, address_of(listener)), front
+        finally:
+            front.end()
+            decoding.join(20)
+            front.join()
+            assert not decoding.is_alive()
 
 
 def settings_of(model: str = "tiny", access: Access = Access(), **more: Any) -> ServerSettings:  # noqa: B008

@@ -296,10 +296,11 @@ def test_the_end_does_not_wait_for_ever(checkpoint: Path) -> None:
 def test_a_front_that_dies_ends_the_server(checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         front = Front(load(checkpoint), settings_of(), listener, drain=5)
+        front.start(lambda: None)
         front._process.kill()
+        front.decode()  # and returns
         with pytest.raises(OrthrusError, match="front ended with code -9"):
-            front.relay(lambda: None)
-        assert not front._worker._thread.is_alive()
+            front.join()
 
 
 def test_an_engine_that_has_failed_refuses_all(
@@ -323,7 +324,8 @@ def test_a_job_that_is_left_while_its_grammar_is_compiled_never_begins(
     decoder, told, go_on = load(checkpoint), list[News](), threading.Event()
     worker = Worker(decoder, told.extend)
     monkeypatch.setattr(decoder, "compile_grammar", lambda grammar: go_on.wait(20))
-    worker.start()
+    thread = threading.Thread(target=worker.run)
+    thread.start()
     params = SamplingParams(grammar=Grammar("regex", "a+"))
     worker.order(Begin(1, [Task([1], 5, params, None)], ""))
     worker.order(Leave(1))
@@ -332,5 +334,6 @@ def test_a_job_that_is_left_while_its_grammar_is_compiled_never_begins(
     worker.order(Begin(2, [Task([1], 2, SamplingParams(), None)], ""))
     until(lambda: any(isinstance(one, Piece) and one.result for one in told))
     worker.stop()
+    thread.join()
     assert {one.job for one in told if not isinstance(one, Ended)} == {2}
     assert not worker._left and not worker._compiling and not worker._streams
