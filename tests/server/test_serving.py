@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -16,9 +17,21 @@ import pytest
 from orthrus_fast import Decoder, Grammar, SamplingParams
 from orthrus_fast.engine.engine import Engine
 from orthrus_fast.errors import OrthrusError
+from orthrus_fast.results import Generation
 from orthrus_fast.server import listening
 from orthrus_fast.server.front import Front
-from orthrus_fast.server.jobs import Begin, Ended, Job, Jobs, Leave, News, Piece, Task
+from orthrus_fast.server.jobs import (
+    NOTHING,
+    Begin,
+    Begun,
+    Ended,
+    Job,
+    Jobs,
+    Leave,
+    News,
+    Piece,
+    Task,
+)
 from orthrus_fast.server.worker import Worker
 from tests.server.serving import (
     Running,
@@ -241,7 +254,7 @@ def metric(running: Running, name: str) -> float:
 
 
 def test_metrics_count_what_was_decoded(running: Running) -> None:
-    body = {"prompt": list(range(40)), "max_tokens": 30}
+    body, begun_at = {"prompt": list(range(40)), "max_tokens": 30}, time.monotonic()
     told = running.post("/v1/completions", body).json()
     again = running.post("/v1/completions", body).json()
     running.post("/v1/completions", {"prompt": 5})
@@ -256,6 +269,8 @@ def test_metrics_count_what_was_decoded(running: Running) -> None:
     assert found["orthrus_reused_tokens_total"] == 39
     assert found["orthrus_cycles_total"] == cycles
     assert found["orthrus_first_token_seconds_count"] == 2
+    waited = [found[f"orthrus_{of}_seconds_sum"] for of in ("first_token", "gap")]
+    assert min(waited) > 0 and sum(waited) < time.monotonic() - begun_at
     assert found["orthrus_gap_seconds_count"] == cycles
     assert found["orthrus_tokens_per_cycle_count"] == 2
     assert found['orthrus_texts_total{reason="length"}'] == 2
@@ -337,3 +352,25 @@ def test_a_job_that_is_left_while_its_grammar_is_compiled_never_begins(
     thread.join()
     assert {one.job for one in told if not isinstance(one, Ended)} == {2}
     assert not worker._left and not worker._compiling and not worker._streams
+
+
+def test_what_comes_after_a_job_was_left_counts_for_nothing() -> None:
+    """The worker may have told it before it heard of that."""
+    orders: list[Any] = []
+
+    async def leave() -> Jobs:
+        jobs = Jobs(slots=1, max_waiting=1, watch=lambda piece: None)
+        jobs.order = orders.append
+        submitting = asyncio.create_task(jobs.submit([Task([1], 5, SamplingParams(), None)], ""))
+        await asyncio.sleep(0)
+        jobs.hear([Begun(1, None)])
+        job = await submitting
+        assert jobs.n_running == 1
+        job.close()
+        jobs.hear([Piece(1, 0, NOTHING, Generation.failed(OrthrusError(""), None), 0.1, True)])
+        job.close()
+        return jobs
+
+    jobs = asyncio.run(leave())
+    assert jobs.n_texts == jobs.n_running == jobs.n_waiting == 0 and not jobs._jobs
+    assert [type(one) for one in orders] == [Begin, Leave]
