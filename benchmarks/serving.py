@@ -120,9 +120,9 @@ class Served:
         from orthrus_fast.server.front import Front
 
         settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        self.port = int(self._listener.getsockname()[1])
-        self._front = Front(decoder, settings, self._listener, drain=5)
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.port = int(listener.getsockname()[1])
+        self._front = Front(decoder, settings, listener, drain=5)
 
     def __enter__(self) -> Served:
         ready = threading.Event()
@@ -134,7 +134,6 @@ class Served:
         self._front.end()
         self._front.decode()
         self._front.join()
-        self._listener.close()
 
     def during(self, clients: Callable[[], Result]) -> Result:
         """Serve while ``clients`` runs in another thread; its result."""

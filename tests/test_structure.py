@@ -43,7 +43,7 @@ LIMITS = {
     "engine": 930,
     "tuning": 280,
     "bench": 1750,
-    "server": 2200,  # without its page
+    "server": 2215,  # without its page
     "model.py": 400,
     "benchmarks/report.py": 645,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -35,9 +37,9 @@ LOST = "the process that has the decoder has ended; its log says why"
 
 
 class Front:
-    """A process that serves clients on ``listener``, and the worker that decodes for it here.
+    """A process that serves clients, and the worker that decodes for it here.
 
-    Raises RequestError for a decoder that has no tokenizer.
+    It takes ``listener`` over. Raises RequestError for a decoder that has no tokenizer.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Front:
         self._process = spawn.Process(target=run_front, args=how, name="front", daemon=True)
         self._process.start()
         other.close()
+        listener.close()  # else clients would still connect to it at the front's end
         self._sending = threading.Lock()
         self._worker = Worker(decoder, self._tell)
         self._is_to_end = False
@@ -114,8 +117,16 @@ def run_front(
 
     app = Guard(service.app(lifespan), settings.access, service.answered)
     server = make_server(app, drain_seconds)
+    begin_to_end = server.handle_exit
+
+    def on_signal(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and server.should_exit:  # the second one
+            os._exit(0)  # at once, where uvicorn would say what it cancels
+        begin_to_end(number, frame)
+
+    server.handle_exit = on_signal  # type: ignore[method-assign, assignment]
     for number in SIGNALS:  # which uvicorn raises again at its end
-        signal.signal(number, server.handle_exit)
+        signal.signal(number, on_signal)
     server.run(sockets=[listener])
 
 

@@ -115,7 +115,8 @@ class Served:
         command = [sys.executable, "-m", "orthrus_fast", "serve", "--port", "0", *flags]
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=variables, **pipes)
+        how: Any = {"cwd": ROOT, "env": variables, "start_new_session": True, **pipes}
+        self.process = subprocess.Popen(command, **how)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         found = re.search(r"at (http://\S+)/$", line.strip())
@@ -144,6 +145,23 @@ def test_a_signal_lets_what_runs_end_and_exits_with_0(checkpoint: Path, number: 
     tokens = [json.loads(line[6:])["choices"][0]["orthrus"]["n_tokens"] for line in events[:-1]]
     assert sum(tokens) >= 399
     assert "Traceback" not in code[1]
+
+
+def test_a_second_ctrl_c_ends_the_server_at_once(checkpoint: Path) -> None:
+    """A terminal sends it to both processes."""
+    served = Served("--checkpoint", str(checkpoint), "--device", "cpu")
+    body = {"prompt": "x", "max_tokens": 1500, "stream": True, "mode": "ar"}
+    url = f"{served.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.killpg(served.process.pid, signal.SIGINT)
+        until(lambda: not is_answered(served.url))
+        os.killpg(served.process.pid, signal.SIGINT)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    assert served.process.wait(20) == 0
+    assert served.process.communicate()[1] == "Ctrl-C ends the server\n"
 
 
 def test_nothing_is_left_of_a_server_whose_decoder_dies(checkpoint: Path) -> None:

@@ -88,19 +88,20 @@ def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
 @contextlib.contextmanager
 def fronting(decoder: Decoder, drain: int = 5, **settings: Any) -> Iterator[tuple[Running, Front]]:
     """The same with a front, as ``orthrus serve`` has it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        front, ready = Front(decoder, settings_of(**settings), listener, drain), threading.Event()
-        front.start(ready.set)
-        decoding = threading.Thread(target=front.decode)
-        decoding.start()
-        try:
-            until(lambda: ready.is_set() or not decoding.is_alive(), 60)
-            yield Running(decoder, address_of(listener)), front
-        finally:
-            front.end()
-            decoding.join(20)
-            front.join()
-            assert not decoding.is_alive()
+    listener, ready = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    url = address_of(listener)
+    front = Front(decoder, settings_of(**settings), listener, drain)
+    front.start(ready.set)
+    decoding = threading.Thread(target=front.decode)
+    decoding.start()
+    try:
+        until(lambda: ready.is_set() or not decoding.is_alive(), 60)
+        yield Running(decoder, url), front
+    finally:
+        front.end()
+        decoding.join(20)
+        front.join()
+        assert not decoding.is_alive()
 
 
 def settings_of(model: str = "tiny", access: Access = Access(), **more: Any) -> ServerSettings:  # noqa: B008

@@ -309,13 +309,13 @@ def test_the_end_does_not_wait_for_ever(checkpoint: Path) -> None:
 
 
 def test_a_front_that_dies_ends_the_server(checkpoint: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        front = Front(load(checkpoint), settings_of(), listener, drain=5)
-        front.start(lambda: None)
-        front._process.kill()
-        front.decode()  # and returns
-        with pytest.raises(OrthrusError, match="front ended with code -9"):
-            front.join()
+    listener = socket.create_server(("127.0.0.1", 0))
+    front = Front(load(checkpoint), settings_of(), listener, drain=5)
+    front.start(lambda: None)
+    front._process.kill()
+    front.decode()  # and returns
+    with pytest.raises(OrthrusError, match="front ended with code -9"):
+        front.join()
 
 
 def test_an_engine_that_has_failed_refuses_all(
