@@ -22,7 +22,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,15 +118,14 @@ class Served:
         from orthrus_fast.server.app import ServerSettings
         from orthrus_fast.server.front import Front
 
-        settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
+        self._decoder = decoder
+        self._settings = ServerSettings("model", "fp_benchmark", max_waiting=max_waiting)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         self.port = int(listener.getsockname()[1])
-        self._front = Front(decoder, settings, listener, drain=5)
+        self._front = Front(listener, drain_seconds=5)
 
     def __enter__(self) -> Served:
-        ready = threading.Event()
-        self._front.start(ready.set)
-        assert ready.wait(120), "the front did not start"
+        assert self._front.start(self._decoder, self._settings), "the front did not start"
         return self
 
     def __exit__(self, *_: object) -> None:

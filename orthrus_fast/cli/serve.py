@@ -62,15 +62,14 @@ def serve_decoder(
     from orthrus_fast.server.app import ServerSettings
     from orthrus_fast.server.front import SIGNALS, Front
 
+    front = Front(listener, args.drain_seconds)
     decoder = load_decoder(args)
     how = (fingerprint(decoder), access, args.mode, args.max_waiting)
-    settings = ServerSettings(args.served_model_name, *how)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the front, too, until it minds its own
-    front = Front(decoder, settings, listener, args.drain_seconds)
     for number in SIGNALS:
         signal.signal(number, lambda *_: front.end())
-    front.start(ready)
-    front.decode()
+    if front.start(decoder, ServerSettings(args.served_model_name, *how)):
+        ready()
+        front.decode()
     front.join()
 
 

@@ -37,30 +37,39 @@ LOST = "the process that has the decoder has ended; its log says why"
 
 
 class Front:
-    """A process that serves clients, and the worker that decodes for it here.
+    """A process that serves clients on ``listener``, which it takes over.
 
-    It takes ``listener`` over. Raises RequestError for a decoder that has no tokenizer.
+    Make it before the model is loaded: meanwhile it imports what it needs.
     """
 
-    def __init__(
-        self, decoder: Decoder, settings: ServerSettings, listener: socket.socket, drain: int
-    ) -> None:
-        if decoder.tokenizer is None:
-            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+    def __init__(self, listener: socket.socket, drain_seconds: int) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, other = spawn.Pipe()
-        how = (other, listener, Facts.of(decoder), decoder.tokenizer.directory, settings, drain)
+        how = (other, listener, drain_seconds)
         self._process = spawn.Process(target=run_front, args=how, name="front", daemon=True)
-        self._process.start()
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the new process has it, too
+        try:
+            self._process.start()
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
         other.close()
         listener.close()  # else clients would still connect to it at the front's end
-        self._sending = threading.Lock()
-        self._worker = Worker(decoder, self._tell)
-        self._is_to_end = False
+        self._sending, self._is_up = threading.Lock(), threading.Event()
+        self._is_to_end = self._is_over = False
 
-    def start(self, ready: Callable[[], None]) -> None:
-        """Begin to take orders; ``ready`` is called, in another thread, when the front listens."""
-        threading.Thread(target=self._receive, args=(ready,), name="orders", daemon=True).start()
+    def start(self, decoder: Decoder, settings: ServerSettings) -> bool:
+        """Begin to serve; returns once the front listens, False if it has ended before.
+
+        Raises RequestError for a decoder that has no tokenizer.
+        """
+        facts, tokenizer = Facts.of(decoder), decoder.tokenizer
+        if tokenizer is None:
+            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+        self._worker = Worker(decoder, self._send)
+        self._send((facts, tokenizer.directory, settings))
+        threading.Thread(target=self._receive, name="orders", daemon=True).start()
+        self._is_up.wait()
+        return not self._is_over
 
     def decode(self) -> None:
         """Decode what the front asks for, until it ends or ``pause`` is called in another thread.
@@ -86,28 +95,30 @@ class Front:
         if self._process.exitcode and not self._is_to_end:
             raise OrthrusError(f"the server's front ended with code {self._process.exitcode}")
 
-    def _receive(self, ready: Callable[[], None]) -> None:
+    def _receive(self) -> None:
         with contextlib.suppress(EOFError, OSError):  # it has ended
             while True:
                 order: Order | None = pickle.loads(self._pipe.recv_bytes())
-                ready() if order is None else self._worker.order(order)
+                if order is not None:
+                    self._worker.order(order)
+                self._is_up.set()
+        self._is_over = True
+        self._is_up.set()
         self._worker.stop()
 
-    def _tell(self, news: list[News]) -> None:
-        data = pickle.dumps(news, pickle.HIGHEST_PROTOCOL)
+    def _send(self, what: Any) -> None:
+        data = pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
         with contextlib.suppress(OSError), self._sending:  # it has ended, which ``_receive`` sees
             self._pipe.send_bytes(data)
 
 
-def run_front(
-    pipe: Connection,
-    listener: socket.socket,
-    facts: Facts,
-    directory: Path,
-    settings: ServerSettings,
-    drain_seconds: int,
-) -> None:
+def run_front(pipe: Connection, listener: socket.socket, drain_seconds: int) -> None:
     """The front's process."""
+    try:
+        setup: tuple[Facts, Path, ServerSettings] = pickle.loads(pipe.recv_bytes())
+    except EOFError:  # no model was loaded
+        return
+    facts, directory, settings = setup
     service = Service(facts, Tokenizer.from_directory(directory), settings)
 
     @asynccontextmanager
@@ -133,7 +144,7 @@ def run_front(
 def connect(pipe: Connection, jobs: Jobs, end: Callable[[], None]) -> None:
     """Send the orders of jobs through a pipe and have them hear what comes; ``end`` with it.
 
-    Call it in their event loop. That it is done is sent first.
+    Call it in their event loop. That it is done is sent first, as None.
     """
     loop = asyncio.get_running_loop()
 

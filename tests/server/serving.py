@@ -88,14 +88,13 @@ def serving(decoder: Decoder, **settings: Any) -> Iterator[Running]:
 @contextlib.contextmanager
 def fronting(decoder: Decoder, drain: int = 5, **settings: Any) -> Iterator[tuple[Running, Front]]:
     """The same with a front, as ``orthrus serve`` has it."""
-    listener, ready = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
     url = address_of(listener)
-    front = Front(decoder, settings_of(**settings), listener, drain)
-    front.start(ready.set)
+    front = Front(listener, drain)
+    assert front.start(decoder, settings_of(**settings))
     decoding = threading.Thread(target=front.decode)
     decoding.start()
     try:
-        until(lambda: ready.is_set() or not decoding.is_alive(), 60)
         yield Running(decoder, url), front
     finally:
         front.end()

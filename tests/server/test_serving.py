@@ -310,10 +310,18 @@ def test_the_end_does_not_wait_for_ever(checkpoint: Path) -> None:
 
 def test_a_front_that_dies_ends_the_server(checkpoint: Path) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
-    front = Front(load(checkpoint), settings_of(), listener, drain=5)
-    front.start(lambda: None)
+    front = Front(listener, drain_seconds=5)
+    assert front.start(load(checkpoint), settings_of())
     front._process.kill()
     front.decode()  # and returns
+    with pytest.raises(OrthrusError, match="front ended with code -9"):
+        front.join()
+
+
+def test_a_front_that_dies_at_once_is_told_of(checkpoint: Path) -> None:
+    front = Front(socket.create_server(("127.0.0.1", 0)), drain_seconds=5)
+    front._process.kill()
+    assert not front.start(load(checkpoint), settings_of())
     with pytest.raises(OrthrusError, match="front ended with code -9"):
         front.join()
 
