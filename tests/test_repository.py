@@ -241,7 +241,7 @@ def test_what_needs_more_than_the_readme_installs_says_what(bare: Path, tmp_path
     absent = in_bare(bare, "python -c 'import numpy'", tmp_path, 1)
     assert "No module named 'numpy'" in absent.stderr
     done = in_bare(bare, "orthrus serve", tmp_path, 2)
-    needs = "uvicorn is not installed; run: pip install -e '.[server]' in the repository"
+    needs = "pydantic is not installed; run: pip install -e '.[server]' in the repository"
     assert done.stderr == f"error: {needs}\n"
     done = in_bare(bare, "python -m scripts.train_embedded speed", tmp_path, 1)
     assert done.stderr == ("error: numpy is not installed; run: pip install -e '.[test]'\n")

@@ -62,27 +62,30 @@ def find_tiles(x: Tensor, weight: Tensor) -> Tiles:
     """The tiles of x [..., K] times weight [N, K]."""
     n_columns, n_inner = weight.shape
     n_rows = x.numel() // n_inner
+    shared, table = _of_device(x.device)
     key = (row_class(n_rows), n_columns, n_inner, "")
-    tiles = _of_table(x.device, key) if x.itemsize == 2 else None
-    return tiles or default_tiles(n_rows, x.itemsize, _of_device(x.device)[0])
+    tiles = _of_table(table, key) if x.itemsize == 2 else None
+    return tiles or default_tiles(n_rows, x.itemsize, shared)
 
 
 def find_quantized_tiles(x: Tensor, weight: Weight) -> Tiles:
     """The tiles of x [..., K] times a weight in fewer bits [N, K]."""
     n_rows, n_columns = x.numel() // weight.n_inputs, len(weight.weight)
+    shared, table = _of_device(x.device)
     key = (row_class(n_rows), n_columns, weight.n_inputs, weight.format)
-    tiles, places = _of_table(x.device, key) if x.itemsize == 2 else None, PLACES[weight.format]
-    shared = _of_device(x.device)[0]
+    tiles = _of_table(table, key) if x.itemsize == 2 else None
+    places = PLACES[weight.format]
     return tiles or default_quantized_tiles(n_rows, places, x.itemsize, shared)
 
 
-@functools.cache
-def _of_table(device: torch.device, key: tuple[int, int, int, str]) -> Tiles | None:
-    """The tiles of a product in the tables, or else of the nearest one there, if it is near.
+def _of_table(table: Table, key: tuple[int, int, int, str]) -> Tiles | None:
+    """The tiles of a product in a table, or else of the nearest one there, if it is near.
 
     So the shares of several GPUs, of which few are in a table, have those of the whole, or nearly.
     """
-    table, (n_rows, n, k, format) = _of_device(device)[1], key
+    if key in table:
+        return table[key]
+    n_rows, n, k, format = key
 
     def distance(other: tuple[int, int, int, str]) -> float:
         return abs(math.log2(n / other[1])) + abs(math.log2(k / other[2]))

@@ -46,7 +46,6 @@ TILES = Tiles(16, 64, 32, False, False, 4, 2)
 def test_a_table_or_the_default_has_the_tiles_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {(rows, 70, 520, ""): TILES._replace(block_m=rows) for rows in (16, 32, 2048)}
     monkeypatch.setattr(tiles, "_of_device", lambda device: (99 * 1024, table))
-    monkeypatch.setattr(tiles, "_of_table", tiles._of_table.__wrapped__)  # which would keep them
     weight = torch.empty(70, 520, dtype=torch.bfloat16)
 
     def of(*shape: int, weight: Tensor = weight) -> Tiles:

@@ -475,8 +475,7 @@ def test_the_config_file_runs_as_it_stands(tmp_path: Path) -> None:
     script = str(Path(sys.executable).with_name("serve"))
     with started(script, "run", str(tmp_path / "replicas.yaml")):
         until(lambda: answers(f"{url}/health"), 90)
-        nothing: Any = None
-        served = Served(url, nothing)
+        served = Served(url)
         until(lambda: n_replicas(served) == 2, 60)
         text, is_whole = stream(served, chat(TABLES[0], stream=True, temperature=0))
         assert is_whole and json.loads(text)
