@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,32 @@ def test_winners_and_logits_of_ranks_are_those_of_one(n_ranks: int, itemsize: in
         assert torch.equal(ids, expected[0])
         assert torch.equal(logits.nan_to_num(9.0), expected[1].nan_to_num(9.0))
         assert bool((group.buffers[last] == ABSENT).all())
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("n_ranks, late", [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)])
+def test_a_sum_waits_for_the_last_word_of_each_part(n_ranks: int, late: int) -> None:
+    """Of a row's part the first word may come long before the others."""
+    group, split = Group(n_ranks, 4), k_split(HIDDEN, 4096)
+    weight, x = torch.randn(HIDDEN, 4096), torch.randn(1, 2, 4096)
+    for rank, share in enumerate(row_parallel(weight, split, n_ranks)):
+        part = x.chunk(n_ranks, dim=-1)[rank].contiguous()
+        partials = SharedProducts(group.ranks[rank]).partials(part, share)
+    n_each = len(partials) // n_ranks
+    words = partials.view(torch.int32)[late * n_each : (late + 1) * n_each, :, :, 1:]
+    residual, scale = torch.zeros(1, 2, HIDDEN), torch.ones(HIDDEN)
+    expected = norm.add_norm(residual, partials.clone(), scale, 1e-6)
+    sent, got = words.clone(), list[Tensor]()
+    words.fill_(ABSENT)
+    last = group.ranks[-1]
+    waiting = threading.Thread(
+        target=lambda: got.extend(last.add_norm(residual, partials, scale, 1e-6))
+    )
+    waiting.start()
+    waiting.join(0.1)
+    words.copy_(sent)
+    waiting.join(20)
+    assert all(map(torch.equal, got, expected)) and len(got) == 2
 
 
 @pytest.mark.usefixtures("on_the_cpu")
