@@ -115,7 +115,7 @@ def candidates(shape: Shape, shared: int) -> Iterator[Tiles]:
     descriptors = (False, True) if shape.k % 8 == 0 else (False,)  # which want 16 bytes aligned
     for (block_m, block_n, block_k, num_warps), joined, by in product(blocks, joins, descriptors):
         most = shared // ((block_m + block_n) * block_k * 2)
-        for depth in {min(most, 4), min(most, 6), most // 2}:  # the last: two on a multiprocessor
+        for depth in {min(most, 4), min(most, 6)}:
             if depth >= 2:
                 yield Tiles(block_m, block_n, block_k, joined, by, num_warps, depth)
 
