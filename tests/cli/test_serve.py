@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,16 @@ class Served:
         assert found is not None, line or self.process.communicate()[1]
         self.url = found[1]
 
+    @contextlib.contextmanager
+    def streaming(self, max_tokens: int) -> Iterator[Iterator[str]]:
+        """The lines of a text of one token a cycle, of which the first one has come."""
+        body = {"prompt": "x", "max_tokens": max_tokens, "stream": True, "mode": "ar"}
+        url = f"{self.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            yield lines
+
     def end(self, number: int) -> tuple[int, str]:
         """The exit code after a signal, and standard error."""
         self.process.send_signal(number)
@@ -133,11 +145,7 @@ class Served:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_end_and_exits_with_0(checkpoint: Path, number: int) -> None:
     served = Served("--checkpoint", str(checkpoint), "--device", "cpu")
-    body = {"prompt": "x", "max_tokens": 400, "stream": True, "mode": "ar"}
-    url = f"{served.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with served.streaming(max_tokens=400) as lines:
         code = served.end(number)
         events = [line for line in lines if line]
     assert code[0] == 0, code
@@ -150,11 +158,7 @@ def test_a_signal_lets_what_runs_end_and_exits_with_0(checkpoint: Path, number: 
 def test_a_second_ctrl_c_ends_the_server_at_once(checkpoint: Path) -> None:
     """A terminal sends it to both processes."""
     served = Served("--checkpoint", str(checkpoint), "--device", "cpu")
-    body = {"prompt": "x", "max_tokens": 1500, "stream": True, "mode": "ar"}
-    url = f"{served.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with served.streaming(max_tokens=1500) as lines:
         os.killpg(served.process.pid, signal.SIGINT)
         until(lambda: not is_answered(served.url))
         os.killpg(served.process.pid, signal.SIGINT)
@@ -166,11 +170,7 @@ def test_a_second_ctrl_c_ends_the_server_at_once(checkpoint: Path) -> None:
 
 def test_nothing_is_left_of_a_server_whose_decoder_dies(checkpoint: Path) -> None:
     served = Served("--checkpoint", str(checkpoint), "--device", "cpu")
-    body = {"prompt": "x", "max_tokens": 1500, "stream": True, "mode": "ar"}
-    url = f"{served.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with served.streaming(max_tokens=1500) as lines:
         served.process.kill()
         assert "the process that has the decoder has ended" in [line for line in lines if line][-1]
     until(lambda: not is_answered(served.url))
