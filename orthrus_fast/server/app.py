@@ -89,7 +89,7 @@ def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
 
     Raises RequestError for one that has no tokenizer.
     """
-    service = Service(Facts.of(decoder), decoder.tokenizer, settings)
+    service = Service(Facts.of(decoder), tokenizer_of(decoder), settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -99,6 +99,13 @@ def create_app(decoder: Decoder, settings: ServerSettings) -> Guard:
         thread.join()
 
     return Guard(service.app(lifespan), settings.access, service.answered)
+
+
+def tokenizer_of(decoder: Decoder) -> Tokenizer:
+    """The decoder's tokenizer. Raises RequestError where it has none."""
+    if decoder.tokenizer is None:
+        raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+    return decoder.tokenizer
 
 
 def start_worker(decoder: Decoder, jobs: Jobs) -> tuple[Worker, threading.Thread]:
@@ -141,9 +148,7 @@ async def refused(request: Request, error: Exception) -> Response:
 class Service:
     """The endpoints."""
 
-    def __init__(self, facts: Facts, tokenizer: Tokenizer | None, settings: ServerSettings) -> None:
-        if tokenizer is None:
-            raise RequestError(f"{facts.name} has no tokenizer.json, which a server needs")
+    def __init__(self, facts: Facts, tokenizer: Tokenizer, settings: ServerSettings) -> None:
         self.metrics = Metrics()
         self.jobs = Jobs(facts.slots, settings.max_waiting, self.metrics.saw)
         self.metrics.show(lambda: self.jobs.n_running, lambda: self.jobs.n_waiting)

@@ -24,9 +24,9 @@ from typing import Any
 from fastapi import FastAPI
 
 from orthrus_fast.decoder import Decoder
-from orthrus_fast.errors import OrthrusError, RequestError
+from orthrus_fast.errors import OrthrusError
 from orthrus_fast.server.access import Guard
-from orthrus_fast.server.app import Facts, ServerSettings, Service
+from orthrus_fast.server.app import Facts, ServerSettings, Service, tokenizer_of
 from orthrus_fast.server.jobs import Jobs, News, Order
 from orthrus_fast.server.listening import make_server
 from orthrus_fast.server.worker import Worker
@@ -62,11 +62,8 @@ class Front:
 
         Raises RequestError for a decoder that has no tokenizer.
         """
-        facts, tokenizer = Facts.of(decoder), decoder.tokenizer
-        if tokenizer is None:
-            raise RequestError(f"{decoder.name} has no tokenizer.json, which a server needs")
+        self._send((Facts.of(decoder), tokenizer_of(decoder).directory, settings))
         self._worker = Worker(decoder, self._send)
-        self._send((facts, tokenizer.directory, settings))
         threading.Thread(target=self._receive, name="orders", daemon=True).start()
         self._is_up.wait()
         return not self._is_over

@@ -181,8 +181,7 @@ class Jobs:
         """End all texts, for the worker decodes no more."""
         self.failure, ended = reason, OrthrusError(reason)
         for job in list(self._jobs.values()):
-            if job.number in self._accepting:
-                self._settle(Begun(job.number, ended))
+            self._settle(Begun(job.number, ended))
             for index in range(job.n_running):
                 job.put(Piece(job.number, index, NOTHING, Generation.failed(ended, None), 0, False))
 

@@ -47,6 +47,7 @@ from orthrus_fast.server.app import (
     bare_app,
     read_body,
     start_worker,
+    tokenizer_of,
     unless_gone,
 )
 from orthrus_fast.server.metrics import merged
@@ -98,7 +99,7 @@ class Replica:
         name = arguments.model or served_name(arguments.checkpoint)
         more: dict[str, Any] = {"mode": arguments.mode, "max_waiting": arguments.max_waiting}
         settings = ServerSettings(name, self._fingerprint, **more)
-        self._service = Service(Facts.of(decoder), decoder.tokenizer, settings)
+        self._service = Service(Facts.of(decoder), tokenizer_of(decoder), settings)
         self._app = self._service.app()
         start_worker(decoder, self._service.jobs)
 
