@@ -20,6 +20,7 @@ from orthrus_fast.launch import launched
 if TYPE_CHECKING:
     from orthrus_fast.server.access import Access
 
+WITHOUT_NUMPY = "ignore:Failed to initialize NumPy"  # as ``main`` has it
 OF_RAY = {
     "RAY_AUTH_MODE": "token",  # without one a cluster runs whatever it is sent
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: Ray's own ports are on loopback
@@ -62,6 +63,7 @@ def serve_decoder(
     from orthrus_fast.server.app import ServerSettings
     from orthrus_fast.server.front import SIGNALS, Front
 
+    os.environ.setdefault("PYTHONWARNINGS", WITHOUT_NUMPY)  # of the front: main's are its own
     front = Front(listener, args.drain_seconds)
     decoder = load_decoder(args)
     how = (fingerprint(decoder), access, args.mode, args.max_waiting)
